@@ -1,0 +1,5 @@
+"""Neon: Negative Extrapolation from Self-Training (arXiv 2510.03597), for any generator.
+
+Sample a synthetic set S from theta_base, fine-tune briefly on it to theta_syn, and step the other way:
+theta_neon = theta_base - w (theta_syn - theta_base), w > 0.
+"""

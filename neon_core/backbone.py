@@ -1,0 +1,112 @@
+"""The contract between the method and a generator: what a backbone offers, and what a row of the paper's table says.
+
+The core owns seeds, ranks, files, the training loop, the merge and the metrics. A backbone owns its networks, guidance,
+label conventions, frozen tokenizer and pixel rounding. `docs/adding_a_backbone.md` walks through a fifth one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from neon_core.data_order import shuffled_epochs
+from neon_core.schedules import Constant, Ema, Schedule
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The short fine-tune on the synthetic set. Lengths are counted in images seen, never in steps or epochs."""
+
+    images: int  # length of the fine-tune
+    batch_size: int  # images per optimizer step, over all ranks
+    micro_batch_size: int  # images per forward pass; fixes the random numbers, so that ranks do not
+    lr: float  # peak; `schedule` scales it
+    schedule: Schedule = field(default_factory=Constant)  # images seen before the step -> factor of lr
+    optimizer: str = "adam"  # adam | adamw | radam
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None  # total L2 norm of the gradient
+    nonfinite_gradients: str = "raise"  # raise | zero (NaN -> 0, +-inf -> +-1e5, as EDM) | step (as they are)
+    ema: Ema | None = None  # None: the raw weights are theta_syn
+    precision: str = "fp32"  # fp32 | fp16 (with a gradient scaler) | bf16
+    scaler_init: float = 2.0**16
+    scaler_growth_interval: int = 2000
+    scaler_max: float | None = None
+    snapshot_images: int = 250_000  # a snapshot at every multiple, and at the end
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the paper's table."""
+
+    name: str  # "cifar10_cond"
+    num_synthetic: int  # |S|, images
+    generate: dict[str, Any]  # sampler settings that make S
+    train: TrainSettings  # theta_base, S -> theta_syn
+    w: float  # merge weight of the row: theta_base - w (theta_syn - theta_base)
+    evaluate: dict[str, Any]  # sampler settings for the FID
+    fid_stats: str  # file under fid_stats/, or URL
+    base: str = ""  # published base checkpoint: path or URL
+    evaluate_seeds: str = "0-49999"  # the official evaluation's seeds
+
+
+class Backbone(Protocol):
+    """A generator that Neon can improve. Subclass it explicitly to inherit the defaults of the last methods."""
+
+    net: nn.Module  # the only weights Neon trains and merges; keys as in the published checkpoint
+    img_size: int  # output side, pixels
+    num_classes: int  # 0: unconditional
+    caches_prepared: bool = False  # True where `prepare` is dear: its results are kept on disk beside the set
+
+    @classmethod
+    def load(cls, checkpoint: str | Path, recipe: Recipe, device: torch.device) -> Backbone:
+        """The backbone with the weights of `checkpoint`, in eval mode on `device`. Raises UserError."""
+        ...
+
+    def assign_labels(self, seeds: Sequence[int], **settings) -> Tensor | None:
+        """int64 [N] on the CPU, one class for each image of the whole run, or None if unconditional.
+
+        A pure function of (seeds, settings): every rank calls it with the whole list.
+        """
+        ...
+
+    def sample(self, seeds: Sequence[int], labels: Tensor | None, **settings) -> Tensor:
+        """Images for `seeds` [B] and `labels` [B] (or None): uint8 [B, C, img_size, img_size] on the device.
+
+        An image is a function of (weights, settings, its seed, its label): each draws from its own generator.
+        """
+        ...
+
+    def self_training_loss(self, x: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Scalar, the mean over the micro batch, of what `encode` gave; all randomness from `generator`
+        (dropout masks aside, which come from the seeded default generator)."""
+        ...
+
+    def network_config(self) -> dict[str, Any]:
+        """JSON: {"class": name, "kwargs": constructor arguments}. Stored in the checkpoints that we write."""
+        ...
+
+    # Defaults that most backbones keep.
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] of the synthetic set -> what is kept per image: deterministic, done once per image."""
+        return images
+
+    def encode(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
+        """`prepare`'s output [B, ...] -> what the loss eats: crops, flips, posterior samples, from `generator`."""
+        return prepared
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups over `net`."""
+        return [{"params": [p for p in self.net.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+
+    def data_order(self, num_items: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+        """Endless global batches: int64 [batch_size], indices into the synthetic set."""
+        return shuffled_epochs(num_items, batch_size, seed)
