@@ -1,0 +1,36 @@
+"""What the official scripts do that ours do otherwise: needed to read their figures, and by the parity tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def generate_batches(seeds: Sequence[int], batch_size: int, world_size: int) -> list[list[list[int]]]:
+    """The official generate.py: [rank][batch] -> seeds. Equal parts, so many that each rank has the same number of
+    them; some may be empty."""
+    num_batches = ((len(seeds) - 1) // (batch_size * world_size) + 1) * world_size
+    batches = [part.tolist() for part in np.array_split(np.asarray(seeds, dtype=np.int64), num_batches)]
+    return [batches[rank::world_size] for rank in range(world_size)]
+
+
+def evaluate_batches(seeds: Sequence[int], batch_size: int, world_size: int) -> list[list[list[int]]]:
+    """The official calculate_fid.py and sweeps: [rank][batch] -> seeds. Every world_size-th seed, in full batches."""
+    mine = [list(seeds[rank::world_size]) for rank in range(world_size)]
+    return [[part[i : i + batch_size] for i in range(0, len(part), batch_size)] for part in mine]
+
+
+def snapshot_images(
+    duration_images: int, batch_size: int, tick_images: int, snapshot_ticks: int
+) -> tuple[list[int], int]:
+    """The official training loop: (images seen at each snapshot, number of ticks).
+
+    A tick ends at the first whole batch that reaches `tick_images` since the last tick ended, or at the end; ticks
+    0, snapshot_ticks, 2 snapshot_ticks, ... and the last one leave a snapshot. The last batch may overshoot the end.
+    """
+    batches_per_tick = max(-(-tick_images // batch_size), 1)
+    total = -(-duration_images // batch_size) * batch_size
+    ends = [*range(batches_per_tick * batch_size, total, batches_per_tick * batch_size), total]
+    kept = [end for tick, end in enumerate(ends) if tick % snapshot_ticks == 0 or end == total]
+    return kept, len(ends)
