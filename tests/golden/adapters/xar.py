@@ -1,0 +1,306 @@
+"""Golden cases of xAR: each kind mapped to calls of neon_xar."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from golden.fill import fill
+from neon_core.kl_vae import AutoencoderKL, posterior
+from neon_xar.flow import cell_guidance, euler, euler_maruyama, guide, sde_times, time_index
+from neon_xar.loss import Randomness, drop_labels, logit_normal, noised, velocity_loss
+from neon_xar.sampler import sample_latents
+from neon_xar.vae import SCALE, center_crop, from_uint8, scaled_latent, to_uint8
+from neon_xar.xar import CELL_TOKENS, CELLS, NULL_CLASS, SIZES, XAR, GatedMLP, Rope, build, from_cells, to_cells
+
+
+def _net(config: dict, **more) -> XAR:
+    return fill(XAR(**config, **more))
+
+
+def rope(case):
+    module, x = Rope(2 * case.config["dim"]), case.tensor("x")
+    out = {"freqs": module.freqs, "freqs_cos": module.freqs_cos, "freqs_sin": module.freqs_sin, "full": module(x, 0)}
+    for cell in range(CELLS):
+        for n in (64, 128)[: 1 + (cell > 0)]:
+            out[f"s{cell}_n{n}"] = module(x[:, :, :n], CELL_TOKENS * (cell + 1) - n)
+    return out
+
+
+def swiglu(case):
+    hidden = [GatedMLP.hidden_width(int(width), case.config["mlp_ratio"]) for width in case.array("dims")]
+    net = _net(case.config["model"]).eval()
+    with torch.no_grad():
+        return {"hidden": np.array(hidden), "mlp": net.encoder_blocks[0].mlp(case.tensor("x"))}
+
+
+@torch.no_grad()
+def pieces(case):
+    net, x, t, image = _net(case.config["model"]), case.tensor("x"), case.tensor("t"), case.tensor("img")
+    tokens = to_cells(image)
+    mask = net.mask[0, 0]
+    return {
+        "rms_noweight": net.encoder_blocks[0].norm1(x),
+        "rms_weight": net.encoder_norm(x),
+        "z_proj_ln": net.z_proj_ln(x),
+        "time_embed": net.time_embed(t),
+        "time_sinusoid": net.time_embed.sinusoid(t),
+        "mask_rowsum_visible": (mask == 0).sum(1),
+        "mask_counts": torch.stack([(mask == 0).sum(), torch.isneginf(mask).sum()]),
+        "clusters": tokens.unflatten(1, (CELLS, -1)).transpose(0, 1),
+        "unclusterified": from_cells(tokens),
+    }
+
+
+def _condition(rows: Tensor) -> Tensor:
+    """Cluster-major condition rows [4B, D] -> [B, 4, D]."""
+    return rows.unflatten(0, (CELLS, -1)).transpose(0, 1)
+
+
+@torch.no_grad()
+def block(case):
+    net, x = _net(case.config["model"]), case.tensor("x")
+    first = net.encoder_blocks[0].train()
+    return {
+        "block": first(x, _condition(case.tensor("condition")), mask=net.mask),
+        "attn": first.attn(x, mask=net.mask),
+    }
+
+
+def _randomness(case) -> Randomness:
+    return Randomness(case.tensor("drop_uniform"), case.tensor("t").view(CELLS, -1), case.tensor("noise"))
+
+
+def train_loss(case):
+    config = case.config
+    net, latents, labels, random = (
+        _net(config["model"]),
+        case.tensor("latents"),
+        case.tensor("labels"),
+        _randomness(case),
+    )
+    net.train()
+    seen = []
+    net.pred.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    loss = velocity_loss(net, latents, labels, random, net.label_drop_prob)
+    loss.backward()
+    parameters = dict(net.named_parameters())
+    assert list(parameters) == config["parameter_order"]
+    out = {
+        "loss": loss,
+        "model_output": seen[0],
+        "grad_norms": torch.stack([parameters[name].grad.norm() for name in config["parameter_order"]]),
+        "class_emb_row_grad_norms": net.class_emb.weight.grad[config["class_rows"]].norm(dim=1),
+    }
+    return out | {"grad_" + name.replace(".", "_"): parameters[name].grad for name in config["full_grads"]}
+
+
+def train_seeded(case):
+    """The original draws from two global generators; ours takes the draws, so they are made here in that order."""
+    latents, labels = case.tensor("latents"), case.tensor("labels")
+    B, channels = latents.shape[:2]
+    net = _net(case.config["model"]).train()
+    np.random.seed(case.config["numpy_seed"])
+    torch.manual_seed(case.config["torch_seed"])
+    drop = torch.rand(B)
+    normals = np.random.standard_normal(CELLS * B)
+    noise = torch.stack([torch.randn(B, CELL_TOKENS, channels) for _ in range(CELLS)])
+    t = logit_normal(torch.from_numpy(normals))
+    random = Randomness(drop, t.view(CELLS, B), noise)
+    used, k = drop_labels(labels, drop, net.label_drop_prob), time_index(t)
+    with torch.no_grad():
+        v = net(noised(latents, random.t, noise)[0], used, k.view(CELLS, B).t())
+        loss = velocity_loss(net, latents, labels, random, net.label_drop_prob)
+    return {
+        "loss": loss,
+        "drop_uniform": drop,
+        "labels_used": used,
+        "time_normals": normals,
+        "t": t,
+        "k": k[:, None, None],
+        "noise": noise,
+        "model_output_first_token": v[:, ::CELL_TOKENS],
+    }
+
+
+@torch.no_grad()
+def dropout(case):
+    config, x = case.config, case.tensor("x")
+    attn, proj = config["attn_dropout"], config["proj_dropout"]
+
+    def seeded(function):
+        torch.manual_seed(config["seed"])
+        return function()
+
+    def net(**dropouts):
+        return _net(config["model"], **dropouts).train()
+
+    a, p, both = net(attn_dropout=attn), net(proj_dropout=proj), net(attn_dropout=attn, proj_dropout=proj)
+    condition = _condition(case.tensor("condition"))
+    return {
+        "attn_with_attn_dropout": seeded(lambda: a.encoder_blocks[0].attn(x, mask=a.mask)),
+        "attn_with_proj_dropout": seeded(lambda: p.encoder_blocks[0].attn(x, mask=p.mask)),
+        "mlp_with_proj_dropout": seeded(lambda: p.encoder_blocks[0].mlp(x)),
+        "block_with_both": seeded(lambda: both.encoder_blocks[0](x, condition, mask=both.mask)),
+        "loss_with_both": seeded(
+            lambda: velocity_loss(
+                both, case.tensor("latents"), case.tensor("labels"), _randomness(case), both.label_drop_prob
+            )
+        ),
+        "mlp_eval": p.eval().encoder_blocks[0].mlp(x),
+    }
+
+
+def init(case):
+    torch.manual_seed(0)
+    values = {name: p.detach().double() for name, p in XAR(**case.config["model"]).named_parameters()}
+    order = case.config["parameter_order"]
+    constant = {name: bool((value == value.flatten()[0]).all()) for name, value in values.items()}
+    return {
+        "std": torch.stack([values[name].std(correction=0) for name in order]),
+        "mean": torch.stack([values[name].mean() if constant[name] else torch.zeros([]).double() for name in order]),
+        "abs_max": torch.stack([values[name].abs().max() for name in case.config["bounded"]]),
+    }
+
+
+@torch.no_grad()
+def cached_network(case):
+    net = _net(case.config["model"]).eval()
+    labels, x, x2, context = case.tensor("labels"), case.tensor("x"), case.tensor("x2"), case.tensor("context")
+    cache = net.new_cache(len(labels))
+    out = {}
+    for cell in range(CELLS):
+        k = time_index(case.tensor("t")[cell : cell + 1])
+        tokens = x[cell]
+        if cell:
+            tokens, k = torch.cat([context[cell - 1], tokens], dim=1), torch.cat([torch.zeros_like(k), k])
+        condition = net.class_emb(labels)[:, None] + net.time_embed(k)
+        out[f"first_{cell}"] = net.velocity(tokens, condition, cell, cache)[:, -CELL_TOKENS:]
+        out[f"cache_len_{cell}"] = np.array(cache.length)
+        out[f"cache_k_{cell}"] = cache.keys[-1][:, :, : cache.length].sum(2)
+        k = time_index(case.tensor("t2")[cell : cell + 1])
+        out[f"later_{cell}"] = net.velocity(x2[cell], net.class_emb(labels)[:, None] + net.time_embed(k), cell, cache)
+    return out
+
+
+def sample(case):
+    net, labels, config = _net(case.config["model"]).eval(), case.tensor("labels"), case.config
+    dtypes = []
+
+    def noise():
+        for initial, steps in zip(case.tensor("initial_noise"), case.tensor("step_noise"), strict=True):
+            yield initial
+            yield from steps
+
+    remaining = noise()
+
+    def draw(*shape, dtype):
+        dtypes.append(dtype)
+        return next(remaining).to(dtype)
+
+    tokens = sample_latents(net, labels, config["num_steps"], config["cfg"], draw)
+    state = euler_maruyama(
+        lambda x, t, first: x, torch.zeros(1), config["num_steps"], lambda: torch.zeros(1, dtype=dtypes[1])
+    )
+    return {
+        "tokens": tokens,
+        "cluster_cfg": np.array([cell_guidance(config["cfg"], cell) for cell in range(CELLS)]),
+        "state_is_float64": np.array(int(state.dtype == torch.float64)),
+    }
+
+
+def sample_seeded(case):
+    net, labels, config = _net(case.config["model"]).eval(), case.tensor("labels"), case.config
+    torch.manual_seed(config["seed"])
+
+    def draw(*shape, dtype):
+        return torch.randn(len(labels), *shape, dtype=dtype)
+
+    return {"tokens": sample_latents(net, labels, config["num_steps"], config["cfg"], draw)}
+
+
+def sampler_toy(case):
+    c, latents, labels, context = case.config, case.tensor("latents"), case.tensor("labels"), case.tensor("context")
+    y = torch.cat([labels, torch.full_like(labels, NULL_CLASS)]).double()[:, None, None] / 1000
+    out = {}
+    for number, (cell, g) in enumerate(zip(c["scale_index"], c["cfg_scale"], strict=True)):
+
+        def velocity(x, t, first, cell=cell, g=g):
+            x = torch.cat([x, x])
+            seen = torch.cat([torch.cat([context, context]), x], dim=1) if first and cell > 0 else x
+            v = c["a"] * seen[:, -CELL_TOKENS:].double() + c["b"] * y + c["c"] * np.sin(3 * t)
+            if seen.shape[1] > CELL_TOKENS:
+                v = v + 0.1 * seen[:, :CELL_TOKENS].double()
+            return guide(v, g) if g > 1 else v[: len(labels)]
+
+        noise = iter(case.tensor("step_noise").double())
+        out[f"em_{number}"] = euler_maruyama(velocity, latents, c["num_steps"], lambda noise=noise: next(noise))
+        out[f"ode_{number}"] = euler(velocity, latents, c["num_steps"])
+    return out
+
+
+def flow_times(case):
+    out = {}
+    for n in case.array("num_steps").tolist():
+        t = sde_times(n)[:-1]
+        k = time_index(t)
+        out[f"t_{n}"], out[f"int_{n}"] = t.float().double(), k
+        out[f"first_call_{n}"] = torch.stack([torch.zeros_like(k[0]), k[0]]).repeat_interleave(2)
+    return out
+
+
+@torch.no_grad()
+def kl_vae(case):
+    net = fill(AutoencoderKL(**case.config["vae"]))
+    moments = net.encode(case.tensor("image"))
+    found, clamped = posterior(moments), posterior(case.tensor("moments"))
+    decoded = net.decode(case.tensor("tokens") / SCALE)
+    return {
+        "mean": found.mean,
+        "std": found.std,
+        "logvar": found.logvar,
+        "scaled_latent": scaled_latent(moments, case.tensor("posterior_noise")),
+        "decoded": decoded,
+        "uint8": to_uint8(decoded).permute(0, 2, 3, 1),
+        "clamped_std": clamped.std,
+        "clamped_logvar": clamped.logvar,
+    }
+
+
+def uint8(case):
+    x = case.tensor("decoded")
+    return {"neon": to_uint8(x), "xar_original": to_uint8(x, "round")}
+
+
+def crop(case):
+    size, out = case.config["image_size"], {}
+    for name in (key.removeprefix("in_") for key in case.arrays if key.startswith("in_")):
+        cropped = center_crop(case.array(name).astype(np.uint8), size)
+        out[name] = cropped
+        out[f"{name}_norm"] = from_uint8(torch.from_numpy(cropped.transpose(2, 0, 1).copy()))
+    return out
+
+
+ADAPTERS = {
+    "rope": rope,
+    "swiglu": swiglu,
+    "pieces": pieces,
+    "block": block,
+    "train_loss": train_loss,
+    "train_seeded": train_seeded,
+    "dropout": dropout,
+    "init": init,
+    "cached_network": cached_network,
+    "sample": sample,
+    "sample_seeded": sample_seeded,
+    "sampler_toy": sampler_toy,
+    "flow_times": flow_times,
+    "kl_vae": kl_vae,
+    "to_uint8": uint8,
+    "center_crop": crop,
+}
+
+
+def KEY_LISTS(name: str, spec: dict) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        net: nn.Module = build(spec["model"]) if spec["model"] in SIZES else AutoencoderKL()
+    return {key: tuple(value.shape) for key, value in net.state_dict().items()}
