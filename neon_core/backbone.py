@@ -63,7 +63,8 @@ class Backbone(Protocol):
     net: nn.Module  # the only weights Neon trains and merges; keys as in the published checkpoint
     img_size: int  # output side, pixels
     num_classes: int  # 0: unconditional
-    caches_prepared: bool = False  # True where `prepare` is dear: its results are kept on disk beside the set
+    prepared_key: str = ""  # not "": what `prepare` gives is kept on disk beside the set under this name, which must
+    # change with the tokenizer and its weights
 
     @classmethod
     def load(cls, checkpoint: str | Path, recipe: Recipe, device: torch.device) -> Backbone:

@@ -17,7 +17,7 @@ from neon_core.errors import UserError
 
 
 def parse_seeds(text: str) -> list[int]:
-    """"0-3,7,5-6" -> [0, 1, 2, 3, 7, 5, 6]. Order and repeats are kept, blanks ignored, a descending range is empty.
+    """ "0-3,7,5-6" -> [0, 1, 2, 3, 7, 5, 6]. Order and repeats are kept, blanks ignored, a descending range is empty.
 
     Raises UserError if a part is neither a number nor a range.
     """
@@ -25,7 +25,9 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.replace(" ", "").split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match:
-            raise UserError(f"seeds: {part!r} is neither a number nor a range; write a list like 0-9999,20000,30000-39999")
+            raise UserError(
+                f"seeds: {part!r} is neither a number nor a range; write a list like 0-9999,20000,30000-39999"
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         seeds.extend(range(first, last + 1))
     return seeds

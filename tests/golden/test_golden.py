@@ -1,7 +1,7 @@
 """Every golden case through one adapter per kind, and every published key list against our full-size networks.
 
-    pytest tests/golden                           # the cases that ship with the project
-    pytest tests/golden --golden-root DIR         # any other folder of <part>/cases.json
+pytest tests/golden                           # the cases that ship with the project
+pytest tests/golden --golden-root DIR         # any other folder of <part>/cases.json
 """
 
 import importlib
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
+
 from golden.case import Case, mismatch, read_cases
 
 

@@ -1,0 +1,82 @@
+"""The `neon` command, and what every script's command line shares."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from neon_core.distributed import is_main, print0
+from neon_core.errors import UserError
+from neon_core.files.atomic import atomic_path
+
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu or cuda; each local rank takes its own GPU."
+)
+json_option = click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write the result and every setting.",
+)
+seed_option = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the fine-tune.")
+
+
+def options(*decorators: Callable) -> Callable:
+    """Several click options as one decorator, in the order in which --help shows them."""
+
+    def apply(command):
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+def run(command: click.Command) -> None:
+    """Run a script's command; an error that the user can mend is one line, printed once for all ranks."""
+    try:
+        code = command.main(standalone_mode=False)
+    except click.ClickException as error:
+        if os.environ.get("RANK", "0") == "0":  # the command line is the same on every rank
+            error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def write_result(result: dict, line: str, json_path: Path | None) -> None:
+    """One result line on stdout, and the whole result beside it. Rank 0 only."""
+    print0(line)
+    if json_path is not None and is_main():
+        with atomic_path(json_path) as temporary:
+            temporary.write_text(json.dumps(result, indent=1, sort_keys=True, default=str) + "\n")
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Make `folder`; UserError naming `flag` where that or writing in it fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot write there ({error.strerror}); name another folder") from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def neon() -> None:
+    """Neon: Negative Extrapolation from Self-Training (arXiv 2510.03597)."""
+
+
+def main() -> None:
+    """Entry point of `neon` and `python -m neon_core`."""
+    from neon_core.merge import merge_command
+
+    neon.add_command(merge_command)
+    run(neon)

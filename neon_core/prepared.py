@@ -1,0 +1,72 @@
+"""What a fine-tune draws its batches from: the prepared items of a synthetic set, and their labels.
+
+Where preparing is dear (a frozen tokenizer), it is done once per image and kept beside the set:
+    <set>.prepared/<key>-<digest of the item list>/part-00012.npy      PART_ITEMS items each
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from neon_core.backbone import Backbone
+from neon_core.distributed import barrier, gather_objects, is_main, rank, world_size
+from neon_core.files.atomic import atomic_path
+from neon_core.files.image_set import ImageSet
+from neon_core.seeds import deal, global_batches
+from neon_core.synthetic import check_labels
+
+PART_ITEMS = 1024
+
+
+class TrainingData:
+    """`items(indices)` gives the backbone's `prepare` of those images [B, ...]; `labels` is int64 [n] or None."""
+
+    def __init__(self, items: Callable[[np.ndarray], Tensor], labels: Tensor | None, num_items: int):
+        self.items, self.labels, self.num_items = items, labels, num_items
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """(prepared [B, ...] on the CPU, labels [B] or None)."""
+        return self.items(indices), None if self.labels is None else self.labels[torch.from_numpy(indices)]
+
+
+def training_data(
+    backbone: Backbone, images: ImageSet, device: torch.device, *, batch_size: int = 64, cache_dir: Path | None = None
+) -> TrainingData:
+    """The set as `backbone` wants it. Every rank calls it; a cache that a killed run left is completed.
+
+    `cache_dir` replaces the default place beside the set. Raises UserError where labels do not fit the network.
+    """
+    labels = images.class_indices if backbone.num_classes else None
+    check_labels(labels, backbone.num_classes)
+    if not backbone.prepared_key:
+        return TrainingData(lambda items: backbone.prepare(images.images(items)), labels, len(images))
+
+    folder = (
+        Path(cache_dir or f"{os.fspath(images.path).rstrip('/')}.prepared") / f"{backbone.prepared_key}-{images.digest}"
+    )
+    parts = global_batches(len(images), PART_ITEMS)
+    paths = [folder / f"part-{number:05d}.npy" for number in range(len(parts))]
+    folder.mkdir(parents=True, exist_ok=True)
+    done = gather_objects([number for number, path in enumerate(paths) if path.exists()])[0]
+    for number in tqdm(deal(len(parts), rank(), world_size(), done), desc="prepare", disable=not is_main()):
+        rows = []
+        for start in range(parts[number].start, parts[number].stop, batch_size):
+            items = np.arange(start, min(start + batch_size, parts[number].stop))
+            with torch.no_grad():
+                rows.append(backbone.prepare(images.images(items).to(device)).cpu())
+        with atomic_path(paths[number]) as temporary, open(temporary, "wb") as file:
+            np.save(file, torch.cat(rows).numpy(), allow_pickle=False)
+    barrier()
+    opened = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+
+    def items(indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.stack([opened[i // PART_ITEMS][i % PART_ITEMS] for i in indices]))
+
+    return TrainingData(items, labels, len(images))

@@ -1,0 +1,74 @@
+"""Script for the tests: one stage of the method with the pico backbone, under any number of ranks.
+
+python -m torch.distributed.run --standalone --nproc_per_node=2 tests/core/pico_run.py generate OUT
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 2)]
+
+import click
+import torch
+from pico import RECIPE, PicoBackbone, PixelMoments
+
+from neon_core.cli import run
+from neon_core.distributed import print0, rank, session
+from neon_core.errors import UserError
+from neon_core.evaluate import evaluate
+from neon_core.files.image_set import ImageSet
+from neon_core.metrics.accumulator import MetricAccumulator
+from neon_core.prepared import training_data
+from neon_core.selftrain import self_train
+from neon_core.synthetic import generate_set
+
+
+class SlowPico(PicoBackbone):
+    """Waits at every step, so that a test can kill the run in its middle."""
+
+    pause = float(os.environ.get("PICO_PAUSE", 0))
+
+    def sample(self, *args, **kwargs):
+        time.sleep(self.pause)
+        return super().sample(*args, **kwargs)
+
+    def encode(self, *args):
+        time.sleep(self.pause)
+        return super().encode(*args)
+
+
+@click.command()
+@click.argument("stage", type=click.Choice(["generate", "finetune", "evaluate", "fail", "user_error", "all"]))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--num", default=41)
+@click.option("--batch", default=4)
+@click.option("--save_seconds", default=30.0)
+def main(stage, out, num, batch, save_seconds):
+    torch.set_num_threads(1)
+    backbone = SlowPico.fresh(seed=3)
+    with session("cpu") as device:
+        if stage == "fail" and rank() == 1:
+            raise RuntimeError("rank one breaks")
+        if stage == "user_error" and rank() == 1:
+            raise UserError("--flag 7: not what was expected; use 8")
+        if stage in ("fail", "user_error"):
+            torch.distributed.barrier()
+        if stage in ("generate", "all"):
+            generate_set(backbone, range(num), out / "set", settings=RECIPE.generate, batch_size=batch)
+        if stage in ("finetune", "all"):
+            data = training_data(backbone, ImageSet(out / "set"), device)
+            self_train(backbone, data, RECIPE.train, out / "run", seed=5, device=device)
+        if stage in ("evaluate", "all"):
+            make = lambda: MetricAccumulator(PixelMoments(), {"fid", "is"}, num_images=num)  # noqa: E731
+            done = evaluate(backbone, range(num), make, settings=RECIPE.evaluate, batch_size=batch,
+                            work_dir=out / "eval", save_seconds=save_seconds)  # fmt: skip
+            mean, cov = done.mean_and_covariance()
+            torch.save({"mean": torch.as_tensor(mean), "cov": torch.as_tensor(cov)}, out / f"stats-{rank()}.pt")
+        print0(json.dumps({"rank_0_done": stage}))
+
+
+if __name__ == "__main__":
+    run(main)

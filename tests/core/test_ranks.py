@@ -1,0 +1,114 @@
+"""1, 2 and 3 ranks give the same images bit for bit and the same statistics; errors and kills leave nothing broken."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import launch, start
+
+from neon_core.files.checkpoint import read_checkpoint
+
+SCRIPT = Path("tests/core/pico_run.py")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All stages under no launcher (0) and under 1, 2 and 3 gloo ranks. 41 images in batches of 4 divide by none.
+    Four launches of PyTorch: about 30 s, once for all tests of this file."""
+    folders = {}
+    for ranks in (0, 1, 2):
+        folder = folders[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
+        done = launch(SCRIPT, "all", folder, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    folder = folders[3] = tmp_path_factory.mktemp("ranks3")
+    for stage in ("generate", "evaluate"):  # 4 micro batches are not dealt to 3 ranks
+        done = launch(SCRIPT, stage, folder, ranks=3)
+        assert done.returncode == 0, done.stderr
+    return folders
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_images_are_bit_identical(runs, ranks):
+    one, many = files(runs[0] / "set"), files(runs[ranks] / "set")
+    assert len([n for n in one if n.endswith(".png")]) == 41
+    assert one == many
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_statistics_agree_to_rounding_and_on_every_rank(runs, ranks):
+    one = torch.load(runs[0] / "stats-0.pt")
+    for rank in range(ranks):
+        many = torch.load(runs[ranks] / f"stats-{rank}.pt")
+        for name in ("mean", "cov"):
+            torch.testing.assert_close(many[name], one[name], rtol=1e-12, atol=1e-13)
+
+
+def test_losses_agree_over_ranks(runs):
+    logs = {r: [json.loads(line) for line in (runs[r] / "run/log.jsonl").read_text().splitlines()] for r in (0, 1, 2)}
+    assert len(logs[0]) == 20 and logs[0][0]["lr"] == 0.0
+    for ranks in (1, 2):
+        for a, b in zip(logs[0], logs[ranks], strict=True):
+            assert a["images"] == b["images"] and a["lr"] == b["lr"]
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_a_failing_rank_ends_all_with_its_message_once(tmp_path):
+    for stage, text in (("fail", "rank one breaks"), ("user_error", "--flag 7: not what was expected; use 8")):
+        began = time.monotonic()
+        done = launch(SCRIPT, stage, tmp_path, ranks=2, timeout=60)
+        assert done.returncode != 0
+        assert done.stderr.count(text) == 1, done.stderr
+        assert "rank_0_done" not in done.stdout
+        assert time.monotonic() - began < 45
+
+
+def kill_when(process, condition, seconds=60.0):
+    """SIGKILL the whole process group as soon as `condition()` holds."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < limit, "never got to the point of the kill"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_generation_goes_on_and_keeps_what_was_finished(runs, tmp_path):
+    process = start(SCRIPT, "generate", tmp_path, ranks=2, PICO_PAUSE=0.5)
+    kill_when(process, lambda: len(list((tmp_path / "set").rglob("*.png"))) >= 12)
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "set").rglob("*.png")}
+    assert 0 < len(kept) < 41 and not (tmp_path / "set/dataset.json").exists()
+    assert launch(SCRIPT, "generate", tmp_path).returncode == 0
+    assert files(tmp_path / "set") == files(runs[0] / "set")
+    untouched = sum(p.stat().st_mtime_ns == stamp for p, stamp in kept.items())
+    assert untouched >= len(kept) - 2 * 4, "finished batches were made again"
+
+
+def test_a_killed_fine_tune_goes_on_exactly(runs, tmp_path):
+    (tmp_path / "set").symlink_to(runs[0] / "set")
+    process = start(SCRIPT, "finetune", tmp_path, PICO_PAUSE=0.1)
+    kill_when(process, lambda: (tmp_path / "run/state.pt").exists())
+    assert launch(SCRIPT, "finetune", tmp_path).returncode == 0
+    assert (tmp_path / "run/log.jsonl").read_text() == (runs[0] / "run/log.jsonl").read_text()
+    for name in ("snapshot-000000080.safetensors", "snapshot-000000160.safetensors"):
+        ours, whole = read_checkpoint(tmp_path / "run" / name), read_checkpoint(runs[0] / "run" / name)
+        assert all(torch.equal(ours.state[k], whole.state[k]) for k in whole.state)
+
+
+def test_a_killed_evaluation_goes_on_with_another_number_of_ranks(runs, tmp_path):
+    process = start(SCRIPT, "evaluate", tmp_path, "--save_seconds", 0, ranks=2, PICO_PAUSE=0.3)
+    kill_when(process, lambda: len(list((tmp_path / "eval").glob("partial-*"))) == 2)
+    done = launch(SCRIPT, "evaluate", tmp_path)
+    assert done.returncode == 0 and "continuing:" in done.stdout
+    one, resumed = torch.load(runs[0] / "stats-0.pt"), torch.load(tmp_path / "stats-0.pt")
+    for name in ("mean", "cov"):
+        torch.testing.assert_close(resumed[name], one[name], rtol=1e-12, atol=1e-13)
+    assert not (tmp_path / "eval").exists(), "nothing is left of a finished evaluation"
