@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+LR_RAMP_IMAGES = 10_000_000  # of every fine-tune, also one that starts from a trained network
+
 
 def generate_batches(seeds: Sequence[int], batch_size: int, world_size: int) -> list[list[list[int]]]:
     """The official generate.py: [rank][batch] -> seeds. Equal parts, so many that each rank has the same number of
@@ -34,3 +36,13 @@ def snapshot_images(
     ends = [*range(batches_per_tick * batch_size, total, batches_per_tick * batch_size), total]
     kept = [end for tick, end in enumerate(ends) if tick % snapshot_ticks == 0 or end == total]
     return kept, len(ends)
+
+
+def kimg(millions: float) -> int:
+    """Images of a length that the official scripts take in millions: whole thousands, rounded towards 0."""
+    return int(1000 * millions) * 1000
+
+
+def duration_images(millions: float) -> int:
+    """--duration of the official train.py: at least a thousand images."""
+    return max(kimg(millions), 1000)

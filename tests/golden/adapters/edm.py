@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
-from types import SimpleNamespace
+import tempfile
+import zipfile
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from golden.case import Case, mismatch
 from golden.fill import fill
 from torch import Tensor, nn
 
+from neon_core.data_order import windowed_shuffle
+from neon_core.files.image_set import ImageSet
+from neon_core.schedules import Ema, LinearRamp
 from neon_core.seeds import PerImageRandom, parse_seeds
 from neon_edm import official
 from neon_edm.augment import AugmentPipe
+from neon_edm.data import labels_of_names
 from neon_edm.layers import Conv2d
 from neon_edm.loss import EDMLoss, VELoss, VPLoss, loss_map
 from neon_edm.networks import DhariwalUNet, SongUNet
@@ -364,6 +374,86 @@ def run_augment(case: Case) -> dict:
     return {"images": images, "labels": labels}
 
 
+# Data and schedules
+
+
+def image_set(case: Case, names: list[str], pictures: list[np.ndarray], as_zip: bool) -> ImageSet:
+    """The set of the case, written to a temporary place and read whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        listing = json.dumps({"labels": case.config["dataset_json_labels"]}).encode()
+        files = {"dataset.json": listing}
+        for name, picture in zip(names, pictures, strict=True):
+            buffer = io.BytesIO()
+            PIL.Image.fromarray(picture).save(buffer, format="PNG")
+            files[name] = buffer.getvalue()
+        path = Path(folder, "set.zip" if as_zip else "set")
+        if as_zip:
+            with zipfile.ZipFile(path, "w") as archive:
+                for name, data in files.items():
+                    archive.writestr(name, data)
+        else:
+            for name, data in files.items():
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                (path / name).write_bytes(data)
+        images = ImageSet(path, **case.config["dataset_kwargs"])
+        images.images(range(len(images)))  # decoded and kept before the folder goes
+        return images
+
+
+def run_dataset_order(case: Case) -> dict:
+    names = case.config["names"]
+    pictures = []
+    for i in range(len(names)):
+        picture = np.zeros((4, 4, 3), dtype=np.uint8)
+        picture[:, :, 0], picture[:, 0, 1] = i, 200
+        pictures.append(picture)
+    images = image_set(case, names, pictures, as_zip=False)
+    arrays = images.images(range(len(images)))
+    out = {
+        "order": arrays[:, 0, 0, 0].long(),
+        "labels": images.label_rows,
+        "first_image": arrays[0],
+        "last_image": arrays[-1],
+        "label_dim": images.label_rows.shape[1],
+    }
+    for i, sampler in enumerate(case.config.get("samplers", [])):
+        order = windowed_shuffle(sampler["size"], sampler["seed"])
+        mine = islice(order, sampler["rank"], None, sampler["num_replicas"])  # what the official sampler gives a rank
+        out[f"sampler_{i}"] = np.array(list(islice(mine, sampler["take"])), dtype=np.int64)
+    return out
+
+
+def run_dataset_zip(case: Case) -> dict:
+    position = np.arange(16).reshape(4, 4)
+    names = case.config["files"]
+    pictures = [((position + 10 * i) % 256).astype(np.uint8) for i in range(len(names))]
+    images = image_set(case, names, pictures, as_zip=True)
+    arrays = images.images(range(len(images)))
+    rows = images.label_rows
+    return {"images": arrays, "labels": rows, "label_dim": rows.shape[1], "channels": arrays.shape[1]}
+
+
+def run_make_labels(case: Case) -> dict:
+    entries = labels_of_names(case.config["names"])
+    index = [case.config["names"].index(name) for name, _ in entries]
+    return {"index": np.array(index, dtype=np.int64), "label": np.array([k for _, k in entries], dtype=np.int64)}
+
+
+def run_schedules(case: Case) -> dict:
+    out = {}
+    for i, row in enumerate(case.config["rows"]):
+        batch, duration = row["batch"], official.duration_images(row["duration_mimg"])
+        ends, ticks = official.snapshot_images(duration, batch, row["tick_kimg"] * 1000, row["snap_ticks"])
+        ramp = LinearRamp(official.LR_RAMP_IMAGES)
+        ema = Ema(halflife_images=official.kimg(row["ema_mimg"]), rampup_ratio=row["ema_rampup_ratio"])
+        seen = [iteration * batch for iteration in row["probe_iterations"]]
+        out[f"{i}_lr"] = np.array([row["lr"] * ramp(n) for n in seen])
+        out[f"{i}_ema_beta"] = np.array([ema.beta(n, batch) for n in seen])
+        out[f"{i}_snapshot_kimg"] = np.array(ends, dtype=np.int64) // 1000
+        out[f"{i}_iterations"], out[f"{i}_ticks"], out[f"{i}_images"] = ends[-1] // batch, ticks, ends[-1]
+    return out
+
+
 ADAPTERS = {
     "unet": run_unet,
     "unet_eps": run_unet_eps,
@@ -386,6 +476,10 @@ ADAPTERS = {
     "loss": run_loss,
     "loss_augment": run_loss_augment,
     "augment": run_augment,
+    "dataset_order": run_dataset_order,
+    "dataset_zip": run_dataset_zip,
+    "make_labels": run_make_labels,
+    "schedules": run_schedules,
 }
 
 COMPARE = {
