@@ -1,6 +1,8 @@
 """IMM: networks, wrapper, samplers, loss, latents and orders."""
 
+import dataclasses
 import json
+import re
 import zipfile
 from itertools import islice
 from pathlib import Path
@@ -10,13 +12,16 @@ from unittest.mock import patch
 import numpy as np
 import PIL.Image
 import torch
+
 from golden.adapters import merges, pickles
 from golden.case import Case, mismatch
 from golden.fill import fill, tensor_for
 from neon_core.backbone import Backbone, TrainSettings
 from neon_core.data_order import windowed_shuffle
+from neon_core.files.checkpoint import load_strict, read_checkpoint
 from neon_core.files.image_set import ImageSet
 from neon_core.kl_vae import AutoencoderKL, posterior, to_diffusers_names, to_ldm_names
+from neon_core.merge import neon_merge
 from neon_core.schedules import Ema
 from neon_core.selftrain import FineTune
 from neon_imm.dit import DiT, sincos_grid
@@ -24,7 +29,7 @@ from neon_imm.labels import image_name, label_plan, labels_from_names
 from neon_imm.latent_set import encode_images
 from neon_imm.latents import RgbCodec, VaeCodec, to_pixels
 from neon_imm.loss import IMMLoss
-from neon_imm.precond import IMMPrecond, NoiseSchedule
+from neon_imm.precond import IMMPrecond, NoiseSchedule, build_network
 from neon_imm.sampler import pushforward, restart, time_grid
 from neon_imm.songunet import SongUNet, positional_table
 
@@ -132,7 +137,6 @@ def precond(case: Case) -> dict:
     x, y, noise, labels = (maybe(case, name) for name in ("x", "y", "noise", "labels"))
     t, s = column(case, "t"), column(case, "s")
     noised = net.add_noise(y, t, noise)
-    alpha_s, sigma_s = net.schedule.alpha_sigma(s)
     out = {
         "F": net.network(x, t, s, net.label_rows(labels, x.device), False),
         "forward_f64": net(x.double(), t, s, labels),
@@ -247,7 +251,15 @@ def loss_settings(config: dict) -> IMMLoss:
 def kernel_weight(case: Case) -> dict:
     config = case.config
     names = ("noise_schedule", "f_type", "T", "eps", "sigma_data")
-    shape = dict(img_resolution=4, img_channels=1, model_type="DiT", hidden_size=8, num_heads=1, depth=0, num_classes=1)
+    shape = {
+        "img_resolution": 4,
+        "img_channels": 1,
+        "model_type": "DiT",
+        "hidden_size": 8,
+        "num_heads": 1,
+        "depth": 0,
+        "num_classes": 1,
+    }
     net = IMMPrecond(**shape, **{name: config[name] for name in names if name in config})
     loss = IMMLoss(a=config["a"], b=config["b"])
     t, s = case.tensor("t"), case.tensor("s")
@@ -349,7 +361,9 @@ def filled_vae(config: dict) -> AutoencoderKL:
     """Filled under its diffusers names and shapes."""
     vae = AutoencoderKL.from_diffusers_config(config)
     shapes = {name: tuple(value.shape) for name, value in to_diffusers_names(vae.state_dict()).items()}
-    vae.load_state_dict(to_ldm_names({name: torch.from_numpy(tensor_for(name, shape)) for name, shape in shapes.items()}))
+    vae.load_state_dict(
+        to_ldm_names({name: torch.from_numpy(tensor_for(name, shape)) for name, shape in shapes.items()})
+    )
     return vae.eval()
 
 
@@ -477,3 +491,76 @@ def label_order(case: Case) -> dict:
     for rank in range(world):
         out[f"labels_rank{rank}"], out[f"ids_rank{rank}"] = labels[rank::world], ids[rank::world]
     return out
+
+
+def build(checkpoint) -> IMMPrecond:
+    net = build_network(checkpoint.config)
+    load_strict(net, checkpoint)
+    return net.eval()
+
+
+def merged_forward(case: Case) -> dict:
+    base, aux = (read_checkpoint(case.folder / case.config[name]) for name in ("base", "aux"))
+    out = {}
+    for name in case.expected:
+        net = build(dataclasses.replace(base, state=neon_merge(base.state, aux.state, float(name.removeprefix("w")))))
+        steps = re.search(r"(\d+) uniform steps, cfg_scale ([\d.]+)", case.spec["what"])
+        grid = time_grid(net.schedule, "uniform", int(steps[1]))
+        out[name] = pushforward(net, case.tensor("latents"), grid, maybe(case, "labels"), float(steps[2]))
+    return out
+
+
+ADAPTERS = {
+    **dict.fromkeys(
+        ("dit_forward", "dit_variant", "dit_single_t_no_s", "dit_fourier", "dit_dropout", "dit_class_dropout"), dit
+    ),
+    "dit_parts": dit_parts,
+    "dit_init": dit_init,
+    "init_spread": init_spread,
+    "songunet": songunet,
+    "schedules": schedules,
+    "precond": precond,
+    "net_stub": net_stub,
+    "autocast_dit": autocast_dit,
+    "t_grid": t_grid,
+    "pushforward": sample_pushforward,
+    "restart": sample_restart,
+    "kernel_weight": kernel_weight,
+    "sample_trs": sample_trs,
+    "mmd": mmd,
+    "loss": whole_loss,
+    "nan_loss": nan_loss,
+    "train_steps": train_steps,
+    "vae": vae,
+    "vae_clamp": vae,
+    "stability_encoder": stability_encoder,
+    "stability_decode8": stability_decode8,
+    "to_uint8": to_uint8,
+    "latent_zip": latent_zip,
+    "dataset_options": dataset_options,
+    "infinite_sampler": infinite_sampler,
+    "label_plan": label_order,
+    "pickle": lambda case: pickles.read_imm_pickle(case, build),
+    "merge": merges.imm,
+    "merged_forward": merged_forward,
+}
+COMPARE = {"stability_encoder": nearly_equal_pixels}
+
+
+def KEY_LISTS(file: str, spec: dict) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        if "sd_vae" not in file:
+            state = IMMPrecond(**spec["config"]).state_dict()
+        elif file == "keys_sd_vae_ldm.json":
+            kwargs = {ours: spec["config"][theirs] for ours, theirs in LDM_ARGUMENTS.items()}
+            state = AutoencoderKL(**kwargs).state_dict()
+        else:
+            state = to_diffusers_names(AutoencoderKL.from_diffusers_config(spec["config"]).state_dict())
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+LDM_ARGUMENTS = {
+    "embed_dim": "embed_dim", "ch_mult": "ch_mult", "ch": "ch", "num_res_blocks": "num_res_blocks",
+    "attn_resolutions": "attn_resolutions", "z_channels": "z_channels", "in_channels": "in_channels",
+    "out_channels": "out_ch",
+}  # fmt: skip

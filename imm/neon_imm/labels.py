@@ -1,0 +1,56 @@
+"""Which class each image of a run gets, the published file names, and the label listing made from such names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neon_core.errors import UserError
+from neon_core.files.atomic import atomic_path
+
+LABELLED_NAME = re.compile(r"label(\d+)_\d+\.[a-z0-9]+", re.IGNORECASE)
+
+
+def label_plan(num_images: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """(labels, ids), int64 [num_images]: the classes in order, each repeated, and a count within each class.
+
+    Every class gets num_images // num_classes images; of the remainder, the lowest classes get one more each.
+    """
+    share, rest = divmod(num_images, num_classes)
+    counts = torch.full([num_classes], share)
+    counts[:rest] += 1
+    labels = torch.arange(num_classes).repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts)[labels]
+    return labels, torch.arange(num_images) - first
+
+
+def image_name(label: int | None, number: int) -> str:
+    """The released naming: label7_000012.png, or sample_000012.png without classes."""
+    return f"sample_{number:06d}.png" if label is None else f"label{label}_{number:06d}.png"
+
+
+def labels_from_names(names: Iterable[str]) -> dict[str, list]:
+    """{"labels": [[name, class], ...]} of those names that carry a class, sorted by name."""
+    found = ((name, LABELLED_NAME.fullmatch(name)) for name in sorted(names))
+    return {"labels": [[name, int(match[1])] for name, match in found if match]}
+
+
+def create_labels(folder: str | Path, output: str | Path | None = None) -> dict[str, list]:
+    """Write the listing of a folder's images to `output` (default: its dataset.json) and return it.
+
+    Raises UserError where no file name carries a class.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the folder of label<class>_<number>.png images")
+    listing = labels_from_names(path.name for path in folder.iterdir() if path.is_file())
+    if not listing["labels"]:
+        raise UserError(f"{folder}: no file is named like label7_000012.png, so there are no labels to list")
+    with atomic_path(Path(output or folder / "dataset.json")) as temporary:
+        temporary.write_text(json.dumps(listing, indent=4))
+    return listing

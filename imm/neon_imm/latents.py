@@ -1,0 +1,133 @@
+"""Pixels <-> what the model sees: scaled latents of a KL autoencoder (ImageNet) or plain pixels (CIFAR-10).
+
+Shapes: B batch, C channels of the sample, H W pixels, h w latent grid. Pixels are uint8. "moments" are mean | std on
+the channels, [B, 2C, h, w]: deterministic, so they are what is kept of an image; a latent is drawn from them anew at
+every visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from neon_core.kl_vae import posterior
+
+# Per-channel statistics of the unscaled latents over ImageNet, from the published configuration.
+SD_VAE_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
+SD_VAE_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 of images in [-1, 1], truncated: the published decoder's rule."""
+    return (images.float() * 0.5 + 0.5).clamp(0, 1).mul(255).to(torch.uint8)
+
+
+class Codec(Protocol):
+    """What both kinds of model offer around the network."""
+
+    channels: int  # of the sample
+    factor: int  # pixels per sample position, each way
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, c, H, W] -> float32, what is kept per image."""
+        ...
+
+    def draw(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
+        """`moments` -> a clean sample [B, C, h, w] for the loss."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """A clean sample [B, C, h, w] -> uint8 pixels [B, c, H, W]."""
+        ...
+
+
+class VaeCodec:
+    """Latents of `vae`, shifted and scaled per channel to mean `final_mean` and standard deviation `final_std`.
+
+    `vae` needs encode(images) -> mean | log-variance and decode(z); its factor 0.18215 plays no part here. It runs in
+    chunks of `chunk` images in its own dtype (float16 in the published evaluation on GPUs).
+    """
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        raw_mean: Sequence[float] = SD_VAE_MEAN,
+        raw_std: Sequence[float] = SD_VAE_STD,
+        final_mean: float = 0.0,
+        final_std: float = 0.5,
+        chunk: int = 8,
+        dtype: torch.dtype = torch.float32,
+        factor: int = 8,
+    ):
+        self.vae, self.chunk, self.dtype, self.factor = vae, chunk, dtype, factor
+        self.channels = len(raw_mean)
+        self.scale = torch.tensor(final_std, dtype=torch.float32) / torch.tensor(raw_std, dtype=torch.float32)
+        self.bias = final_mean - torch.tensor(raw_mean, dtype=torch.float32) * self.scale
+
+    def _per_channel(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(v.to(like.device)[:, None, None] for v in (self.scale, self.bias))
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] (one channel is repeated) -> float32 mean | std [B, 2C, h, w], unscaled."""
+        images = pixels.float() / 127.5 - 1
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        found = []
+        for part in images.to(self.dtype).split(self.chunk):
+            gaussian = posterior(self.vae.encode(part))
+            found.append(torch.cat([gaussian.mean, gaussian.std], dim=1).float())
+        return torch.cat(found)
+
+    def scale_moments(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Latents [B, C, h, w] from mean | std and standard normal noise [B, C, h, w]."""
+        mean, std = moments.chunk(2, dim=1)
+        scale, bias = self._per_channel(moments)
+        return (mean + noise * std) * scale + bias
+
+    def draw(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
+        mean = moments[:, : self.channels]
+        device = mean.device if generator is None else generator.device
+        noise = torch.randn(mean.shape, generator=generator, device=device)
+        return self.scale_moments(moments, noise.to(moments.device))
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """What the VAE's decoder receives. Subtract, then divide: the released order, for equal rounding."""
+        scale, bias = self._per_channel(latents)
+        return (latents - bias) / scale
+
+    @torch.no_grad()
+    def decode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """uint8 [B, 3, H, W] of latents [B, C, h, w].
+
+        As in the release, 2C channels are mean | std and become a sample with `noise` first (unscaled like a latent,
+        although they are raw), and three channels are pixels already.
+        """
+        if x.shape[1] == 3 != self.channels:
+            return x
+        if x.shape[1] == 2 * self.channels:
+            mean, std = x.chunk(2, dim=1)
+            x = mean + (torch.randn_like(mean) if noise is None else noise) * std
+        parts = self.unscale(x).split(self.chunk)
+        return torch.cat([to_pixels(self.vae.decode(part.to(self.dtype))) for part in parts])
+
+
+class RgbCodec:
+    """Pixels themselves, in [-1, 1]."""
+
+    factor = 1
+
+    def __init__(self, channels: int = 3):
+        self.channels = channels
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        return pixels.float() / 127.5 - 1
+
+    def draw(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
+        return moments
+
+    def decode(self, x: Tensor) -> Tensor:
+        return (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
