@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from golden.case import Case, read_cases
 from neon_core.errors import UserError
 from neon_core.files.checkpoint import Checkpoint, read_checkpoint
