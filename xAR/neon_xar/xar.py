@@ -264,6 +264,11 @@ class XAR(nn.Module):
     def blocks(self) -> list[Block]:
         return [*self.encoder_blocks, *self.decoder_blocks]
 
+    def compile_blocks(self) -> None:
+        """torch.compile of every block in place; state-dict names stay."""
+        for block in self.blocks:
+            block.compile()
+
     def new_cache(self, rows: int) -> Cache:
         """An empty cache for `rows` sequences, in the dtype in which attention runs (autocast's, where it is on)."""
         weight = self.pred.weight
@@ -277,7 +282,7 @@ class XAR(nn.Module):
         return Cache(keys=stores(), values=stores())
 
     def forward(self, tokens: Tensor, labels: Tensor, k: Tensor) -> Tensor:
-        """Velocity of all tokens [B, 256, C] in one masked pass, as in training; integer times k [B, 4], of the cells."""
+        """Velocity of all tokens [B, 256, C] in one masked pass, as in training; integer times k [B, 4] per cell."""
         return self.velocity(tokens, self.class_emb(labels)[:, None] + self.time_embed(k))
 
     def velocity(self, tokens: Tensor, condition: Tensor, cell: int = CELLS - 1, cache: Cache | None = None) -> Tensor:

@@ -4,10 +4,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from golden.adapters import merges
+from golden.case import mismatch
 from golden.fill import fill
+from neon_core.backbone import TrainSettings
 from neon_core.kl_vae import AutoencoderKL, posterior
+from neon_core.schedules import Ema
+from neon_core.selftrain import FineTune, snapshot_plan
+from neon_xar.backbone import XARBackbone
 from neon_xar.flow import cell_guidance, euler, euler_maruyama, guide, sde_times, time_index
 from neon_xar.loss import Randomness, drop_labels, logit_normal, noised, velocity_loss
+from neon_xar.official import OfficialSchedule, official_labels, official_lr
 from neon_xar.sampler import sample_latents
 from neon_xar.vae import SCALE, center_crop, from_uint8, scaled_latent, to_uint8
 from neon_xar.xar import CELL_TOKENS, CELLS, NULL_CLASS, SIZES, XAR, GatedMLP, Rope, build, from_cells, to_cells
@@ -280,6 +287,106 @@ def crop(case):
     return out
 
 
+def labels(case):
+    out = {}
+    for row, (num_images, class_num, batch, world) in enumerate(case.array("num_class_batch_world").tolist()):
+        found = official_labels(num_images, class_num, batch, world)
+        out[f"labels_{row}"], out[f"total_batches_{row}"] = found, np.array(len(found) // (batch * world))
+    return out
+
+
+def lr_schedule(case):
+    return {"lr": np.array([official_lr(*row) for row in case.array("lr_minlr_warmup_epoch").tolist()])}
+
+
+def _closed_form(seed: int, shape: tuple[int, ...]) -> Tensor:
+    k = np.arange(np.prod(shape), dtype=np.float64)
+    values = np.sin(k * (0.7310 + 0.0137 * seed) + seed).astype(np.float32) * np.float32(1.4142135)
+    return torch.from_numpy(values.reshape(shape))
+
+
+class _GivenDraws(XARBackbone):
+    """The backbone with the randomness of its loss handed in, one batch after the other."""
+
+    draws: list[Randomness]
+
+    def self_training_loss(self, x, labels, generator):
+        return velocity_loss(self.net, x, labels, self.draws.pop(0), self.net.label_drop_prob)
+
+
+def finetune(case):
+    config, args = case.config, case.config["args"]
+    epochs, steps, batch = config["epochs"], config["batches_per_epoch"], args["batch_size"]
+    seeds, channels = config["closed_form_seeds"], 16
+    each = (epochs, steps, batch)
+    moments = _closed_form(seeds["moments"], (*each, 2 * channels, 16, 16)).flatten(0, 1)
+    eps = _closed_form(seeds["posterior_noise"], (*each, channels, 16, 16)).flatten(0, 1)
+    noise = _closed_form(seeds["noise"], (epochs, steps, CELLS, batch, CELL_TOKENS, channels)).flatten(0, 1)
+    drop, t = case.tensor("drop_uniform").flatten(0, 1), case.tensor("t").flatten(0, 1).unflatten(1, (CELLS, batch))
+    net = _net(config["model"])
+    with torch.device("meta"):
+        backbone = _GivenDraws(net, AutoencoderKL())
+    backbone.draws = [Randomness(*rows) for rows in zip(drop, t, noise, strict=True)]
+    settings = TrainSettings(
+        images=epochs * steps * batch,
+        batch_size=batch,
+        micro_batch_size=batch,
+        lr=args["lr"],
+        schedule=OfficialSchedule(args["warmup_epochs"], steps * batch, args["min_lr"] / args["lr"]),
+        optimizer="adamw",
+        betas=tuple(config["betas"]),
+        weight_decay=args["weight_decay"],
+        clip_norm=args["grad_clip"],
+        ema=Ema(decay=args["ema_rate"]),
+        snapshot_images=args["save_img_interval"],
+    )
+    run = FineTune(backbone, settings, torch.device("cpu"))
+    parameters = dict(net.named_parameters())
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    before, after, losses, lrs, files = {}, [], [], [], {}
+    for name, p in parameters.items():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: before.__setitem__(name, p.grad.norm()))
+    norms = []
+
+    def at_step(*_):
+        norms.append(torch.stack(list(before.values())).norm())
+        after.append(torch.stack([p.grad.norm() for p in parameters.values()]).norm())
+
+    run.optimizer.register_step_pre_hook(at_step)
+    for x, e, own in zip(moments, eps, case.tensor("labels").flatten(0, 1), strict=True):
+        lrs.append(run.lr)
+        losses.append(run.step([(scaled_latent(x, e), own, torch.Generator().manual_seed(0))]))
+        if run.images_seen in snapshot_plan(settings):
+            files[run.images_seen] = {name: value.clone() for name, value in run.theta_syn().items()}
+    expected = [int(name.split("-")[-1].removesuffix(".pth")) for name in config["expected_files"]]
+    assert set(expected) <= set(files) and list(files[expected[0]]) == config["model_ema_keys"]
+    ema, order = files[max(expected)], config["parameter_order"]
+    groups = {id(p): number for number, group in enumerate(run.optimizer.param_groups) for p in group["params"]}
+    change = parameters["class_emb.weight"].detach() - start["class_emb.weight"]
+    out = {
+        "losses": torch.stack(losses),
+        "lrs": np.array(lrs),
+        "param_delta_norms": torch.stack([(parameters[name].detach() - start[name]).norm() for name in order]),
+        "ema_delta_norms": torch.stack([(ema[name] - start[name]).norm() for name in order]),
+        "group_of_parameter": np.array([groups[id(parameters[name])] for name in order]),
+        "grad_norm_before_clip": torch.stack(norms),
+        "grad_norm_after_clip": torch.stack(after),
+        "class_emb_row_delta_norms": change[config["class_rows"]].norm(dim=1),
+        "images_seen": np.array(run.images_seen),
+        "epoch_in_last_file": np.array((max(expected) - batch) // (steps * batch)),
+    }
+    return out | {"ema_" + name.replace(".", "_"): ema[name] for name in config["full"]}
+
+
+def compare_pixels(case, output: str, ours) -> str | None:
+    """uint8 of decoded images: at most 1 apart, in at most 0.1 % of the pixels."""
+    if output != "uint8":
+        return mismatch(case, output, ours)
+    gap = np.abs(np.asarray(ours).astype(int) - case.expected[output])
+    limit = 0.001 * gap.size
+    return None if gap.max() <= 1 and np.count_nonzero(gap) <= limit else f"{output}: off by up to {gap.max()}"
+
+
 ADAPTERS = {
     "rope": rope,
     "swiglu": swiglu,
@@ -297,7 +404,12 @@ ADAPTERS = {
     "kl_vae": kl_vae,
     "to_uint8": uint8,
     "center_crop": crop,
+    "labels": labels,
+    "lr_schedule": lr_schedule,
+    "finetune": finetune,
+    "merge": merges.merge_xar,
 }
+COMPARE = {"kl_vae": compare_pixels}
 
 
 def KEY_LISTS(name: str, spec: dict) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,213 @@
+"""xAR behind the contract: transformer, frozen autoencoder, guidance, labels and pixel rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from neon_core.backbone import Backbone, Recipe
+from neon_core.errors import UserError
+from neon_core.files.checkpoint import Checkpoint, find_file, load_strict, read_checkpoint
+from neon_core.kl_vae import AutoencoderKL, to_ldm_names
+from neon_core.seeds import PerImageRandom
+from neon_xar.flow import MIN_STEPS
+from neon_xar.loss import draw_randomness, velocity_loss
+from neon_xar.official import official_labels
+from neon_xar.sampler import sample_latents
+from neon_xar.vae import ROUNDINGS, both_moments, center_crop, decode, scaled_latent
+from neon_xar.xar import GRID, SIZES, XAR, build
+
+DEFAULT_VAE = Path(__file__).resolve().parents[1] / "pretrained" / "kl16.ckpt"
+PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+LABEL_RULES = ("balanced", "official")
+
+
+class XARBackbone(Backbone):
+    """`vae_name` says which autoencoder weights prepared moments belong to; nothing reads it but `prepared_key`."""
+
+    def __init__(self, net: XAR, autoencoder: AutoencoderKL, vae_name: str = "kl16"):
+        if (autoencoder.embed_dim, autoencoder.stride * GRID) != (net.channels, net.img_size):
+            raise UserError(
+                f"the autoencoder has {autoencoder.embed_dim} latent channels and stride {autoencoder.stride}, the "
+                f"transformer wants {net.channels} and {net.img_size // GRID}; give the --vae_path that belongs to it"
+            )
+        self.net, self.autoencoder = net, autoencoder.eval().requires_grad_(False)
+        self.img_size, self.num_classes = net.img_size, net.class_num
+        self.prepared_key = f"moments-{vae_name}-{net.img_size}"
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        vae_path: str | Path = DEFAULT_VAE,
+        model: str | None = None,
+        compiled: bool = False,
+    ) -> XARBackbone:
+        """Weights of `checkpoint` beside the autoencoder of `vae_path`, in eval mode. Raises UserError.
+
+        The size is the checkpoint's own configuration where it has one (files that Neon wrote), else `model`, else the
+        recipe's name.
+        """
+        name = model or recipe.name
+        check_model_name(name)
+        checkpoint, vae_path = _present("checkpoint", checkpoint, name), _present("--vae_path", vae_path, name)
+        weights = read_checkpoint(checkpoint)
+        net = _empty_net(weights, name)
+        autoencoder, vae_name = load_autoencoder(vae_path, device)
+        load_strict(net, weights)
+        net = net.to(device).eval().requires_grad_(False)
+        if compiled:
+            net.compile_blocks()
+        return cls(net, autoencoder, vae_name)
+
+    def network_config(self) -> dict[str, Any]:
+        return {"class": "XAR", "kwargs": self.net.config}
+
+    def assign_labels(self, seeds: Sequence[int], *, labels: str = "balanced", **_) -> Tensor:
+        """balanced: class = seed mod number of classes, so that any run of consecutive seeds is balanced to within one
+        image, and an image keeps its class in every run. official: the official list, refused where it would pad."""
+        if labels == "official":
+            if len(seeds) % self.num_classes:
+                raise UserError(
+                    f"--labels official: {len(seeds)} images are not a multiple of {self.num_classes} classes, and the "
+                    "official list leaves the rest out; use --labels balanced"
+                )
+            return official_labels(len(seeds), self.num_classes)
+        return torch.tensor([seed % self.num_classes for seed in seeds], dtype=torch.int64)
+
+    def check_settings(
+        self, *, cfg: float, flow_steps: int, precision: str = "auto", rounding: str = "truncate", **_
+    ) -> None:
+        """UserError for settings that the sampler cannot use."""
+        if flow_steps < MIN_STEPS:
+            raise UserError(f"--flow_steps {flow_steps}: xAR's sampler needs at least {MIN_STEPS} steps per cell")
+        if not math.isfinite(cfg):
+            raise UserError(f"--cfg {cfg}: a finite number is wanted")
+        if precision not in (*PRECISIONS, "auto"):
+            raise UserError(f"--precision {precision}: choose auto, {', '.join(PRECISIONS)}")
+        if rounding not in ROUNDINGS:
+            raise UserError(f"--rounding {rounding}: choose {' or '.join(ROUNDINGS)}")
+
+    @torch.no_grad()
+    def sample(
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None,
+        *,
+        cfg: float,
+        flow_steps: int,
+        precision: str = "auto",
+        rounding: str = "truncate",
+        **_,
+    ) -> Tensor:
+        """uint8 [B, 3, img_size, img_size]. Initial and step noise come from each image's own generator on the device.
+
+        `precision` is of the transformer; the sampler's state stays in float64 and the autoencoder in float32. "auto":
+        float16 on CUDA, as in the official evaluation, and float32 on the CPU.
+        """
+        self.check_settings(cfg=cfg, flow_steps=flow_steps, precision=precision, rounding=rounding)
+        device = self.net.mask.device
+        labels = self.assign_labels(seeds) if labels is None else labels
+        random = PerImageRandom(seeds, device)
+        if precision == "auto":
+            precision = "fp16" if device.type == "cuda" else "fp32"
+        dtype = PRECISIONS[precision]
+        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+            latents = sample_latents(self.net, labels.to(device), flow_steps, cfg, random.randn)
+        return decode(self.autoencoder, latents, rounding)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Posterior moments of the images and of their mirror images, float32 [B, 2, 2z, 16, 16]."""
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        if images.shape[-2:] != (self.img_size, self.img_size):
+            crops = [center_crop(image.permute(1, 2, 0).cpu().numpy(), self.img_size) for image in images]
+            images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).to(images.device)
+        return both_moments(self.autoencoder, images)
+
+    def encode(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
+        """Scaled latents [B, z, 16, 16]: either flip with probability 1/2, sampled from its posterior."""
+        B, device = len(prepared), generator.device
+        mirrored = (torch.rand(B, generator=generator, device=device) >= 0.5).long()
+        moments = prepared[torch.arange(B, device=device), mirrored]
+        shape = (B, moments.shape[1] // 2, *moments.shape[2:])
+        return scaled_latent(moments, torch.randn(shape, generator=generator, device=device))
+
+    def self_training_loss(self, x: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        random = draw_randomness(len(x), x.shape[1], generator)
+        return velocity_loss(self.net, x, labels, random, self.net.label_drop_prob)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Biases and norm weights are not decayed; they come first, as in the official optimizer."""
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for name, parameter in self.net.named_parameters():
+            (plain if parameter.ndim < 2 or name.endswith(".bias") else decayed).append(parameter)
+        return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+
+
+def check_model_name(name: str) -> None:
+    """UserError that lists the valid names."""
+    if name not in SIZES:
+        raise UserError(f"--model {name}: no such model; choose one of {', '.join(SIZES)}")
+
+
+def _present(flag: str, path: str | Path, model: str) -> Path:
+    """The file; UserError with the command that fetches everything this model needs."""
+    try:
+        return find_file(path)
+    except UserError as error:
+        if Path(path).exists():
+            raise
+        word = model.replace("xar_", "xar")[:4]  # xarb, xarl, xarh
+        raise UserError(f"{flag} {path}: does not exist; fetch it with `bash download_models.sh {word}`") from error
+
+
+def load_autoencoder(path: str | Path, device: torch.device) -> tuple[AutoencoderKL, str]:
+    """(autoencoder in eval mode, a name that changes with its weights). Without a configuration in the file: KL-16."""
+    found = read_checkpoint(path)
+    if found.config and found.config["class"] != "AutoencoderKL":
+        raise UserError(f"--vae_path {path}: holds a {found.config['class']}, not an autoencoder; use kl16.ckpt")
+    with torch.device("meta"):
+        autoencoder = AutoencoderKL(**(found.config["kwargs"] if found.config else {}))
+    found = dataclasses.replace(found, state=to_ldm_names(found.state))
+    try:
+        load_strict(autoencoder, found, ignore=("loss.", "model_ema."))  # what its training may have left
+    except UserError as error:
+        raise UserError(f"--vae_path {error.message}; use kl16.ckpt") from error
+    return autoencoder.to(device).eval().requires_grad_(False), _digest(autoencoder)
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:12]
+
+
+def _empty_net(weights: Checkpoint, name: str) -> XAR:
+    """The network that the checkpoint's configuration or `name` says, on the meta device."""
+    dropout = {"attn_dropout": 0.1, "proj_dropout": 0.1}  # in training only, as the official scripts set it
+    if weights.config and weights.config["class"] != "XAR":
+        raise UserError(f"{weights.path}: holds a {weights.config['class']}, not an xAR transformer")
+    table = weights.state.get("encoder_pos_embed_learned")
+    if not weights.config and table is not None and table.shape[-1] != SIZES[name]["width"]:
+        fits = [size for size, numbers in SIZES.items() if numbers["width"] == table.shape[-1]]
+        advice = f"; give --model {fits[0]}" if fits else ""
+        raise UserError(
+            f"{weights.path}: not {name} weights: width {table.shape[-1]} instead of {SIZES[name]['width']}{advice}"
+        )
+    with torch.device("meta"):
+        return XAR(**weights.config["kwargs"]) if weights.config else build(name, **dropout)
