@@ -108,6 +108,10 @@ class Backbone(Protocol):
         """Optimizer groups over `net`."""
         return [{"params": [p for p in self.net.parameters() if p.requires_grad], "weight_decay": weight_decay}]
 
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks of `net`: units of sharding and of activation checkpointing."""
+        return []
+
     def data_order(self, num_items: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
         """Endless global batches: int64 [batch_size], indices into the synthetic set."""
         return shuffled_epochs(num_items, batch_size, seed)

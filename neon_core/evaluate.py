@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -20,9 +21,90 @@ from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, broadcast_object, is_main, print0, rank, world_size
 from neon_core.errors import UserError
 from neon_core.files.atomic import atomic_path
+from neon_core.files.downloads import fetch
+from neon_core.files.image_set import ImageSet
 from neon_core.metrics.accumulator import MetricAccumulator
+from neon_core.metrics.detector import Detector, load_inception
+from neon_core.metrics.reference import Reference, load_reference
 from neon_core.seeds import deal, format_seeds, global_batches
 from neon_core.synthetic import image_name, write_images
+
+
+class Evaluator:
+    """Reference, detector and wanted metrics, all checked before a model is built; then called once per setting.
+
+    `reference`: .npz path or URL, or a Reference. `detector`: None for the published Inception, a weight file, or any
+    Detector. `metrics`: of fid, is, kid, prdc; the last two need `real_images`, a folder or .zip. Raises UserError.
+    """
+
+    def __init__(
+        self,
+        reference: str | Path | Reference,
+        *,
+        device: torch.device,
+        metrics: Sequence[str] = ("fid", "is"),
+        detector: Detector | str | Path | None = None,
+        real_images: str | Path | None = None,
+    ):
+        if {"kid", "prdc"} & set(metrics) and real_images is None:
+            raise UserError("--metrics kid and prdc compare with real images; name a folder or .zip as --real_images")
+        self.metrics = tuple(metrics)
+        path = None if isinstance(reference, Reference) else fetch(reference)
+        if path is not None:
+            reference = load_reference(path)  # the cheap check first
+        if detector is None or isinstance(detector, str | Path):
+            detector = load_inception(detector, device)
+        if len(reference.mu) != detector.num_features:
+            raise UserError(
+                f"{reference.name}: made from {len(reference.mu)} features, the detector gives {detector.num_features}"
+            )
+        self.reference, self.detector, self.device = reference, detector, device
+        self._real_images = ImageSet(real_images, use_labels=False) if real_images is not None else None
+        self._real_features: Tensor | None = None
+
+    def new_accumulator(self, num_images: int) -> MetricAccumulator:
+        return MetricAccumulator(self.detector, num_images, self.metrics)
+
+    def real_features(self, batch_size: int) -> Tensor | None:
+        """float32 [n, D] of the real images, extracted once, shared out over ranks."""
+        if self._real_images is not None and self._real_features is None:
+            images = self._real_images
+            part = MetricAccumulator(self.detector, len(images), (), keep_features=True)
+            batches = global_batches(len(images), batch_size)
+            for b in deal(len(batches), rank(), world_size()):
+                items = np.arange(batches[b].start, batches[b].stop)
+                part.update(images.images(items).to(self.device), torch.from_numpy(items))
+            self._real_features = part.reduced().features
+        return self._real_features
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        seeds: Sequence[int],
+        *,
+        settings: dict,
+        batch_size: int,
+        **options,
+    ) -> dict:
+        """Every wanted metric of the images of `seeds`, with what made them; `options` go to `evaluate`."""
+        began = time.monotonic()
+        make = lambda: self.new_accumulator(len(seeds))  # noqa: E731
+        total = evaluate(backbone, seeds, make, settings=settings, batch_size=batch_size, **options)
+        values = total.compute(self.reference, self.real_features(batch_size))
+        return {
+            **values,
+            "num_images": len(seeds),
+            "seeds": format_seeds(seeds),
+            "settings": settings,
+            "batch_size": batch_size,
+            "reference": self.reference.name,
+            "detector": self.detector.name,
+            "detector_is_official": self.detector.official,
+            "seconds": round(time.monotonic() - began, 2),
+            "world_size": world_size(),
+            "device": str(self.device),
+            "torch": torch.__version__,
+        }
 
 
 def evaluate(
@@ -47,19 +129,25 @@ def evaluate(
     labels = backbone.assign_labels(seeds, **settings)
     batches = global_batches(len(seeds), batch_size)
     accumulator = new_accumulator()
-    store = _Store(work_dir, {"seeds": format_seeds(seeds), "batch_size": batch_size, "settings": settings,
-                              **(identity or {})}) if work_dir else None  # fmt: skip
-    done = store.resume(accumulator, new_accumulator) if store else []
+    store, done = None, []
+    if work_dir is not None:
+        identity = {"seeds": format_seeds(seeds), "batch_size": batch_size, "settings": settings, **(identity or {})}
+        store = _Store(work_dir, identity)
+        done = store.resume(accumulator, new_accumulator)
+        if done:
+            print0(f"continuing: {len(done)} of {len(batches)} batches were done in {store.folder}")
     mine = deal(len(batches), rank(), world_size(), done)
-    if done:
-        print0(f"continuing: {len(done)} of {len(batches)} batches were done in {store.folder}")
-    bar = tqdm(total=len(seeds), initial=sum(len(batches[b]) for b in done), unit="img", desc="evaluate",
-               disable=not (progress and is_main()))  # fmt: skip
+    bar = tqdm(
+        total=len(seeds),
+        initial=sum(len(batches[b]) for b in done),
+        unit="img",
+        desc="evaluate",
+        disable=not (progress and is_main()),
+    )
     finished, saved_at = list(done) if is_main() else [], time.monotonic()
     for number, b in enumerate(mine):
         part = list(batches[b])
-        own = None if labels is None else labels[part]
-        images = backbone.sample([seeds[i] for i in part], own, **settings)
+        images = backbone.sample([seeds[i] for i in part], None if labels is None else labels[part], **settings)
         accumulator.update(images, torch.tensor(part))
         if save_images is not None:
             names = [image_name(i, None if labels is None else int(labels[i])) for i in part]
@@ -71,10 +159,10 @@ def evaluate(
             store.save(accumulator, finished)
             saved_at = time.monotonic()
     bar.close()
-    accumulator.reduce()
+    total = accumulator.reduced()
     if store:
         store.clear()
-    return accumulator
+    return total
 
 
 class _Store:
@@ -125,8 +213,3 @@ class _Store:
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
         barrier()
-
-
-def sample_grid(backbone: Backbone, seeds: Sequence[int], **settings) -> Tensor:
-    """uint8 [N, C, H, W] on the CPU, for a picture: the images of `seeds`, with the labels of a run over them."""
-    return backbone.sample(seeds, backbone.assign_labels(seeds, **settings), **settings).cpu()

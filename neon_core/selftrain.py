@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from neon_core import parallel
 from neon_core.backbone import Backbone, TrainSettings
 from neon_core.distributed import all_reduce_, barrier, broadcast_object, is_main, rank, world_size
 from neon_core.errors import UserError
@@ -40,10 +40,22 @@ PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 class FineTune:
     """The moving parts of a fine-tune: `net` in train mode, its optimizer, its average, the images seen so far."""
 
-    def __init__(self, backbone: Backbone, settings: TrainSettings, device: torch.device):
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: TrainSettings,
+        device: torch.device,
+        *,
+        mode: str = "ddp",
+        activation_checkpointing: bool = False,
+    ):
         self.backbone, self.settings, self.device = backbone, settings, device
         self.images_seen = 0
         backbone.net.train().requires_grad_(True)
+        if activation_checkpointing:
+            parallel.checkpoint_activations(backbone.blocks())
+        if mode == "fsdp":
+            parallel.shard(backbone.net, backbone.blocks())
         self.ema = [p.detach().clone() for p in backbone.net.parameters()] if settings.ema else None
         self.optimizer = OPTIMIZERS[settings.optimizer](
             backbone.parameter_groups(settings.weight_decay), lr=settings.lr, betas=settings.betas, eps=settings.eps
@@ -55,11 +67,7 @@ class FineTune:
             enabled=settings.precision == "fp16",
         )
         loss = _Loss(backbone)
-        if dist.is_initialized():
-            loss = DistributedDataParallel(
-                loss, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
-            )
-        self._loss = loss
+        self._loss = parallel.replicate(loss) if mode == "ddp" else loss
 
     @property
     def lr(self) -> float:
@@ -97,11 +105,11 @@ class FineTune:
         self.scaler.unscale_(self.optimizer)
         if settings.nonfinite_gradients == "zero":
             for parameter in parameters:
-                torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
+                parameter.grad.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
         must_be_finite = settings.nonfinite_gradients == "raise" and not self.scaler.is_enabled()
         if settings.clip_norm is not None or must_be_finite:
             norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
-            if must_be_finite and not torch.isfinite(norm):
+            if must_be_finite and not torch.isfinite(parallel.whole(norm)):
                 raise UserError(
                     f"the gradient is not finite after {self.images_seen} images; lower the learning rate, or use "
                     "--precision fp32"
@@ -113,32 +121,35 @@ class FineTune:
             return
         beta = self.settings.ema.beta(self.images_seen, self.settings.batch_size)
         parameters = [p.detach() for p in self.backbone.net.parameters()]
-        torch._foreach_lerp_(self.ema, parameters, 1.0 - beta)
+        torch._foreach_mul_(self.ema, beta)
+        torch._foreach_add_(self.ema, parameters, alpha=1.0 - beta)
 
     def theta_syn(self) -> dict[str, Tensor]:
-        """The fine-tuned weights under their published names: the average if there is one, with the net's buffers."""
-        state = {name: value.detach() for name, value in self.backbone.net.state_dict().items()}
+        """The fine-tuned weights under their published names: the average if there is one, with the net's buffers.
+        A collective where the network is sharded."""
+        state = parallel.network_state(self.backbone.net)
         if self.ema is not None:
-            names = [name for name, _ in self.backbone.net.named_parameters()]
-            state.update(zip(names, self.ema, strict=True))
+            for (name, _), value in zip(self.backbone.net.named_parameters(), self.ema, strict=True):
+                state[name] = parallel.whole(value)
         return state
 
     def state_dict(self) -> dict:
+        """Everything to continue from, in full tensors: a run may go on with other ranks or another mode."""
         return {
             "images_seen": self.images_seen,
-            "net": self.backbone.net.state_dict(),
-            "ema": self.ema,
-            "optimizer": self.optimizer.state_dict(),
+            "net": parallel.network_state(self.backbone.net),
+            "ema": None if self.ema is None else [parallel.whole(value) for value in self.ema],
+            "optimizer": parallel.optimizer_state(self.backbone.net, self.optimizer),
             "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.images_seen = state["images_seen"]
-        self.backbone.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        parallel.load_network_state(self.backbone.net, state["net"])
+        parallel.load_optimizer_state(self.backbone.net, self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            self.ema = [value.to(self.device) for value in state["ema"]]
+            self.ema = [parallel.like(new, old).clone() for new, old in zip(state["ema"], self.ema, strict=True)]
 
 
 def snapshot_plan(settings: TrainSettings) -> list[int]:
@@ -172,12 +183,15 @@ def self_train(
     device: torch.device,
     provenance: dict | None = None,
     state_minutes: float = 10.0,
+    mode: str = "ddp",
+    activation_checkpointing: bool = False,
 ) -> dict[int, Path]:
     """Fine-tune `backbone` in place and write its snapshots; continue what an earlier run left in `out_dir`.
 
     Returns images seen -> snapshot. Files: `settings.json`, `log.jsonl` (a line per step), `state.pt` (to continue
     from: at every snapshot and every `state_minutes`), `snapshot-<images>.safetensors`. Every rank calls it. Raises
-    UserError where the folder holds a run with other settings, or the sizes do not divide.
+    UserError where the folder holds a run with other settings, or the sizes do not divide. `mode` (ddp or fsdp) and
+    `activation_checkpointing` trade memory for time. Afterwards the backbone holds the raw fine-tuned weights.
     """
     out_dir = Path(out_dir)
     shares = _shares(settings)
@@ -194,7 +208,7 @@ def self_train(
     plan = snapshot_plan(settings)
     if broadcast_object(snapshot_path(out_dir, plan[-1]).exists()):
         return find_snapshots(out_dir)
-    run = FineTune(backbone, settings, device)
+    run = FineTune(backbone, settings, device, mode=mode, activation_checkpointing=activation_checkpointing)
     if broadcast_object((out_dir / "state.pt").exists()):
         run.load_state_dict(torch.load(out_dir / "state.pt", map_location="cpu", weights_only=True, mmap=True))
     if is_main():
@@ -229,6 +243,7 @@ def self_train(
     if is_main():
         (out_dir / "state.pt").unlink(missing_ok=True)
     barrier()
+    parallel.keep_activations(backbone.blocks())
     backbone.net.eval().requires_grad_(False)
     return find_snapshots(out_dir)
 
@@ -342,15 +357,17 @@ def _cut_log(path: Path, images_seen: int) -> None:
 
 
 def _write_snapshot(run: FineTune, out_dir: Path, identity: dict) -> None:
+    state = run.theta_syn()
     if is_main():
         metadata = {**identity, "images_seen": run.images_seen}
         path = snapshot_path(out_dir, run.images_seen)
-        write_checkpoint(path, run.theta_syn(), config=run.backbone.network_config(), metadata=metadata)
+        write_checkpoint(path, state, config=run.backbone.network_config(), metadata=metadata)
     barrier()
 
 
 def _write_state(run: FineTune, out_dir: Path) -> None:
+    state = run.state_dict()
     if is_main():
         with atomic_path(out_dir / "state.pt") as temporary:
-            torch.save(run.state_dict(), temporary)
+            torch.save(state, temporary)
     barrier()

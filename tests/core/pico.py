@@ -87,6 +87,8 @@ class PixelMoments:
 
     name = "pixel moments"
     num_features = 12
+    num_classes = 12
+    official = False
 
     def __call__(self, images):
         pooled = torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1) / 255

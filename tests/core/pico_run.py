@@ -62,11 +62,13 @@ def main(stage, out, num, batch, save_seconds):
             data = training_data(backbone, ImageSet(out / "set"), device)
             self_train(backbone, data, RECIPE.train, out / "run", seed=5, device=device)
         if stage in ("evaluate", "all"):
-            make = lambda: MetricAccumulator(PixelMoments(), {"fid", "is"}, num_images=num)  # noqa: E731
+            make = lambda: MetricAccumulator(PixelMoments(), num, ("fid", "is"))  # noqa: E731
             done = evaluate(backbone, range(num), make, settings=RECIPE.evaluate, batch_size=batch,
                             work_dir=out / "eval", save_seconds=save_seconds)  # fmt: skip
-            mean, cov = done.mean_and_covariance()
-            torch.save({"mean": torch.as_tensor(mean), "cov": torch.as_tensor(cov)}, out / f"stats-{rank()}.pt")
+            statistics = done.feature_statistics
+            score = torch.tensor(done.inception_score.score(), dtype=torch.float64)
+            saved = {"mean": statistics.mean, "cov": statistics.covariance(), "is": score}
+            torch.save(saved, out / f"stats-{rank()}.pt")
         print0(json.dumps({"rank_0_done": stage}))
 
 

@@ -47,7 +47,7 @@ def test_statistics_agree_to_rounding_and_on_every_rank(runs, ranks):
     one = torch.load(runs[0] / "stats-0.pt")
     for rank in range(ranks):
         many = torch.load(runs[ranks] / f"stats-{rank}.pt")
-        for name in ("mean", "cov"):
+        for name in ("mean", "cov", "is"):
             torch.testing.assert_close(many[name], one[name], rtol=1e-12, atol=1e-13)
 
 
@@ -109,6 +109,6 @@ def test_a_killed_evaluation_goes_on_with_another_number_of_ranks(runs, tmp_path
     done = launch(SCRIPT, "evaluate", tmp_path)
     assert done.returncode == 0 and "continuing:" in done.stdout
     one, resumed = torch.load(runs[0] / "stats-0.pt"), torch.load(tmp_path / "stats-0.pt")
-    for name in ("mean", "cov"):
+    for name in ("mean", "cov", "is"):
         torch.testing.assert_close(resumed[name], one[name], rtol=1e-12, atol=1e-13)
     assert not (tmp_path / "eval").exists(), "nothing is left of a finished evaluation"

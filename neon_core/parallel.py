@@ -1,0 +1,98 @@
+"""How one network is spread over ranks in a fine-tune: replicated (DDP) or sharded (FSDP2), with or without activation
+checkpointing. Neither changes the numbers, beyond the rounding of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from neon_core.errors import UserError
+
+MODES = ("ddp", "fsdp")
+
+
+def shard(net: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Shard the parameters of `net` over all ranks, in place, each of `blocks` as a unit. Raises UserError."""
+    if not dist.is_initialized():
+        raise UserError("--parallel fsdp needs several processes; start the script with torchrun")
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError as error:
+        raise UserError(f"--parallel fsdp needs torch 2.6 or newer, this is {torch.__version__}; use ddp") from error
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(net)
+
+
+def replicate(loss: nn.Module) -> nn.Module:
+    """`loss` with gradients averaged over ranks; itself where there is one process."""
+    if not dist.is_initialized():
+        return loss
+    return DistributedDataParallel(
+        loss, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+    )
+
+
+def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
+    """Recompute each block in the backward pass instead of keeping its inside. Raises UserError without blocks."""
+    if not blocks:
+        raise UserError("--activation_checkpointing: this network names no blocks to recompute; leave the flag out")
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def keep_activations(blocks: Sequence[nn.Module]) -> None:
+    """Undo `checkpoint_activations`."""
+    for block in blocks:
+        block.__dict__.pop("forward", None)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard, the tensor itself otherwise. A collective: every rank calls it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """A full tensor laid out as `reference` is: on its device, and sharded where that one is."""
+    if not hasattr(reference, "full_tensor"):
+        return tensor.to(reference.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
+
+
+def optimizer_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """{parameter number: {name: full tensor}}, the same for replicated and sharded runs. A collective."""
+    numbers = {id(p): i for i, p in enumerate(net.parameters())}
+    return {
+        numbers[id(p)]: {k: whole(v).cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+        for p, state in optimizer.state.items()
+    }
+
+
+def load_optimizer_state(net: nn.Module, optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Put back what `optimizer_state` gave."""
+    for number, parameter in enumerate(net.parameters()):
+        for name, value in saved.get(number, {}).items():
+            moment = isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0
+            # the step count stays where the optimizer keeps it: on the CPU
+            optimizer.state[parameter][name] = like(value, parameter).clone() if moment else value
+
+
+def network_state(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict with full tensors on the CPU's side of a file. A collective."""
+    return {name: whole(value.detach()) for name, value in net.state_dict().items()}
+
+
+@torch.no_grad()
+def load_network_state(net: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Put back what `network_state` gave."""
+    for name, value in net.state_dict().items():
+        value.copy_(like(saved[name], value))
