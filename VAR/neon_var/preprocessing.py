@@ -43,15 +43,16 @@ def enlarge_batch(images: Tensor, resolution: int) -> Tensor:
     return torch.stack([enlarge(Image.fromarray(np.ascontiguousarray(array)), resolution) for array in arrays])
 
 
-def random_crop_offsets(
-    num_images: int, height: int, width: int, resolution: int, generator: torch.Generator
-) -> list[tuple[int, int]]:
-    """(top, left) per image, uniform over all places: top first, then left, image by image."""
-
-    def draw(extent: int) -> int:
-        return int(torch.randint(0, extent - resolution + 1, (1,), generator=generator, device=generator.device))
-
-    return [(draw(height), draw(width)) for _ in range(num_images)]
+def random_crops(images: Tensor, resolution: int, generator: torch.Generator) -> Tensor:
+    """[B, C, resolution, resolution], each image cut at its own place, uniform over all places."""
+    height, width = images.shape[-2:]
+    place = {"size": (len(images),), "generator": generator, "device": generator.device}
+    top = torch.randint(0, height - resolution + 1, **place).to(images.device)
+    left = torch.randint(0, width - resolution + 1, **place).to(images.device)
+    steps = torch.arange(resolution, device=images.device)
+    rows, columns = top[:, None] + steps, left[:, None] + steps  # [B, resolution]
+    index = torch.arange(len(images), device=images.device)[:, None, None]
+    return images.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def center_crop_offset(height: int, width: int, resolution: int) -> tuple[int, int]:

@@ -70,14 +70,20 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
     Ties at the k-th largest all stay. In ascending order, what has a cumulative probability <= 1 - top_p goes, but
     never the last one.
     """
+    candidates = None  # (values, places in V), ascending
     if top_k > 0:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        values, order = logits.topk(min(top_k + 1, logits.shape[-1]) if top_p > 0 else top_k, dim=-1)
+        kth = values[..., top_k - 1 : top_k]
+        tied = top_p > 0 and values.shape[-1] > top_k and bool((values[..., top_k:] == kth).any())
+        if top_p > 0 and not tied:  # the sorted survivors are at hand: far fewer than V
+            candidates = values[..., :top_k].flip(-1), order[..., :top_k].flip(-1)
+        else:
+            logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p > 0:
-        ascending, order = logits.sort(dim=-1)
+        ascending, order = candidates or logits.sort(dim=-1)
         remove = ascending.softmax(dim=-1).cumsum_(dim=-1) <= 1 - top_p
         remove[..., -1] = False
-        logits = logits.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter_(-1, order, ascending.masked_fill_(remove, -torch.inf))
     return logits
 
 

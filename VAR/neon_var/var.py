@@ -1,7 +1,7 @@
 """The VAR transformer: predicts a whole token map at a time from the coarser ones.
 
-Shapes: B sequences (images; twice as many under guidance), D width, H heads, c = D / H, S scales with p_i^2 tokens each,
-L = sum p_i^2 tokens, l tokens of the scale at hand, C code width, V codes.
+Shapes: B sequences (images; twice as many under guidance), D width, H heads, c = D / H, S scales with p_i^2 tokens
+each, L = sum p_i^2 tokens, l tokens of the scale at hand, C code width, V codes.
 Tian et al. 2024 (arXiv 2404.02905). State-dict names are those of the published `var_d*.pth`.
 """
 
@@ -288,6 +288,12 @@ class VAR(nn.Module):
             x = block(x, modulation=modulation, cache=cache, start=start)
         context.scale, context.length = context.scale + 1, start + l
         return self.logits(x, context.head_modulation)
+
+    def draw_drop_path(self, batch: int, generator: torch.Generator) -> Tensor:
+        """`drop_path_keep` of a step: independent draws for each image and branch."""
+        rates = torch.tensor([self.blocks[i].drop_path for i in self.drop_path_blocks], device=generator.device)
+        uniform = torch.rand(2 * len(rates), batch, generator=generator, device=generator.device)
+        return (uniform >= rates.repeat_interleave(2)[:, None]).float()
 
     def compile_blocks(self) -> None:
         """`torch.compile` of the block; one graph serves all blocks and scales. State-dict names stay."""

@@ -7,7 +7,7 @@ State-dict names are those of the published `vae_ch160v4096z32.pth`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,7 @@ class _Level(nn.Module):
 
     def __init__(self, widths: Sequence[int], dropout: float, attention: bool, resample: nn.Module | None, name: str):
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(pairwise(widths))
         self.block = nn.ModuleList(ResBlock(a, b, dropout) for a, b in pairs)
         self.attn = nn.ModuleList(PixelAttention(b) for _, b in pairs) if attention else nn.ModuleList()
         self.resample_name = name
@@ -202,9 +202,9 @@ class VQVAE(nn.Module):
         test_mode: bool = True,
     ):
         super().__init__()
-        parts = dict(ch=ch, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, dropout=dropout, z_channels=z_channels)
-        self.encoder = Encoder(**parts)
-        self.decoder = Decoder(**parts)
+        ch_mult = (1, 1, 2, 2, 4)  # four halvings: 16 pixels a side make one feature
+        self.encoder = Encoder(ch=ch, ch_mult=ch_mult, dropout=dropout, z_channels=z_channels)
+        self.decoder = Decoder(ch=ch, ch_mult=ch_mult, dropout=dropout, z_channels=z_channels)
         self.quantize = MultiScaleQuantizer(
             vocab_size, z_channels, using_znorm, beta, default_qresi_counts, v_patch_nums, quant_resi, share_quant_resi
         )
@@ -243,6 +243,7 @@ class VQVAE(nn.Module):
         """The image after every scale, encoded and decoded."""
         return [self.decode(f_hat) for _, f_hat in self.quantize.scales(self.features(images), patch_nums)]
 
+    @property
     def codes(self) -> Tensor:
         """The code vectors [V, C]."""
         return self.quantize.embedding.weight

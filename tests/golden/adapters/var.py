@@ -26,7 +26,7 @@ def make_vae(case: Case) -> VQVAE:
 
 def make_var(case: Case, vae: VQVAE) -> VAR:
     """VAR over the codes of `vae`, filled, with the case's overrides."""
-    var = fill(VAR(*vae.codes().shape, **var_arguments(case.config["VAR"])))
+    var = fill(VAR(*vae.codes.shape, **var_arguments(case.config["VAR"])))
     override(case, var)
     return var.eval()
 

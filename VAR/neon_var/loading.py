@@ -1,0 +1,106 @@
+"""Published and our own VAR and VQVAE files -> networks, with errors that say which setting fits a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neon_core.errors import UserError
+from neon_core.files.checkpoint import Checkpoint, load_strict, read_checkpoint
+from neon_var.recipes import ARCHITECTURES, VAE_FILE, tokenizer
+from neon_var.var import VAR
+from neon_var.vqvae import VQVAE
+
+ROOT = Path(__file__).resolve().parents[2]
+VAE_PLACES = (  # ours first, then where the official scripts look
+    ROOT / "checkpoints" / VAE_FILE,
+    Path(VAE_FILE),
+    ROOT / "VAR" / "VAR_imagenet_256" / "pretrained" / VAE_FILE,
+    ROOT / "VAR" / "VAR_imagenet_512" / "pretrained" / VAE_FILE,
+)
+
+
+def load_var(path: str | Path, preset: str, depth: int | None = None) -> tuple[VAR, dict[str, Any]]:
+    """(network, its constructor arguments). A file of ours says what it holds; a published one is taken for the
+    preset's network, of another `depth` if given. Raises UserError that says which depth or preset would fit."""
+    checkpoint = read_checkpoint(path)
+    if "quantize.embedding.weight" in checkpoint.state:
+        raise UserError(f"{checkpoint.path}: is a VQVAE, not a VAR; give it as --vae_ckpt")
+    if checkpoint.config is not None:
+        kwargs = _own_config(checkpoint, "VAR")
+        if depth is not None and depth != kwargs["depth"]:
+            raise UserError(f"--model_depth {depth}: {checkpoint.path} holds depth {kwargs['depth']}; leave the flag out")
+    else:
+        if preset not in ARCHITECTURES:
+            raise UserError(f"{checkpoint.path}: does not say what it holds; choose --preset {' or '.join(ARCHITECTURES)}")
+        kwargs = ARCHITECTURES[preset].network(depth)
+        _check_size(checkpoint, kwargs)
+    if preset in ARCHITECTURES:
+        side, wanted = 16 * kwargs["patch_nums"][-1], ARCHITECTURES[preset].img_size
+        if side != wanted:
+            raise UserError(f"{checkpoint.path}: makes images of {side} pixels a side, the preset {preset} of {wanted}")
+    with torch.device("meta"):
+        net = VAR(**kwargs)
+    load_strict(net, checkpoint)
+    return net, kwargs
+
+
+def load_vae(path: str | Path | None, var: VAR) -> VQVAE:
+    """The tokenizer for `var`, frozen. Raises UserError where it is missing, is none, or has another vocabulary."""
+    checkpoint = read_checkpoint(find_vae(path))
+    state = dict(checkpoint.state)
+    if "quantize.embedding.weight" not in state:
+        raise UserError(f"{checkpoint.path}: is not a VQVAE; --vae_ckpt wants {VAE_FILE} or a VQVAE made like it")
+    vocabulary = tuple(state["quantize.embedding.weight"].shape)
+    if vocabulary != (var.vocab_size, var.Cvae):
+        raise UserError(
+            f"{checkpoint.path}: has {vocabulary[0]} codes of width {vocabulary[1]}, but the VAR was trained on "
+            f"{var.vocab_size} of width {var.Cvae}; name the VQVAE that belongs to it with --vae_ckpt"
+        )
+    kwargs = tokenizer(var.patch_nums) if checkpoint.config is None else _own_config(checkpoint, "VQVAE")
+    kwargs["v_patch_nums"] = var.patch_nums  # one file serves all resolutions
+    with torch.device("meta"):
+        vae = VQVAE(**kwargs)
+    hits = "quantize.ema_vocab_hit_SV"  # usage statistics for as many scales as the VQVAE was trained with
+    if hits in state and len(state[hits]) != len(var.patch_nums):
+        state[hits] = torch.zeros(len(var.patch_nums), var.vocab_size)
+    load_strict(vae, dataclasses.replace(checkpoint, state=state))
+    return vae
+
+
+def find_vae(path: str | Path | None) -> Path:
+    """`path`, or the first of the usual places that holds the published tokenizer."""
+    if path is not None:
+        return Path(path)
+    for place in VAE_PLACES:
+        if place.exists():
+            return place
+    return VAE_PLACES[0]  # whose absence read_checkpoint reports, with the command that fetches it
+
+
+def _own_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    config = checkpoint.config
+    if config.get("class") != name:
+        raise UserError(f"{checkpoint.path}: holds a {config.get('class')}, a {name} is wanted here")
+    kwargs = dict(config["kwargs"])
+    key = "patch_nums" if name == "VAR" else "v_patch_nums"
+    kwargs[key] = tuple(kwargs[key])
+    return kwargs
+
+
+def _check_size(checkpoint: Checkpoint, kwargs: dict[str, Any]) -> None:
+    """UserError naming depth and resolution of the file where they are not those of `kwargs`."""
+    state = checkpoint.state
+    if "pos_1LC" not in state or "class_emb.weight" not in state:
+        raise UserError(f"{checkpoint.path}: is not a VAR checkpoint (no pos_1LC, no class_emb.weight)")
+    blocks = [int(name.split(".")[1]) for name in state if name.startswith("blocks.")]
+    depth, tokens = max(blocks, default=-1) + 1, state["pos_1LC"].shape[1]
+    fitting = [name for name, a in ARCHITECTURES.items() if sum(p * p for p in a.patch_nums) == tokens]
+    if tokens != sum(p * p for p in kwargs["patch_nums"]):
+        wanted = f"--preset {fitting[0]}" if fitting else "no preset that we have"
+        raise UserError(f"{checkpoint.path}: is a VAR-d{depth} with {tokens} tokens per image; it fits {wanted}")
+    if depth != kwargs["depth"]:
+        raise UserError(f"{checkpoint.path}: is a VAR-d{depth}, not d{kwargs['depth']}; add --model_depth {depth}")
