@@ -9,7 +9,9 @@ Shapes: B batch, C channels, R resolution, K classes.
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -237,9 +239,23 @@ def iddpm_table(M: int, C_1: float, C_2: float) -> np.ndarray:
 PRECONDITIONERS: dict[str, type[Precond]] = {c.__name__: c for c in (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)}
 
 
-def build_network(class_name: str, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Precond:
-    """A fresh network from the constructor arguments that a checkpoint names. Raises ValueError on an unknown class,
-    TypeError on unknown arguments."""
+def named_arguments(class_name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments by name, of which old files give some by position.
+
+    Raises ValueError on an unknown class, TypeError where the arguments do not fit.
+    """
+    bound = inspect.signature(preconditioner(class_name)).bind(*args, **kwargs)
+    named = dict(bound.arguments)
+    return named | named.pop("unet_kwargs", {})
+
+
+def preconditioner(class_name: str) -> type[Precond]:
+    """The class of that name. Raises ValueError."""
     if class_name not in PRECONDITIONERS:
         raise ValueError(f"{class_name} is not one of {', '.join(PRECONDITIONERS)}")
-    return PRECONDITIONERS[class_name](*args, **(kwargs or {}))
+    return PRECONDITIONERS[class_name]
+
+
+def build_network(class_name: str, kwargs: dict[str, Any]) -> Precond:
+    """A fresh network. Raises ValueError on an unknown class or type, TypeError on unknown arguments."""
+    return preconditioner(class_name)(**kwargs)

@@ -9,20 +9,28 @@ import tempfile
 import zipfile
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import torch
+from golden.adapters.pickles import read_edm_pickle, refuse_hostile
 from golden.case import Case, mismatch
 from golden.fill import fill
 from torch import Tensor, nn
 
+from neon_core.backbone import TrainSettings
 from neon_core.data_order import windowed_shuffle
 from neon_core.files.image_set import ImageSet
+from neon_core.metrics.neighbours import prdc
+from neon_core.metrics.scores import frechet_distance
+from neon_core.metrics.statistics import FeatureStatistics, edm_sweep_covariance
 from neon_core.schedules import Ema, LinearRamp
 from neon_core.seeds import PerImageRandom, parse_seeds
+from neon_core.selftrain import FineTune
 from neon_edm import official
 from neon_edm.augment import AugmentPipe
+from neon_edm.backbone import EDMBackbone, load_network, network_config
 from neon_edm.data import labels_of_names
 from neon_edm.layers import Conv2d
 from neon_edm.loss import EDMLoss, VELoss, VPLoss, loss_map
@@ -41,7 +49,7 @@ def unet(config: dict) -> nn.Module:
 
 def precond(config: dict, default_class: str = "EDMPrecond") -> nn.Module:
     config = dict(config)
-    return fill(build_network(config.pop("class", default_class), kwargs=config)).eval()
+    return fill(build_network(config.pop("class", default_class), config)).eval()
 
 
 def set_freqs(net: nn.Module, case: Case) -> None:
@@ -128,7 +136,7 @@ def run_init_scale(case: Case) -> dict:
     config = dict(case.config["net"])
     make = UNETS.get(config["class"])
     kwargs = {k: v for k, v in config.items() if k != "class"}
-    nets = [make(**kwargs) if make else build_network(config["class"], kwargs=kwargs)
+    nets = [make(**kwargs) if make else build_network(config["class"], kwargs)
             for _ in range(case.config["constructions"])]  # fmt: skip
     pooled = [
         torch.stack([dict(net.named_parameters())[name].detach().double().flatten() for net in nets])
@@ -454,6 +462,133 @@ def run_schedules(case: Case) -> dict:
     return out
 
 
+# Training
+
+
+class ReplayBackbone(EDMBackbone):
+    """Draws from the case instead of a generator, and notes what goes in and comes out of every loss."""
+
+    def prepare_replay(self, draws) -> None:
+        self.draws, self.loss_sums, self.image_means = draws, [], []
+
+    def random(self, generator):
+        draw, noise = next(self.draws)
+        return SimpleNamespace(randn=lambda shape: draw if shape == draw.shape else noise)
+
+    def self_training_loss(self, x, labels, generator):
+        loss = super().self_training_loss(x, labels, generator)
+        self.loss_sums.append(float(loss.detach()) * len(x))
+        self.image_means.append(x.mean(dim=(1, 2, 3)))
+        return loss
+
+
+def run_training_steps(case: Case) -> dict:
+    config, loop = case.config["net"], case.config["loop"]
+    net = precond(config)
+    set_freqs(net, case)
+    backbone = ReplayBackbone(net, {"class": config["class"], "kwargs": {}})
+    sigma_draws, noise = case.tensor("sigma_draw"), case.tensor("noise")  # [steps, rounds, B, ...]
+    steps, rounds = sigma_draws.shape[:2]
+    backbone.prepare_replay((sigma_draws[i, j], noise[i, j]) for i in range(steps) for j in range(rounds))
+    settings = TrainSettings(
+        images=steps * loop["batch_size"],
+        batch_size=loop["batch_size"],
+        micro_batch_size=loop["batch_gpu"],
+        lr=loop["lr"],
+        schedule=LinearRamp(round(loop["lr_rampup_kimg"] * 1000)),
+        nonfinite_gradients="zero",
+        ema=Ema(halflife_images=loop["ema_halflife_kimg"] * 1000, rampup_ratio=loop["ema_rampup_ratio"]),
+    )
+    run = FineTune(backbone, settings, torch.device("cpu"))
+    names = case.config["param_names_in_order"]
+    parameters = dict(net.named_parameters())
+    start = {name: value.detach().clone() for name, value in parameters.items()}
+    images = torch.from_numpy(case.array("images").transpose(0, 3, 1, 2).copy())
+    label_rows = case.array("labels") if case.has("labels") else None
+    order = backbone.data_order(len(images), loop["batch_size"], loop["seed"])
+    injection = case.config.get("gradient_injection")
+    out = {"lr": [], "net_update_norm": [], "ema_update_norm": [], "grad_norm": []}
+    norms = lambda values: [float(values[name].double().norm()) for name in names]  # noqa: E731
+    generator = torch.Generator()
+    for step in range(steps):
+        hooks = []
+        if injection and injection["iteration"] == step:
+            hooks = [inject(parameters[injection["parameter"]], injection["round"], injection["values"])]
+        micro_batches = []
+        for part in np.split(next(order), rounds):
+            labels = None if label_rows is None else torch.from_numpy(label_rows[part].argmax(1))
+            micro_batches.append((backbone.encode(images[torch.from_numpy(part)], generator), labels, generator))
+        out["lr"].append(run.lr)
+        run.step(micro_batches)
+        for hook in hooks:
+            hook.remove()
+        average = run.theta_syn()
+        out["net_update_norm"].append(norms({name: parameters[name].detach() - start[name] for name in names}))
+        out["ema_update_norm"].append(norms({name: average[name] - start[name] for name in names}))
+        out["grad_norm"].append(norms({name: parameters[name].grad for name in names}))
+    for name in loop["full_params"]:
+        out[f"net_final__{name}"], out[f"ema_final__{name}"] = parameters[name], average[name]
+    for name, _ in net.named_buffers():
+        out[f"ema_buffer__{name}"] = average[name]
+    out["loss_sum"] = np.array(backbone.loss_sums).reshape(steps, rounds)
+    out["batch_image_means"] = torch.stack(backbone.image_means).reshape(steps, rounds, -1)
+    return {name: np.array(value) if isinstance(value, list) else value for name, value in out.items()}
+
+
+def inject(parameter: nn.Parameter, in_round: int, values: list):
+    """A hook that overwrites entries of the gradient in one accumulation round."""
+    calls = iter(range(10**6))
+
+    def overwrite(grad: Tensor) -> Tensor:
+        if next(calls) == in_round:
+            grad = grad.clone()
+            for index, text in values:
+                grad.view(-1)[index] = float(text)
+        return grad
+
+    return parameter.register_hook(overwrite)
+
+
+# Files and metrics
+
+
+def run_frechet(case: Case) -> dict:
+    ours, theirs = (FeatureStatistics(case.config["dims"]) for _ in range(2))
+    ours.update(case.tensor("features"))
+    theirs.update(case.tensor("features_ref"))
+    reference = (theirs.mean.numpy(), theirs.covariance().numpy())
+    mu, sigma, slip = ours.mean.numpy(), ours.covariance().numpy(), edm_sweep_covariance(ours).numpy()
+    distance = frechet_distance(mu, sigma, *reference)
+    return {
+        "mu": mu,
+        "sigma": sigma,
+        "mu_ref": reference[0],
+        "sigma_ref": reference[1],
+        "fid": distance,
+        "fid_metrics_all": distance,
+        "sigma_metrics_all": slip,
+        "fid_metrics_all_own_sigma": frechet_distance(mu, slip, *reference),
+    }
+
+
+def run_frechet_given_stats(case: Case) -> dict:
+    return {"fid": frechet_distance(*(case.array(name) for name in ("mu", "sigma", "mu_ref", "sigma_ref")))}
+
+
+def run_prdc(case: Case) -> dict:
+    scores = prdc(real=case.tensor("real"), generated=case.tensor("fake"), k=case.config["nearest_k"])
+    return {
+        "precision": scores.precision_strict,
+        "recall": scores.recall_strict,
+        "density": scores.density,
+        "coverage": scores.coverage,
+    }
+
+
+def run_pickle(case: Case) -> dict:
+    return read_edm_pickle(case, lambda read: load_network(read, network_config(read)))
+
+
 ADAPTERS = {
     "unet": run_unet,
     "unet_eps": run_unet_eps,
@@ -480,6 +615,12 @@ ADAPTERS = {
     "dataset_zip": run_dataset_zip,
     "make_labels": run_make_labels,
     "schedules": run_schedules,
+    "training_steps": run_training_steps,
+    "pickle": run_pickle,
+    "pickle_hostile": refuse_hostile,
+    "frechet": run_frechet,
+    "frechet_given_stats": run_frechet_given_stats,
+    "prdc": run_prdc,
 }
 
 COMPARE = {
@@ -493,7 +634,7 @@ COMPARE = {
 
 def KEY_LISTS(file_name: str, spec: dict) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        net = build_network(spec["class_name"], kwargs=spec["constructor_kwargs"])
+        net = build_network(spec["class_name"], spec["constructor_kwargs"])
     assert sum(p.numel() for p in net.parameters()) == spec["total_parameters"]
     assert [name for name, _ in net.named_buffers()] == spec["buffers"]
     return {name: value.shape for name, value in net.state_dict().items()}

@@ -1,0 +1,180 @@
+"""EDM as Neon sees it: load, label, sample, and the loss of the self-training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neon_core.backbone import Backbone, Recipe
+from neon_core.data_order import batched, windowed_shuffle
+from neon_core.errors import UserError
+from neon_core.files.checkpoint import Checkpoint, load_strict, read_checkpoint
+from neon_core.seeds import PerImageRandom
+from neon_edm.augment import AugmentPipe
+from neon_edm.layers import UNetBlock
+from neon_edm.loss import LOSSES, EDMLoss, GeneratorRandom, Loss, Random
+from neon_edm.precond import Precond, build_network, named_arguments
+from neon_edm.recipes import EDMRecipe
+from neon_edm.sampler import edm_sampler, to_uint8
+
+LABEL_CHUNK = 256  # images whose label draws are made together; only a matter of memory
+
+
+class EDMBackbone(Backbone):
+    """A preconditioned U-Net with EDM's sampler and loss.
+
+    `config` is {"class", "kwargs"} of `net` and goes into the checkpoints that are written. `loss` defaults to the one
+    that belongs to the preconditioner; `augment` None trains on the images as they are.
+    """
+
+    def __init__(
+        self,
+        net: Precond,
+        config: dict[str, Any],
+        device: torch.device | str = "cpu",
+        *,
+        loss: Loss | None = None,
+        augment: AugmentPipe | None = None,
+    ):
+        self.device = torch.device(device)
+        # Channels last is what the convolutions of tensor cores want; on the CPU it gains nothing.
+        self.memory_format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        self.net = net.to(self.device, memory_format=self.memory_format).eval().requires_grad_(False)
+        self.config = config
+        self.loss = LOSSES.get(type(net).__name__, EDMLoss)() if loss is None else loss
+        self.augment = augment
+
+    @property
+    def img_size(self) -> int:
+        return self.net.img_resolution
+
+    @property
+    def num_classes(self) -> int:
+        return self.net.label_dim
+
+    @classmethod
+    def load(cls, checkpoint: str | Path, recipe: Recipe | None, device: torch.device) -> EDMBackbone:
+        """The network that `checkpoint` describes: a published pickle or one of our files; its own constructor
+        arguments, except that an `EDMRecipe` may set the dropout. Raises UserError."""
+        read = read_checkpoint(checkpoint)
+        config = network_config(read)
+        if isinstance(recipe, EDMRecipe) and recipe.dropout is not None:
+            config["kwargs"]["dropout"] = recipe.dropout
+        net = load_network(read, config)
+        augment = None
+        if isinstance(recipe, EDMRecipe) and recipe.augment > 0:
+            if getattr(net.model, "map_augment", None) is None:
+                raise UserError(f"{checkpoint}: this network takes no augmentation labels; train it with --augment 0")
+            augment = augmentation(recipe.augment)
+        return cls(net, config, device, augment=augment)
+
+    def assign_labels(self, seeds: Sequence[int], class_idx: int | None = None, **settings: Any) -> Tensor | None:
+        """`class_idx` for all, else a class drawn from each image's own generator, right after its latents.
+
+        Raises UserError if `class_idx` is out of range, or given for an unconditional network.
+        """
+        if class_idx is not None:
+            if not self.num_classes:
+                raise UserError(f"--class {class_idx}: this network is unconditional; leave --class out")
+            if not 0 <= class_idx < self.num_classes:
+                raise UserError(f"--class {class_idx}: this network has classes 0 to {self.num_classes - 1}")
+            return torch.full((len(seeds),), class_idx, dtype=torch.int64)
+        if not self.num_classes:
+            return None
+        drawn = [torch.empty(0, dtype=torch.int64)]
+        for start in range(0, len(seeds), LABEL_CHUNK):
+            random = PerImageRandom(seeds[start : start + LABEL_CHUNK], self.device)
+            random.randn(*self._latent_shape)
+            drawn.append(random.randint(self.num_classes).cpu())
+        return torch.cat(drawn)
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int]:
+        return self.net.img_channels, self.img_size, self.img_size
+
+    @torch.inference_mode()
+    def sample(
+        self, seeds: Sequence[int], labels: Tensor | None, class_idx: int | None = None, **settings: Any
+    ) -> Tensor:
+        """uint8 [B, C, R, R]. `settings` are those of `edm_sampler`; a network left in train mode samples in eval mode.
+
+        Every image draws from its own generator, in the official order: latents, its class (unless `class_idx` fixes
+        it), and the noise of each step.
+        """
+        random = PerImageRandom(seeds, self.device)
+        latents = random.randn(*self._latent_shape).contiguous(memory_format=self.memory_format)
+        if self.num_classes and class_idx is None:
+            random.randint(self.num_classes)
+        noise = lambda: random.randn(*self._latent_shape, dtype=torch.float64)  # noqa: E731
+        was_training = self.net.training
+        self.net.eval()
+        try:
+            return to_uint8(edm_sampler(self.net, latents, self.one_hot(labels), noise, **settings)).contiguous()
+        finally:
+            self.net.train(was_training)
+
+    def one_hot(self, labels: Tensor | None) -> Tensor | None:
+        """int64 [B] -> float32 [B, K] on the device; None for an unconditional network."""
+        if labels is None or not self.num_classes:
+            return None
+        return F.one_hot(labels.to(self.device), self.num_classes).to(torch.float32)
+
+    def encode(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
+        """uint8 -> float32 in [-1, 1]; no random number is used."""
+        x = prepared.to(torch.float32) / 127.5 - 1
+        return x.contiguous(memory_format=self.memory_format)
+
+    def random(self, generator: torch.Generator) -> Random:
+        """Where the loss and the augmentation draw from."""
+        return GeneratorRandom(generator, self.device)
+
+    def self_training_loss(self, x: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        """The loss map, summed over pixels and averaged over the B images: what the official loop back-propagates."""
+        loss = self.loss(self.net, x, self.one_hot(labels), self.random(generator), self.augment)  # [B, C, R, R]
+        return loss.sum() / x.shape[0]
+
+    def network_config(self) -> dict[str, Any]:
+        return self.config
+
+    def blocks(self) -> list[nn.Module]:
+        return [module for module in self.net.modules() if isinstance(module, UNetBlock)]
+
+    def data_order(self, num_items: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+        """EDM's endless windowed shuffle: together, the ranks visit what the official ones do."""
+        return batched(windowed_shuffle(num_items, seed), batch_size)
+
+
+def augmentation(p: float) -> AugmentPipe:
+    """The augmentation of the official train.py --augment=p: a mirror image always possible, no colours."""
+    return AugmentPipe(p=p, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
+
+
+def network_config(read: Checkpoint) -> dict[str, Any]:
+    """{"class", "kwargs"} that the file carries, positional arguments by name. Raises UserError where it carries none."""
+    if not read.config:
+        raise UserError(
+            f"{read.path}: does not say how its network is built; use an EDM pickle, or a file that Neon wrote"
+        )
+    try:
+        kwargs = named_arguments(read.config["class"], read.config.get("args", ()), read.config["kwargs"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{read.path}: not an EDM network that can be built here ({error})") from error
+    return {"class": read.config["class"], "kwargs": kwargs}
+
+
+def load_network(read: Checkpoint, config: dict[str, Any]) -> Precond:
+    """The network of `config` on the CPU, in eval mode, with the weights and buffers of `read`, buffers included:
+    merged ones differ from the constants in the last bit. Raises UserError where they do not fit."""
+    try:
+        with torch.device("meta"):  # no time for random weights that are overwritten
+            net = build_network(config["class"], config["kwargs"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{read.path}: not an EDM network that can be built here ({error})") from error
+    load_strict(net, read)
+    return net.eval()
