@@ -7,7 +7,8 @@ Times run from eps (data) to T (noise), x_t = alpha_t y + sigma_t noise, and the
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from neon_core.errors import UserError
 from neon_imm.dit import DIT_MODELS, DiT
 from neon_imm.songunet import SongUNet
 
+F_TYPES = ("identity", "simple_edm", "euler_fm")  # how f(x, t, s) is made from the raw output
+TEMB_TYPES = ("identity", "stride")  # the second time input: s, or t - s
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -132,10 +135,10 @@ class IMMPrecond(nn.Module):
         **model_kwargs,
     ):
         super().__init__()
-        if f_type not in ("identity", "simple_edm", "euler_fm") or temb_type not in ("identity", "stride"):
-            raise UserError(
-                f"f_type {f_type!r}, temb_type {temb_type!r}: known are identity, simple_edm, euler_fm; identity, stride"
-            )
+        if f_type not in F_TYPES:
+            raise UserError(f"f_type {f_type!r}: known are {', '.join(F_TYPES)}")
+        if temb_type not in TEMB_TYPES:
+            raise UserError(f"temb_type {temb_type!r}: known are {', '.join(TEMB_TYPES)}")
         if f_type == "euler_fm" and noise_schedule != "fm":
             raise UserError(f"f_type euler_fm is defined for noise_schedule fm, not for {noise_schedule!r}")
         if mixed_precision not in (None, *PRECISIONS):
@@ -150,6 +153,18 @@ class IMMPrecond(nn.Module):
         )  # fmt: skip
 
     # The network and its inputs.
+
+    @contextmanager
+    def running(self, training: bool, mixed_precision: str | None) -> Iterator[None]:
+        """Train or eval mode and the network's precision inside the block; as before after it."""
+        before = self.training, self.mixed_precision
+        self.train(training)
+        self.mixed_precision = mixed_precision
+        try:
+            yield
+        finally:
+            self.train(before[0])
+            self.mixed_precision = before[1]
 
     def autocast(self, device: torch.device, force_fp32: bool = False) -> AbstractContextManager:
         """The precision of the network, whatever autocast region the caller is in."""

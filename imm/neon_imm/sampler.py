@@ -12,6 +12,7 @@ from neon_core.errors import UserError
 from neon_imm.precond import IMMPrecond, NoiseSchedule
 
 RHO = 7  # of the edm grid
+DISCRETIZATIONS = ("uniform", "edm", "mid_nt")
 
 # The published names; they carry the original guidance 1.5. The README's evaluation is 8 steps at 1.8.
 PRESETS: dict[str, dict] = {
@@ -51,7 +52,7 @@ def time_grid(
         middle = schedule.nt_to_t(torch.tensor([float(nt) for nt in mid_nt], dtype=torch.float32))
         grid = torch.cat([ends[:1], middle.to(dtype), ends[1:]])
     else:
-        raise UserError(f"discretization {discretization!r}: known are uniform, edm, mid_nt")
+        raise UserError(f"discretization {discretization!r}: known are {', '.join(DISCRETIZATIONS)}")
     return grid.to(device)
 
 

@@ -89,8 +89,8 @@ def _fetch(repository: str) -> tuple[Path, dict]:
     except (OSError, HfHubHTTPError, ValueError) as error:
         raise UserError(
             f"the VAE {repository} is neither under checkpoints/{repository.split('/')[-1]}/ nor in the hub's cache, "
-            f"and cannot be fetched ({type(error).__name__}); with a network run `bash download_models.sh imm`, or pass "
-            "--vae with a folder that holds its config.json and weights"
+            f"and cannot be fetched now ({type(error).__name__}); where there is a network, run "
+            "`bash download_models.sh imm`, or name a folder with its config.json and weights as --vae"
         ) from error
     return Path(weights), _read_config(Path(config))
 

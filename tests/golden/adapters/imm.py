@@ -503,7 +503,8 @@ def merged_forward(case: Case) -> dict:
     base, aux = (read_checkpoint(case.folder / case.config[name]) for name in ("base", "aux"))
     out = {}
     for name in case.expected:
-        net = build(dataclasses.replace(base, state=neon_merge(base.state, aux.state, float(name.removeprefix("w")))))
+        state = neon_merge(base.state, aux.state, float(name.removeprefix("w")), rule="official-imm")
+        net = build(dataclasses.replace(base, state=state))
         steps = re.search(r"(\d+) uniform steps, cfg_scale ([\d.]+)", case.spec["what"])
         grid = time_grid(net.schedule, "uniform", int(steps[1]))
         out[name] = pushforward(net, case.tensor("latents"), grid, maybe(case, "labels"), float(steps[2]))
@@ -541,7 +542,7 @@ ADAPTERS = {
     "infinite_sampler": infinite_sampler,
     "label_plan": label_order,
     "pickle": lambda case: pickles.read_imm_pickle(case, build),
-    "merge": merges.imm,
+    "merge": merges.merge_imm,
     "merged_forward": merged_forward,
 }
 COMPARE = {"stability_encoder": nearly_equal_pixels}

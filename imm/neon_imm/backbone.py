@@ -1,0 +1,254 @@
+"""IMM as Neon sees it: load, label, sample, and the loss of the self-training."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neon_core.backbone import Backbone, Recipe
+from neon_core.data_order import batched, windowed_shuffle
+from neon_core.errors import UserError
+from neon_core.files.checkpoint import Checkpoint, load_strict, read_checkpoint
+from neon_core.files.image_set import ImageSet
+from neon_core.seeds import PerImageRandom
+from neon_imm.labels import label_plan
+from neon_imm.latents import SD_VAE_MEAN, SD_VAE_STD, Codec, RgbCodec, VaeCodec
+from neon_imm.loss import IMMLoss
+from neon_imm.precond import PRECISIONS, IMMPrecond, build_network
+from neon_imm.recipes import IMMRecipe
+from neon_imm.sampler import DISCRETIZATIONS, pushforward, restart, time_grid
+from neon_imm.vae_files import SD_VAE, load_vae
+
+STATES = {"float32": torch.float32, "float64": torch.float64}
+LABEL_RULES = ("in_order", "balanced")
+SAMPLERS = ("pushforward", "restart")
+LATENT_STATISTICS = ("raw_mean", "raw_std", "final_mean", "final_std")
+
+
+class IMMBackbone(Backbone):
+    """A moment matching model with its codec between pixels and samples, and the loss of its training.
+
+    `config` is {"class", "kwargs", "codec", "loss"} and goes into the checkpoints that are written.
+    """
+
+    def __init__(self, net: IMMPrecond, codec: Codec, loss: IMMLoss, config: dict[str, Any], codec_name: str = ""):
+        if codec.channels != net.img_channels:
+            raise UserError(
+                f"the network takes samples of {net.img_channels} channels, the autoencoder makes {codec.channels}; "
+                "give the --vae that belongs to it"
+            )
+        self.net = net.eval().requires_grad_(False)
+        self.codec, self.loss, self.config = codec, loss, config
+        self.img_size, self.num_classes = net.img_resolution * codec.factor, net.label_dim
+        self.prepared_key = f"moments-{codec_name}" if codec_name else ""
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        vae: str | Path | None = None,
+        compiled: bool = False,
+    ) -> IMMBackbone:
+        """The network of `checkpoint`: a published pickle, or one of our files, by its own configuration; a bare state
+        dict by the recipe's. `vae` (default: sd-vae-ft-ema) is not read for a model of pixels. Raises UserError."""
+        read = read_checkpoint(checkpoint)
+        config = full_config(read, recipe)
+        codec_name, codec = "", RgbCodec(config["kwargs"]["img_channels"])
+        if config["codec"]["kind"] == "vae":
+            autoencoder = load_vae(vae or SD_VAE).to(device, memory_format=torch.channels_last)
+            codec_name = _digest(autoencoder)
+            statistics = {name: config["codec"][name] for name in LATENT_STATISTICS if name in config["codec"]}
+            dtype = torch.float16 if device.type == "cuda" else torch.float32  # as in the official evaluation
+            codec = VaeCodec(autoencoder.to(dtype), **statistics, dtype=dtype, factor=autoencoder.stride)
+        net = load_network(read, config).to(device)
+        if compiled:
+            for block in repeated_blocks(net) or [net.model]:
+                block.compile()
+        return cls(net, codec, IMMLoss(**config["loss"]), config, codec_name)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def network_config(self) -> dict[str, Any]:
+        return self.config
+
+    def blocks(self) -> list[nn.Module]:
+        return repeated_blocks(self.net)
+
+    # Sampling
+
+    def assign_labels(self, seeds: Sequence[int], *, labels: str = "in_order", **settings: Any) -> Tensor | None:
+        """in_order: the classes one after the other, equally often; a remainder goes to the lowest classes. As in the
+        official script, so a class depends on the place in the list. balanced: seed mod number of classes, so that an
+        image keeps its class when the list is shortened or extended."""
+        if labels not in LABEL_RULES:
+            raise UserError(f"--labels {labels}: choose {' or '.join(LABEL_RULES)}")
+        if not self.num_classes:
+            return None
+        if labels == "balanced":
+            return torch.tensor([seed % self.num_classes for seed in seeds], dtype=torch.int64)
+        return label_plan(len(seeds), self.num_classes)[0]
+
+    def check_settings(
+        self,
+        *,
+        num_steps: int = 8,
+        cfg: float | None = None,
+        discretization: str = "uniform",
+        mid_nt: Sequence[float] = (),
+        sampler: str = "pushforward",
+        precision: str = "fp32",
+        state: str = "float32",
+        labels: str = "in_order",
+    ) -> None:
+        """UserError for settings that the sampler cannot use."""
+        if num_steps < 1:
+            raise UserError(f"--num_steps {num_steps}: at least one step is needed")
+        if cfg is not None and not math.isfinite(cfg):
+            raise UserError(f"--cfg {cfg}: a finite number is wanted, or none for no guidance")
+        if cfg is not None and not self.num_classes:
+            raise UserError(f"--cfg {cfg}: this network knows no classes, so there is no guidance; use --cfg none")
+        if any(not nt > 0 for nt in mid_nt):
+            raise UserError(f"--mid_nt {', '.join(map(str, mid_nt))}: noise-to-signal ratios above 0 are wanted")
+        known = (
+            ("discretization", discretization, DISCRETIZATIONS),
+            ("sampler", sampler, SAMPLERS),
+            ("precision", precision, ("fp32", *PRECISIONS)),
+            ("state", state, STATES),
+            ("labels", labels, LABEL_RULES),
+        )
+        for flag, value, choices in known:
+            if value not in choices:
+                raise UserError(f"--{flag} {value}: choose one of {', '.join(choices)}")
+
+    @torch.no_grad()
+    def sample(
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None,
+        *,
+        num_steps: int = 8,
+        cfg: float | None = None,
+        discretization: str = "uniform",
+        mid_nt: Sequence[float] = (),
+        sampler: str = "pushforward",
+        precision: str = "fp32",
+        state: str = "float32",
+        **_: Any,
+    ) -> Tensor:
+        """uint8 [B, c, img_size, img_size]. Noise comes from each image's own generator on the device.
+
+        `precision` is of the network, `state` of the time grid and the sample between steps (float32 officially,
+        float64 in the IMM release). The autoencoder decodes in its own precision.
+        """
+        device, net = self.device, self.net
+        random = PerImageRandom(seeds, device)
+        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        latents = random.randn(*shape) * net.sigma_data
+        grid = time_grid(net.schedule, discretization, num_steps, mid_nt, STATES[state], device)
+        rows = self.one_hot(labels)
+        with net.running(training=False, mixed_precision=None if precision == "fp32" else precision):
+            if sampler == "restart":
+                noises = [random.randn(*shape) for _ in range(len(grid) - 2)]
+                x = restart(net, latents, grid, noises, rows, cfg)
+            else:
+                x = pushforward(net, latents, grid, rows, cfg)
+        return self.codec.decode(x.float()).contiguous()
+
+    def one_hot(self, labels: Tensor | None) -> Tensor | None:
+        """int64 [B] -> float32 [B, K] on the device, a negative label -> zeros: unconditional."""
+        if labels is None or not self.num_classes:
+            return None
+        rows = F.one_hot(labels.clamp(min=0).to(self.device), self.num_classes).float()
+        return rows * (labels >= 0).to(rows)[:, None]
+
+    # Training
+
+    def use(self, images: ImageSet) -> None:
+        """Check that the model can be trained on this set; moments made before are not kept a second time."""
+        side = self.net.img_resolution
+        if images.shape == (2 * self.net.img_channels, side, side) and isinstance(self.codec, VaeCodec):
+            self.prepared_key = ""
+        elif images.shape[1:] != (self.img_size, self.img_size) or images.shape[0] not in (1, 3):
+            raise UserError(
+                f"{images.path}: items of shape {list(images.shape)}; this model takes images of {self.img_size}x"
+                f"{self.img_size} pixels"
+                + (f", or moments [{2 * self.net.img_channels}, {side}, {side}]" if self.prepared_key else "")
+            )
+        elif isinstance(self.codec, RgbCodec) and images.shape[0] != self.codec.channels:
+            raise UserError(
+                f"{images.path}: images of {images.shape[0]} channels; this model takes {self.codec.channels}"
+            )
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 pixels -> moments (mean | std, or pixels in [-1, 1]); moments pass unchanged."""
+        return self.codec.moments(images) if images.dtype == torch.uint8 else images
+
+    def encode(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
+        """Samples [B, C, h, w]: latents are drawn from their moments at every visit."""
+        return self.codec.draw(prepared, generator)
+
+    def self_training_loss(self, x: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Mean over groups. The student runs in the precision of the autocast region around, the teacher in fp32."""
+        precision = None
+        if torch.is_autocast_enabled(x.device.type):
+            around = torch.get_autocast_dtype(x.device.type)
+            precision = next(name for name, dtype in PRECISIONS.items() if dtype == around)
+        with self.net.running(training=self.net.training, mixed_precision=precision):
+            return self.loss(self.net, x, self.one_hot(labels), generator)[0].mean()
+
+    def data_order(self, num_items: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+        """The official endless windowed shuffle, all ranks together."""
+        return batched(windowed_shuffle(num_items, seed), batch_size)
+
+
+def full_config(read: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    """{"class", "kwargs", "codec", "loss"}: what the file says about itself, the rest from the recipe.
+
+    Raises UserError where neither says what the network is.
+    """
+    row = recipe if isinstance(recipe, IMMRecipe) else IMMRecipe(**vars(recipe))
+    config = dict(read.config) if read.config else {"class": "IMMPrecond", "kwargs": row.network}
+    if not config["kwargs"] and not config.get("args"):
+        raise UserError(f"{read.path}: does not say how its network is built; use a published pickle, or our own files")
+    if args := config.pop("args", None):
+        names = ("img_resolution", "img_channels", "label_dim")
+        config["kwargs"] = {**dict(zip(names, args, strict=False)), **config["kwargs"]}
+    vae = {"kind": "vae", "raw_mean": SD_VAE_MEAN, "raw_std": SD_VAE_STD, "final_mean": 0.0, "final_std": 0.5}
+    config.setdefault("codec", vae if row.latent else {"kind": "rgb"})
+    config.setdefault("loss", dataclasses.asdict(row.loss))
+    return config
+
+
+def load_network(read: Checkpoint, config: dict[str, Any]) -> IMMPrecond:
+    """The network of `config` on the CPU, with the weights of `read`. Raises UserError."""
+    with torch.device("meta"):  # no time for random weights that are overwritten
+        net = build_network(config)
+    net = net.to_empty(device="cpu")
+    load_strict(net, read)
+    return net
+
+
+def repeated_blocks(net: IMMPrecond) -> list[nn.Module]:
+    """The transformer's blocks; the U-Net's are too unlike to be units."""
+    return list(getattr(net.model, "blocks", []))
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:12]
