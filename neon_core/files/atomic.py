@@ -10,7 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,8 @@ def atomic_path(final: str | Path, sync: bool = True) -> Iterator[Path]:
             raise UserError(f"{final}: could not be written completely; is the disk full?") from error
         raise
     finally:
-        temporary.unlink(missing_ok=True) if _reachable(temporary) else None
-
-
-def _reachable(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:
-        return False
+        with suppress(OSError):  # not there after the rename; or its folder never was
+            temporary.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -112,10 +112,9 @@ def is_finite(tensor: Tensor) -> bool:
     """No NaN, no infinity. One pass in the usual case: the sum of finite numbers is finite."""
     if not tensor.is_floating_point():
         return True
-    if tensor.element_size() < 4:
-        total = tensor.sum(dtype=torch.float32)
-    else:
-        total = tensor.sum()
+    if tensor.element_size() == 1:  # float8 has no arithmetic
+        tensor = tensor.float()
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
 
 

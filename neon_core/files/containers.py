@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neon_core.errors import UserError
-from neon_core.files.pickles import PickledObject, read_pickle
+from neon_core.files.pickles import LazyTensor, PickledObject, Refused, read_pickle, refusal
 from neon_core.files.safetensors_file import read_header
 
 _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number 0x1950a86a20f9469cfc6c
@@ -211,7 +211,17 @@ def _open_pickle(path: Path, entry: str | None) -> Weights:
     for name, value in entries.items():
         if name != wanted:
             metadata[name] = describe(value) if isinstance(value, PickledObject) else value
-    loaders = {name: tensor.load for name, tensor in network.lazy_state()}
+
+    def loader(tensor: LazyTensor) -> Callable[[], Tensor]:
+        def load() -> Tensor:
+            try:
+                return tensor.load()
+            except Refused as error:
+                raise refusal(path, error) from error
+
+        return load
+
+    loaders = {name: loader(tensor) for name, tensor in network.lazy_state()}
     if not loaders:
         raise UserError(f"{path}: its entry {wanted!r} ({network.class_name}) holds no tensors")
     return Weights(path, "pickle", _unprefix(loaders, path), describe(network, with_attributes=False), metadata)

@@ -11,7 +11,9 @@ allowed name stands for an object or a class that cannot be changed.
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import pickletools
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,11 +36,12 @@ _DTYPES = {
 _INERT_PREFIXES = ("torch.nn.modules.", "timm.", "omegaconf.")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NUMBER_DTYPE = re.compile(r"[<>=|]?([biufc]\d{1,2}|\?)")
+_FORBIDDEN = {"PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4", "INST", "OBJ", "NEXT_BUFFER", "READONLY_BUFFER"}
 _BYTE_ORDERS = ("<", ">", "=", "|")
 
 
-class Refused(pickle.UnpicklingError):
-    """The file names or does something that is not on the list."""
+class Refused(UserError):
+    """The file names or does something that is not on the list. Its message continues "the pickle ..."."""
 
 
 class _Frozen:
@@ -91,28 +94,27 @@ class _Marker(_Frozen):
 class _Blob(_Frozen):
     """The bytes of one nested torch.save; decoded on demand, after which the bytes are let go."""
 
-    __slots__ = ("_data", "_storage")
+    __slots__ = ("_data", "_decoded")
 
     def __init__(self, data: bytes):
         if not isinstance(data, bytes):
             raise Refused("holds a storage that is not made of bytes")
-        self._put(_data=data, _storage=None)
+        self._put(_data=data, _decoded=None)
 
-    def storage(self) -> torch.UntypedStorage:
-        if self._storage is not None:
-            return self._storage
-        try:
-            with warnings.catch_warnings():  # TypedStorage is deprecated, but it is what these files hold
-                warnings.simplefilter("ignore")
-                storage = torch.load(io.BytesIO(self._data), map_location="cpu", weights_only=True)
-                if not isinstance(storage, torch.storage.TypedStorage):
-                    raise Refused(f"holds a {type(storage).__name__} where a storage of numbers was expected")
-        except Refused:
-            raise
-        except Exception as error:
-            raise Refused("holds a storage that is damaged or is more than numbers") from error
-        self._put(_storage=storage, _data=b"")
-        return storage
+    def decoded(self) -> tuple[torch.UntypedStorage, torch.dtype]:
+        if self._decoded is None:
+            try:
+                with warnings.catch_warnings():  # TypedStorage is deprecated, but it is what these files hold
+                    warnings.simplefilter("ignore")
+                    storage = torch.load(io.BytesIO(self._data), map_location="cpu", weights_only=True)
+                    if not isinstance(storage, torch.storage.TypedStorage):
+                        raise Refused(f"holds a {type(storage).__name__} where a storage of numbers was expected")
+                    self._put(_decoded=(storage.untyped(), storage.dtype), _data=b"")
+            except Refused:
+                raise
+            except Exception as error:  # of whatever damage
+                raise Refused("holds a storage that is damaged or is more than numbers") from error
+        return self._decoded
 
 
 class LazyTensor(_Frozen):
@@ -131,15 +133,13 @@ class LazyTensor(_Frozen):
         return self._size
 
     def load(self) -> Tensor:
-        """On the CPU, no gradient; tensors that share memory in the file share it here."""
-        storage = self._blob.storage()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                empty = torch.empty(0, dtype=storage.dtype)
-                return empty.set_(storage, self._offset, self._size, self._stride)  # checks the bounds
-        except RuntimeError as error:
-            raise Refused("holds a tensor that reaches beyond its storage") from error
+        """On the CPU, no gradient; tensors that share memory in the file share it here. Raises Refused."""
+        storage, dtype = self._blob.decoded()
+        available, count = storage.nbytes() // dtype.itemsize, math.prod(self._size)
+        last = self._offset + sum((n - 1) * step for n, step in zip(self._size, self._stride, strict=True))
+        if count > available or (count and last >= available):  # `set_` would enlarge the storage instead
+            raise Refused("holds a tensor that reaches beyond its storage")
+        return torch.empty(0, dtype=dtype).set_(storage, self._offset, self._size, self._stride)
 
 
 class _Dtype(_Frozen):
@@ -329,16 +329,40 @@ def read_pickle(path: str | Path, pure_python: bool = False) -> dict[str, Any]:
 def unpickle(file: BinaryIO, path: str | Path, pure_python: bool = False) -> dict[str, Any]:
     """`read_pickle` of an open file; `path` is for messages."""
     try:
+        _check_opcodes(file)
         top = (_PurePythonUnpickler if pure_python else _Unpickler)(file).load()
         if not isinstance(top, dict) or not all(isinstance(name, str) for name in top):
             raise Refused("is not a dictionary of named entries")
         return {name: _convert(value) for name, value in dict.items(top)}
     except Refused as error:
-        raise UserError(f"{path}: refused, nothing in it was run: the pickle {error}") from error
+        raise refusal(path, error) from error
     except (EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: ends early or is no pickle ({error}); download it again") from error
+        raise UserError(f"{path}: cut short or damaged; download it again") from error
     except Exception as error:  # opcodes applied to what they do not fit: the file's doing, whatever Python calls it
-        raise UserError(f"{path}: refused, not a well-formed snapshot ({type(error).__name__}: {error})") from error
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"{path}: refused, not a well-formed snapshot ({what})") from error
+
+
+def _check_opcodes(file: BinaryIO) -> None:
+    """Refuse, before anything is built, what no pickler writes: memo numbers far beyond those in use.
+
+    They make the unpickler reserve a table of that size: one flipped bit can ask for many gigabytes.
+    """
+    start = file.tell()
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+                raise Refused(f"numbers its {count}th object {argument}; it is damaged or malicious")
+            if opcode.name in _FORBIDDEN:
+                raise Refused(f"uses the opcode {opcode.name}")
+    except (ValueError, MemoryError) as error:
+        raise EOFError from error
+    file.seek(start)
+
+
+def refusal(path: str | Path, error: Refused) -> UserError:
+    """The message for the user."""
+    return UserError(f"{path}: refused, nothing in it was run: the pickle {error.message}")
 
 
 def _convert(value: Any) -> Any:
