@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from neon_core.backbone import Backbone, Recipe
 from neon_core.data_order import batched, windowed_shuffle
 from neon_core.errors import UserError
-from neon_core.files.checkpoint import Checkpoint, load_strict, read_checkpoint
+from neon_core.files.checkpoint import Checkpoint, find_file, load_strict, read_checkpoint
+from neon_core.files.downloads import fetch
 from neon_core.seeds import PerImageRandom
 from neon_edm.augment import AugmentPipe
 from neon_edm.layers import UNetBlock
@@ -62,7 +63,7 @@ class EDMBackbone(Backbone):
     def load(cls, checkpoint: str | Path, recipe: Recipe | None, device: torch.device) -> EDMBackbone:
         """The network that `checkpoint` describes: a published pickle or one of our files; its own constructor
         arguments, except that an `EDMRecipe` may set the dropout. Raises UserError."""
-        read = read_checkpoint(checkpoint)
+        read = read_checkpoint(local_file(checkpoint))
         config = network_config(read)
         if isinstance(recipe, EDMRecipe) and recipe.dropout is not None:
             config["kwargs"]["dropout"] = recipe.dropout
@@ -150,13 +151,18 @@ class EDMBackbone(Backbone):
         return batched(windowed_shuffle(num_items, seed), batch_size)
 
 
+def local_file(path_or_url: str | Path) -> Path:
+    """The file of a path, or of a URL once it is downloaded. Raises UserError."""
+    return find_file(fetch(path_or_url) if "://" in str(path_or_url) else path_or_url)
+
+
 def augmentation(p: float) -> AugmentPipe:
     """The augmentation of the official train.py --augment=p: a mirror image always possible, no colours."""
     return AugmentPipe(p=p, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
 
 
 def network_config(read: Checkpoint) -> dict[str, Any]:
-    """{"class", "kwargs"} that the file carries, positional arguments by name. Raises UserError where it carries none."""
+    """{"class", "kwargs"} that the file carries, every argument by name. Raises UserError where it carries none."""
     if not read.config:
         raise UserError(
             f"{read.path}: does not say how its network is built; use an EDM pickle, or a file that Neon wrote"

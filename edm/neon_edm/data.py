@@ -1,4 +1,4 @@
-"""Labels that a set of images carries in its file names: `000123_label7.png`, as the official make_labels.py reads them."""
+"""Labels in file names, `000123_label7.png`, read as the official make_labels.py does."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def make_labels(root: str | Path) -> tuple[Path, int]:
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"--root {root}: no such folder")
-    names = [
-        Path(folder, file).relative_to(root).as_posix() for folder, _, files in os.walk(root) for file in files
-    ]
+    names = [Path(folder, file).relative_to(root).as_posix() for folder, _, files in os.walk(root) for file in files]
     entries = labels_of_names(names)
     if not entries:
         raise UserError(f"--root {root}: no file is named like 000123_label7.png; make the set with edm/generate.py")

@@ -216,7 +216,7 @@ class PositionalEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    """[B] -> [cos(2 pi f x), sin(2 pi f x)], [B, num_channels], f = scale * normal draws, kept in the buffer `freqs`."""
+    """[B] -> [cos(2 pi f x), sin(2 pi f x)], [B, num_channels]; f, `scale` times normal draws, is a buffer."""
 
     def __init__(self, num_channels: int, scale: float = 16):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The two U-Nets of EDM: SongUNet (DDPM++ and NCSN++, Song et al. 2021) and DhariwalUNet (ADM, Dhariwal and Nichol 2021).
+"""The two U-Nets of EDM: SongUNet (DDPM++, NCSN++; Song et al. 2021), DhariwalUNet (ADM; Dhariwal and Nichol 2021).
 
 State-dict names are those of the published networks: `enc.32x32_conv`, `dec.8x8_in0`, ...
 Shapes: B batch, C channels, R resolution, K classes, A augment labels, E width of the embedding.
@@ -231,7 +231,7 @@ class SongUNet(nn.Module):
 
 
 class DhariwalUNet(nn.Module):
-    """ADM: heads of 64 channels, embeddings that scale and shift, attention in every block of the listed resolutions."""
+    """ADM: heads of 64 channels, embeddings that scale and shift, attention in every block of listed resolutions."""
 
     def __init__(
         self,

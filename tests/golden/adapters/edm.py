@@ -1,4 +1,4 @@
-"""EDM: networks, preconditioners, sampler, losses, augmentation, data, loop. Each adapter maps a case to public calls."""
+"""EDM: networks, preconditioners, sampler, losses, augmentation, data, loop. An adapter maps a case to public calls."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import PIL.Image
 import torch
+from torch import Tensor, nn
+
+from golden.adapters.merges import merge_edm
 from golden.adapters.pickles import read_edm_pickle, refuse_hostile
 from golden.case import Case, mismatch
 from golden.fill import fill
-from torch import Tensor, nn
-
 from neon_core.backbone import TrainSettings
 from neon_core.data_order import windowed_shuffle
 from neon_core.files.image_set import ImageSet
@@ -618,6 +619,7 @@ ADAPTERS = {
     "training_steps": run_training_steps,
     "pickle": run_pickle,
     "pickle_hostile": refuse_hostile,
+    "merge": lambda case: merge_edm(case, precond),
     "frechet": run_frechet,
     "frechet_given_stats": run_frechet_given_stats,
     "prdc": run_prdc,

@@ -1,0 +1,60 @@
+"""theta_base and its synthetic set -> theta_syn: the checks before a fine-tune, and the call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from neon_core.errors import UserError
+from neon_core.files.atomic import sha256_file
+from neon_core.files.image_set import ImageSet
+from neon_core.prepared import training_data
+from neon_core.selftrain import self_train
+from neon_core.synthetic import read_manifest
+from neon_edm.backbone import EDMBackbone, local_file
+from neon_edm.recipes import EDMRecipe
+
+
+def fine_tune(
+    base: str | Path,
+    data: str | Path,
+    recipe: EDMRecipe,
+    out_dir: str | Path,
+    *,
+    seed: int = 0,
+    xflip: bool = False,
+    device: torch.device,
+) -> dict[int, Path]:
+    """Images seen -> snapshot of theta_syn. Every rank calls it; an earlier run in `out_dir` is continued.
+
+    Raises UserError, before anything is trained, where the set is unfinished or does not fit the network.
+    """
+    if Path(data).is_dir():
+        read_manifest(data)
+    path = local_file(base)
+    backbone = EDMBackbone.load(path, recipe, device)
+    images = ImageSet(data, use_labels=backbone.num_classes > 0, xflip=xflip)
+    check_fits(images, backbone, path)
+    provenance = {
+        "recipe": recipe.name,
+        "augment": recipe.augment,
+        "dropout": recipe.dropout,
+        "base": path.name,
+        "base_sha256": sha256_file(path),
+        "set": images.digest,
+    }
+    batches = training_data(backbone, images, device)
+    return self_train(backbone, batches, recipe.train, out_dir, seed=seed, device=device, provenance=provenance)
+
+
+def check_fits(images: ImageSet, backbone: EDMBackbone, network: Path) -> None:
+    """UserError where the images have another shape than the network's, or it needs labels that they lack."""
+    wanted = (backbone.net.img_channels, backbone.img_size, backbone.img_size)
+    if images.shape != wanted:
+        raise UserError(f"{images.path}: images of shape {images.shape}, but {network.name} makes {wanted}")
+    if backbone.num_classes and not images.has_labels:
+        raise UserError(
+            f"{images.path}: no labels, but {network.name} is conditional; if the files are named like "
+            f"000123_label7.png, run: PYTHONPATH=edm:. python -m neon_edm.data --root {images.path}"
+        )
