@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import click
 from neon_core.distributed import is_main, print0
 from neon_core.errors import UserError
 from neon_core.files.atomic import atomic_path
+from neon_core.seeds import parse_seeds
 
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu or cuda; each local rank takes its own GPU."
@@ -25,6 +27,17 @@ json_option = click.option(
 )
 seed_option = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the fine-tune.")
 
+batch_option = click.option(
+    "--batch_size",
+    "--max_batch_size",
+    "--batch",
+    "batch_size",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Images sampled at once by one process.",
+)
+
 
 def options(*decorators: Callable) -> Callable:
     """Several click options as one decorator, in the order in which --help shows them."""
@@ -35,6 +48,71 @@ def options(*decorators: Callable) -> Callable:
         return command
 
     return apply
+
+
+def _names(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text.replace(" ", "").split(",")))
+
+
+def metric_options(metrics: str, reference: str | None = None) -> Callable:
+    """Which metrics, against what: `reference`, `metrics`, `real_images`, `detector` of `evaluate.Evaluator`."""
+    return options(
+        click.option(
+            "--fid_stats",
+            "--ref",
+            "reference",
+            default=reference,
+            show_default=True,
+            required=reference is None,
+            metavar="PATH|URL",
+            help="Reference statistics, .npz.",
+        ),
+        click.option(
+            "--metrics",
+            default=metrics,
+            show_default=True,
+            callback=_names,
+            help="Of fid, is, kid, prdc; the last two need --real_images.",
+        ),
+        click.option("--real_images", metavar="PATH", help="Real images, folder or .zip, for kid and prdc."),
+        click.option("--detector", metavar="FILE", help="Inception weights.  [default: as download_models.sh fetches]"),
+    )
+
+
+def parse_numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> list[float] | None:
+    """Callback of a flag that takes a list of numbers like 0,0.25,0.5; repeats are dropped."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{parameter.opts[0]} {text}: not a list of numbers like 0,0.25,0.5") from error
+    for number in numbers:
+        if not math.isfinite(number):
+            raise UserError(f"{parameter.opts[0]} {text}: {number} is not a finite number")
+    return list(dict.fromkeys(numbers))
+
+
+def parse_seed_list(context: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
+    """Callback of a flag that takes a seed list like 0-49999; at least one seed."""
+    if text is None:
+        return None
+    seeds = parse_seeds(text)
+    if not seeds:
+        raise UserError(f"{parameter.opts[0]} {text}: names no seed; a range runs upwards, like 0-49999")
+    return seeds
+
+
+work_options = options(
+    click.option(
+        "--work_dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Keep partial sums there, to go on after a kill.",
+    ),
+    click.option(
+        "--save_images", type=click.Path(file_okay=False, path_type=Path), help="Also write the images as PNG."
+    ),
+)
 
 
 def run(command: click.Command) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,8 +35,18 @@ def launch(script, *args, ranks: int = 0, timeout: float = 180, cwd=None, **env)
 
 
 def start(script, *args, ranks: int = 0, cwd=None, **env) -> subprocess.Popen:
-    """Start in a process group of its own, to be killed as a whole."""
+    """Start and return at once; end it with `kill_tree`."""
     return subprocess.Popen(
         command(script, *args, ranks=ranks), env=environment(**env), cwd=cwd or ROOT, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL, as a power cut: the launcher first, so that it cannot tidy up, then its workers."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=30)
+    process.wait()

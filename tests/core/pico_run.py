@@ -63,7 +63,7 @@ def main(stage, out, num, batch, save_seconds):
             self_train(backbone, data, RECIPE.train, out / "run", seed=5, device=device)
         if stage in ("evaluate", "all"):
             make = lambda: MetricAccumulator(PixelMoments(), num, ("fid", "is"))  # noqa: E731
-            done = evaluate(backbone, range(num), make, settings=RECIPE.evaluate, batch_size=batch,
+            done = evaluate(SlowPico.fresh(seed=3), range(num), make, settings=RECIPE.evaluate, batch_size=batch,
                             work_dir=out / "eval", save_seconds=save_seconds)  # fmt: skip
             statistics = done.feature_statistics
             score = torch.tensor(done.inception_score.score(), dtype=torch.float64)
