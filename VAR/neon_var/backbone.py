@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neon_core.backbone import Backbone, Recipe
 from neon_core.errors import UserError
@@ -49,12 +49,10 @@ class VARBackbone(Backbone):
         model_depth: int | None = None,
         compiled: bool = False,
         token_crops: int = 0,
-        activation_checkpointing: bool = False,
     ) -> VARBackbone:
         """The network of `checkpoint` beside the VQVAE of `vae_ckpt` (default: where download_models.sh puts it)."""
         net, net_kwargs = load_var(checkpoint, recipe.name, model_depth)
         vae = load_vae(vae_ckpt, net)
-        net.checkpoint_activations = activation_checkpointing
         if compiled:
             net.compile_blocks()
         return cls(net.to(device).eval().requires_grad_(False), vae.to(device), net_kwargs, token_crops)
@@ -184,11 +182,14 @@ class VARBackbone(Backbone):
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return loss.parameter_groups(self.net, weight_decay)
 
+    def blocks(self) -> list[nn.Module]:
+        return list(self.net.blocks)
+
     def data_order(self, num_items: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
         return official.global_batches(num_items, batch_size, seed)
 
 
-def _weights_digest(module: torch.nn.Module) -> str:
+def _weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         digest.update(name.encode())

@@ -32,16 +32,20 @@ def load_var(path: str | Path, preset: str, depth: int | None = None) -> tuple[V
     if checkpoint.config is not None:
         kwargs = _own_config(checkpoint, "VAR")
         if depth is not None and depth != kwargs["depth"]:
-            raise UserError(f"--model_depth {depth}: {checkpoint.path} holds depth {kwargs['depth']}; leave the flag out")
+            raise UserError(
+                f"--model_depth {depth}: {checkpoint.path} holds depth {kwargs['depth']}; leave the flag out"
+            )
     else:
         if preset not in ARCHITECTURES:
-            raise UserError(f"{checkpoint.path}: does not say what it holds; choose --preset {' or '.join(ARCHITECTURES)}")
+            raise UserError(
+                f"{checkpoint.path}: does not say what it holds; choose --preset {' or '.join(ARCHITECTURES)}"
+            )
         kwargs = ARCHITECTURES[preset].network(depth)
         _check_size(checkpoint, kwargs)
-    if preset in ARCHITECTURES:
-        side, wanted = 16 * kwargs["patch_nums"][-1], ARCHITECTURES[preset].img_size
-        if side != wanted:
-            raise UserError(f"{checkpoint.path}: makes images of {side} pixels a side, the preset {preset} of {wanted}")
+    side = 16 * kwargs["patch_nums"][-1]
+    fitting = [name for name, architecture in ARCHITECTURES.items() if architecture.img_size == side]
+    if preset in ARCHITECTURES and fitting and preset not in fitting:
+        raise UserError(f"{checkpoint.path}: makes images of {side} pixels a side; use the preset {fitting[0]}")
     with torch.device("meta"):
         net = VAR(**kwargs)
     load_strict(net, checkpoint)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 MAX_LOG_SCALE = math.log(100)  # of the learned attention temperature
 Modulation = tuple[Tensor, ...]  # gamma1, gamma2, scale1, scale2, shift1, shift2, each [B, 1, D]
@@ -177,7 +176,6 @@ class VAR(nn.Module):
         self.cond_drop_rate, self.patch_nums = cond_drop_rate, tuple(patch_nums)
         self.sizes = [p * p for p in self.patch_nums]  # tokens per scale
         self.num_tokens = sum(self.sizes)
-        self.checkpoint_activations = False
 
         self.pos_start = nn.Parameter(torch.empty(1, self.sizes[0], embed_dim))
         self.pos_1LC = nn.Parameter(torch.empty(1, self.num_tokens, embed_dim))
@@ -250,10 +248,7 @@ class VAR(nn.Module):
             for i, keep in zip(self.drop_path_blocks, drop_path_keep.view(-1, 2, B), strict=True):
                 keeps[i] = keep
         for block, keep in zip(self.blocks, keeps, strict=True):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, block_cond, None, mask, None, 0, keep, use_reentrant=False)
-            else:
-                x = block(x, block_cond, mask=mask, keep=keep)
+            x = block(x, block_cond, mask=mask, keep=keep)
         return self.logits(x, self.head_nm.modulation(cond))
 
     # Sampling

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-# TMP from golden.adapters.merges import ADAPTERS as MERGES
-from golden.case import Case, mismatch
-from golden.fill import fill
 from PIL import Image
 from torch import nn
 
+from golden.adapters.merges import merge_var
+from golden.case import Case, mismatch
+from golden.fill import fill
 from neon_var import loss, official, preprocessing, sampler
 from neon_var.quantizer import MultiScaleQuantizer
 from neon_var.var import VAR
@@ -529,7 +528,7 @@ ADAPTERS = {
     "batch_sampler_small": batch_sampler,
     "labels_and_png": labels_and_png,
     "finetune_schedule": finetune_schedule,
-    # TMP "neon_merge": MERGES["neon_merge"],
+    "neon_merge": merge_var,
 }
 ADAPTERS |= {f"var_teacher_forced_{v}": var_teacher_forced for v in ("plain", "saln", "nol2")}
 ADAPTERS |= {f"var_cached_cfg_{v}": var_cached_cfg for v in ("plain", "saln", "nol2")}

@@ -1,0 +1,17 @@
+#!/usr/bin/env python3
+"""FID of VAR at 256 x 256.
+
+    PYTHONPATH=VAR/VAR_imagenet_256 torchrun --standalone --nproc_per_node=8 VAR/VAR_imagenet_256/calculate_fid.py \\
+        --var_ckpt checkpoints/Neon_VARd16_imagenet256.pth --num_images 50000 --batch_size 64 --img_size 256 \\
+        --fid_stats fid_stats/adm_in256_stats.npz
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # neon_var, neon_core: run without installing
+
+from neon_var.evaluate import calculate_fid
+
+if __name__ == "__main__":
+    calculate_fid("imagenet_256")
