@@ -10,6 +10,7 @@ A killed run is continued by the same command, on any number of ranks: finished 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,6 +109,18 @@ def read_manifest(path: str | Path) -> dict | None:
     if not (path / "dataset.json").exists():
         raise UserError(f"{path}: this synthetic set was not finished; run the same generate command again")
     return manifest
+
+
+def write_zip(folder: str | Path, archive: str | Path) -> Path:
+    """A finished set as one uncompressed .zip in EDM's layout (images and dataset.json). Raises UserError."""
+    folder, archive = Path(folder), Path(archive)
+    if not (folder / "dataset.json").exists():
+        raise UserError(f"{folder}: no dataset.json, so this is not a finished set; run its generate command again")
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
+    with atomic_path(archive) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as target:
+        for name in tqdm([*names, "dataset.json"], desc="zip", disable=not is_main()):
+            target.write(folder / name, name)
+    return archive
 
 
 def _claim(out_dir: Path, manifest: dict) -> None:

@@ -63,6 +63,9 @@ class PicoBackbone(Backbone):
     def network_config(self):
         return {"class": "PicoNet", "kwargs": self.net.kwargs}
 
+    def blocks(self):
+        return [self.net.hidden, self.net.out]
+
     def assign_labels(self, seeds, **settings):
         return torch.tensor([seed % self.num_classes for seed in seeds])
 

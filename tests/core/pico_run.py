@@ -46,7 +46,9 @@ class SlowPico(PicoBackbone):
 @click.option("--num", default=41)
 @click.option("--batch", default=4)
 @click.option("--save_seconds", default=30.0)
-def main(stage, out, num, batch, save_seconds):
+@click.option("--mode", default="ddp")
+@click.option("--checkpointing", is_flag=True)
+def main(stage, out, num, batch, save_seconds, mode, checkpointing):
     torch.set_num_threads(1)
     backbone = SlowPico.fresh(seed=3)
     with session("cpu") as device:
@@ -60,7 +62,8 @@ def main(stage, out, num, batch, save_seconds):
             generate_set(backbone, range(num), out / "set", settings=RECIPE.generate, batch_size=batch)
         if stage in ("finetune", "all"):
             data = training_data(backbone, ImageSet(out / "set"), device)
-            self_train(backbone, data, RECIPE.train, out / "run", seed=5, device=device)
+            self_train(backbone, data, RECIPE.train, out / "run", seed=5, device=device, mode=mode,
+                       activation_checkpointing=checkpointing)  # fmt: skip
         if stage in ("evaluate", "all"):
             make = lambda: MetricAccumulator(PixelMoments(), num, ("fid", "is"))  # noqa: E731
             done = evaluate(SlowPico.fresh(seed=3), range(num), make, settings=RECIPE.evaluate, batch_size=batch,

@@ -58,6 +58,21 @@ def test_losses_agree_over_ranks(runs):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("flags", [("--mode", "fsdp"), ("--checkpointing",), ("--mode", "fsdp", "--checkpointing")])
+def test_sharding_and_checkpointing_change_no_loss(runs, tmp_path, flags):
+    (tmp_path / "set").symlink_to(runs[0] / "set")
+    done = launch(SCRIPT, "finetune", tmp_path, *flags, ranks=2)
+    assert done.returncode == 0, done.stderr
+    ours, plain = (
+        [json.loads(line)["loss"] for line in (folder / "run/log.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, runs[2])
+    )
+    assert ours == pytest.approx(plain, rel=1e-5) and len(ours) == 20
+    a, b = (read_checkpoint(folder / "run/snapshot-000000160.safetensors").state for folder in (tmp_path, runs[2]))
+    for name in b:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_failing_rank_ends_all_with_its_message_once(tmp_path):
     for stage, text in (
         ("fail", "RuntimeError: rank one breaks"),

@@ -1,0 +1,381 @@
+"""theta_base - w (theta_syn - theta_base), for state dicts, a live module and files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from neon_core.errors import UserError
+from neon_core.files.atomic import sha256_file
+from neon_core.files.checkpoint import read_checkpoint, write_checkpoint
+from neon_core.merge import RULES, NeonWeights, merge_command, merge_files, neon_merge
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def random_state(seed: int, dtype=torch.float32) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    state = {"a.weight": torch.randn(7, 5, generator=generator), "a.bias": torch.randn(7, generator=generator)}
+    state = {name: value.to(dtype) for name, value in state.items()}
+    state["mask"] = torch.triu(torch.full((4, 4), -torch.inf, dtype=dtype), 1)
+    return state | {"steps": torch.tensor(seed)}
+
+
+BASE, SYN = random_state(1), random_state(2)
+
+
+def same(found, expected) -> bool:
+    """Bit for bit, names in order."""
+    bits = [[value.reshape(-1).view(torch.uint8) for value in state.values()] for state in (found, expected)]
+    return list(found) == list(expected) and all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
+
+
+def floats(state: dict) -> dict:
+    return {name: state[name] for name in ("a.weight", "a.bias")}
+
+
+# The equation
+
+
+def test_against_the_equation_in_double_precision():
+    for w in (-1.0, 0.3, 1.5, 3.0):
+        merged = neon_merge(BASE, SYN, w)
+        for name, base in floats(BASE).items():
+            exact = base.double() - w * (SYN[name].double() - base.double())
+            torch.testing.assert_close(merged[name].double(), exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_w_zero_is_the_base_bit_for_bit(dtype):
+    base, syn = random_state(1, dtype), random_state(2, dtype)
+    base["a.bias"][:2] = torch.tensor([-0.0, 0.0])
+    merged = neon_merge(base, syn, 0.0)
+    assert same(merged, base) and merged["a.bias"].data_ptr() != base["a.bias"].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_w_minus_one_is_self_training(dtype):
+    base, syn = random_state(1, dtype), random_state(2, dtype)
+    merged = neon_merge(base, syn, -1.0)
+    rounding = {torch.float64: 1e-15, torch.float32: 5e-7}.get(dtype, 0.0)  # half precision is computed exactly enough
+    for name in floats(base):
+        torch.testing.assert_close(merged[name], syn[name], rtol=0, atol=rounding)
+
+
+def test_linear_in_w():
+    at = {w: neon_merge(BASE, SYN, w)["a.weight"].double() for w in (0.5, 1.0, 2.0)}
+    torch.testing.assert_close(at[2.0] - at[1.0], 2 * (at[1.0] - at[0.5]), rtol=0, atol=2e-6)
+
+
+def test_base_and_synthetic_swapped_with_w_mirrored():
+    there, back = neon_merge(BASE, SYN, 0.7), neon_merge(SYN, BASE, -1.7)
+    torch.testing.assert_close(floats(there), floats(back), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    base, syn = ({"a": torch.tensor([v], dtype=dtype)} for v in (1.0, 1.0 + torch.finfo(dtype).eps))
+    merged = neon_merge(base, syn, 0.5)["a"]
+    assert merged.dtype == dtype and merged == (1 - 0.5 * torch.finfo(dtype).eps)  # exact, below 1 numbers are denser
+    base["a"], syn["a"] = (
+        torch.full((1,), -40000.0, dtype=torch.float16),
+        torch.full((1,), 40000.0, dtype=torch.float16),
+    )
+    assert neon_merge(base, syn, -0.5)["a"] == 0  # the difference alone is beyond float16
+
+
+def test_mixed_precision_takes_the_type_of_the_base():
+    syn = {name: value.to(torch.float16) if value.is_floating_point() else value for name, value in SYN.items()}
+    merged = neon_merge(BASE, syn, 1.5)
+    assert {name: value.dtype for name, value in merged.items()} == {name: value.dtype for name, value in BASE.items()}
+    torch.testing.assert_close(floats(merged), floats(neon_merge(BASE, SYN, 1.5)), rtol=0, atol=5e-3)
+
+
+def test_masks_and_whole_numbers_come_from_the_base():
+    merged = neon_merge(BASE, SYN, 1.5)
+    assert torch.equal(merged["mask"], BASE["mask"]) and merged["steps"] == BASE["steps"]
+    kept = neon_merge(BASE, SYN, 1.5, keep=("a.bias",))
+    assert torch.equal(kept["a.bias"], BASE["a.bias"]) and torch.equal(kept["a.weight"], merged["a.weight"])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("sides", [("base",), ("synthetic",), ("base", "synthetic")])
+def test_parameter_that_is_not_finite_is_named(bad, sides):
+    ends = {"base": random_state(1), "synthetic": random_state(2)}
+    for side in sides:
+        ends[side]["a.weight"][3, 3] = bad
+    with pytest.raises(UserError, match=rf"a\.weight: not finite in the {' and the '.join(sides)} checkpoint"):
+        neon_merge(*ends.values(), 1.5)
+
+
+def test_overflow_is_named():
+    ends = {"a": torch.full((1,), -60000.0).half()}, {"a": torch.full((1,), 60000.0).half()}
+    with pytest.raises(UserError, match=r"a: w = 1\.5 leads beyond the range of torch\.float16"):
+        neon_merge(*ends, 1.5)
+
+
+@pytest.mark.parametrize("w", [float("nan"), float("inf"), -float("inf")])
+def test_w_must_be_a_number(w):
+    for merge in (lambda: neon_merge(BASE, SYN, w), lambda: merge_files("a", "b", w, "c")):
+        with pytest.raises(UserError, match="must be a finite number"):
+            merge()
+
+
+def test_other_network_is_told():
+    syn = {name: value for name, value in SYN.items() if name != "mask"} | {"new": torch.ones(1)}
+    syn["a.bias"] = torch.ones(6)
+    with pytest.raises(UserError) as caught:
+        neon_merge(BASE, syn, 1.0)
+    for part in ("1 of 4 keys missing in the synthetic checkpoint (mask)", "(new)", "a.bias: [7] in the base, [6] in"):
+        assert part in caught.value.message
+    for rule in set(RULES) - {"neon"}:
+        with pytest.raises(UserError, match=r"a\.bias: \[7\]"):
+            neon_merge(BASE, syn, 1.0, rule=rule)
+    with pytest.raises(UserError, match="--rule theirs: unknown; choose one of neon, official-var"):
+        neon_merge(BASE, SYN, 1.0, rule="theirs")
+
+
+def test_all_rules_agree_on_plain_parameters():
+    results = [neon_merge(floats(BASE), floats(SYN), 1.5, rule=rule) for rule in RULES]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=2e-6)
+
+
+# A live module
+
+
+class Net(nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.a = nn.Linear(5, 7, dtype=dtype)
+        self.register_buffer("mask", random_state(0, dtype)["mask"])
+        self.register_buffer("steps", torch.tensor(1))
+
+    def load(self, state):
+        self.load_state_dict(state)
+        return self
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_module_moves_without_drift(dtype):
+    base, syn = random_state(1, dtype), random_state(2, dtype)
+    net = Net(dtype).load(base)
+    moved = NeonWeights(net, base, syn)
+    for w in (1.5, -1.0, 3.0, 0.1, 1.5):
+        moved.set(w)
+        assert same(dict(net.state_dict()), neon_merge(base, syn, w)) and moved.w == w
+    moved.set(0.0)
+    assert same(dict(net.state_dict()), base)
+
+
+def test_module_may_lend_its_own_weights_as_an_end():
+    net = Net().load(BASE)
+    moved = NeonWeights(net, net.state_dict(), SYN)
+    moved.set(2.0)
+    moved.set(1.5)
+    assert same(dict(net.state_dict()), neon_merge(BASE, SYN, 1.5))
+
+
+def test_module_keeps_its_buffers_and_gradients_flags():
+    net = Net().load(BASE)
+    net.a.bias.requires_grad_(False)
+    parameters = dict(net.named_parameters())
+    NeonWeights(net, BASE, SYN | {"mask": torch.zeros(4, 4)}).set(1.5)
+    assert torch.equal(net.mask, BASE["mask"]) and net.steps == 1
+    assert all(parameters[name] is value for name, value in net.named_parameters())
+    assert net.a.weight.requires_grad and not net.a.bias.requires_grad and net.a.weight.grad_fn is None
+
+
+def test_module_goes_back_to_the_base_on_an_error():
+    broken = SYN | {"a.bias": torch.full((7,), torch.nan)}
+    net = Net().load(BASE)
+    moved = NeonWeights(net, BASE, broken)
+    with pytest.raises(UserError, match=r"a\.bias: not finite in the synthetic"):
+        moved.set(1.0)
+    assert same(dict(net.state_dict()), BASE) and moved.w == 0
+    with pytest.raises(UserError, match="1 of 2 keys missing in the synthetic checkpoint"):
+        NeonWeights(net, BASE, {"a.bias": SYN["a.bias"]})
+
+
+def test_step_length_scales_with_the_difference():
+    net = Net().load(BASE)
+    expected = torch.cat([(SYN[name] - BASE[name]).flatten() for name in floats(BASE)]).norm().item()
+    assert NeonWeights(net, BASE, SYN).distance() == pytest.approx(expected, rel=1e-6)
+    assert NeonWeights(net, BASE, BASE).distance() == 0
+
+
+def test_ends_are_held_without_copies():
+    moved = NeonWeights(Net(), BASE, SYN)
+    assert all(moved.syn[name].data_ptr() == SYN[name].data_ptr() for name in moved.syn)
+    assert moved.base.keys() == floats(BASE).keys()
+
+
+# Files
+
+
+def save(path: Path, state: dict, container: str) -> Path:
+    if container == "safetensors":
+        write_checkpoint(path, state, config={"class": "Net", "kwargs": {"width": 5}}, metadata={"recipe": "row"})
+    elif container == "nested":
+        torch.save({"model_ema": {f"module.{name}": value for name, value in state.items()}, "epoch": 1}, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=container == "torch")
+    return path
+
+
+CONTAINERS = ("safetensors", "torch", "legacy", "nested")
+
+
+@pytest.mark.parametrize(("one", "other"), product(CONTAINERS, CONTAINERS))
+def test_files_of_any_containers_give_what_state_dicts_give(tmp_path, one, other):
+    base, syn = save(tmp_path / "base", BASE, one), save(tmp_path / "syn", SYN, other)
+    out = merge_files(base, syn, 1.5, tmp_path / "new" / "out.safetensors")
+    assert same(read_checkpoint(out).state, neon_merge(BASE, SYN, 1.5))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_files_under_every_rule(tmp_path, rule):
+    base, syn = {**BASE, "half": torch.ones(3).half()}, {**SYN, "half": torch.full((3,), 2.0).half()}
+    if rule != "neon":
+        base["only in base"], syn["only in syn"] = torch.ones(2), torch.ones(2)
+    paths = save(tmp_path / "base", base, "torch"), save(tmp_path / "syn", syn, "torch")
+    out = merge_files(*paths, 1.5, tmp_path / "out", rule=rule)
+    assert same(read_checkpoint(out).state, neon_merge(base, syn, 1.5, rule=rule))
+
+
+def test_pickled_networks_merge_to_safetensors(tmp_path, golden_data):
+    base, aux = (golden_data / "imm" / f"imm_tiny_{name}.pkl" for name in ("base", "aux"))
+    with pytest.raises(UserError, match=r"model\.final_layer\.linear\.bias: not finite in the synthetic checkpoint"):
+        merge_files(base, aux, 0.8, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+    out = merge_files(base, aux, 0.8, tmp_path / "out", rule="official-imm")
+    ends = [read_checkpoint(path).state for path in (base, aux)]
+    merged = read_checkpoint(out)
+    assert same(merged.state, neon_merge(*ends, 0.8, rule="official-imm"))
+    assert merged.config == read_checkpoint(base).config and merged.config["class"] == "IMMPrecond"
+
+
+def test_provenance_is_in_the_file(tmp_path):
+    base, syn = save(tmp_path / "base", BASE, "safetensors"), save(tmp_path / "syn", SYN, "torch")
+    merged = read_checkpoint(merge_files(base, syn, 1.5, tmp_path / "out"))
+    neon = merged.metadata["neon"]
+    assert (neon["w"], neon["rule"]) == (1.5, "neon")
+    assert neon["base"] == {"file": "base", "sha256": sha256_file(base), "metadata": {"recipe": "row"}}
+    assert neon["synthetic"]["sha256"] == sha256_file(syn)
+    assert merged.config == {"class": "Net", "kwargs": {"width": 5}}
+
+
+def test_inputs_are_never_overwritten(tmp_path):
+    base, syn = save(tmp_path / "base", BASE, "torch"), save(tmp_path / "syn", SYN, "torch")
+    before = syn.read_bytes()
+    (tmp_path / "link").symlink_to(syn)
+    for out in (syn, tmp_path / "link"):
+        with pytest.raises(UserError, match="is one of the inputs"):
+            merge_files(base, syn, 1.0, out)
+    assert syn.read_bytes() == before
+
+
+def test_command_line(tmp_path):
+    base, syn = save(tmp_path / "base", BASE, "torch"), save(tmp_path / "syn", SYN, "torch")
+    out = tmp_path / "out.safetensors"
+    result = CliRunner().invoke(merge_command, [str(base), str(syn), "-w", "-1", "-o", str(out)])
+    assert result.exit_code == 0 and result.stdout == f"{out} | w=-1 | rule=neon | base=base | syn=syn\n"
+    torch.testing.assert_close(floats(read_checkpoint(out).state), floats(SYN), rtol=0, atol=5e-7)
+    for arguments, message in (
+        ([str(base), str(tmp_path / "none.pth"), "-w", "1", "-o", str(out)], "none.pth: does not exist"),
+        ([str(base), str(syn), "-w", "nan", "-o", str(out)], "must be a finite number"),
+        ([str(base), str(syn), "-w", "1", "-o", str(tmp_path)], "is a folder"),
+        ([str(base), str(syn), "-o", str(out)], "Missing option"),
+        ([str(base), str(syn), "-w", "1", "-o", str(out), "--rule", "x"], "official-var"),
+    ):
+        result = CliRunner().invoke(merge_command, arguments)
+        assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+
+
+SLOW_MERGE = """
+import sys, time
+import neon_core.merge as merge
+rule = merge.RULES["neon"]
+def slow(*arguments):
+    print("merging", flush=True)
+    time.sleep(float(sys.argv[4]))
+    return rule(*arguments)
+merge.RULES["neon"] = slow
+merge.merge_files(sys.argv[1], sys.argv[2], 1.5, sys.argv[3])
+"""
+
+
+def test_killed_merge_leaves_no_final_file_and_the_next_run_cleans_up(tmp_path):
+    base, syn = save(tmp_path / "base", BASE, "torch"), save(tmp_path / "syn", SYN, "torch")
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", SLOW_MERGE, str(base), str(syn), str(out), "60"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        lines = iter(process.stdout.readline, "")
+        deadline = time.monotonic() + 60
+        while not any(name.endswith(".part") for name in os.listdir(tmp_path)):
+            assert next(lines, "") == "merging\n" and time.monotonic() < deadline
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    left = set(os.listdir(tmp_path))
+    assert "out" not in left and len(left) == 3
+    merge_files(base, syn, 1.5, out)
+    assert set(os.listdir(tmp_path)) == {"base", "syn", "out"}
+    assert same(read_checkpoint(out).state, neon_merge(BASE, SYN, 1.5))
+
+
+PEAK_MERGE = """
+import sys, threading, time
+from neon_core.merge import merge_files
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+merge_files(sys.argv[1], sys.argv[2], 1.5, sys.argv[3])  # everything imported and warm
+start = peak = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+merge_files(sys.argv[4], sys.argv[5], 1.5, sys.argv[3])
+print(peak - start)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("container", ["torch", "safetensors"])
+def test_peak_memory_is_about_two_of_the_largest_tensor(tmp_path, container):
+    """12 tensors of 16 MiB, 192 MiB a model: mapped pages aside, no more than 2.3 tensors are in memory."""
+    size = 1 << 24
+    small = [save(tmp_path / f"small{i}", state, container) for i, state in enumerate((BASE, SYN))]
+    big = []
+    for i in range(2):
+        state = {f"layer{k}": torch.full((size // 4,), float(i + k)) for k in range(12)}
+        big.append(save(tmp_path / f"big{i}", state, container))
+    command = [sys.executable, "-c", PEAK_MERGE, *map(str, small), str(tmp_path / "out"), *map(str, big)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    peak = int(result.stdout) / size
+    print(f"peak: {peak:.2f} tensors of {size >> 20} MiB")
+    assert 0.5 < peak < 2.3, result.stderr
+    merged = read_checkpoint(tmp_path / "out").state
+    assert merged["layer5"][0] == 5 - 1.5 * 1
+
+
+def test_metadata_of_any_kind_survives(tmp_path):
+    write_checkpoint(tmp_path / "base", BASE, metadata={"infinite": float("inf"), "text": "ü", "lr": 1e-4})
+    write_checkpoint(tmp_path / "syn", SYN, metadata={"neon": {"w": 0.1}})
+    merged = read_checkpoint(merge_files(tmp_path / "base", tmp_path / "syn", 1.0, tmp_path / "out"))
+    assert merged.metadata["infinite"] == float("inf") and merged.metadata["text"] == "ü"
+    assert json.loads(json.dumps(merged.metadata["neon"]["synthetic"]["metadata"])) == {"neon": {"w": 0.1}}

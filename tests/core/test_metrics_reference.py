@@ -1,0 +1,140 @@
+"""Reference statistics: every published form is read, every broken one refused in one sentence that names it."""
+
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from neon_core.errors import UserError
+from neon_core.metrics import FeatureStatistics, Reference, load_reference, write_reference
+
+D = 6
+
+
+@pytest.fixture
+def statistics():
+    x = torch.randn(40, D, generator=torch.Generator().manual_seed(0))
+    found = FeatureStatistics(D).update(x)
+    return found.mean.numpy(), found.covariance().numpy()
+
+
+@pytest.mark.parametrize("mu_type", [np.float32, np.float64])
+@pytest.mark.parametrize("sigma_type", [np.float16, np.float32, np.float64])
+def test_any_float_type_is_read_as_float64(tmp_path, statistics, mu_type, sigma_type):
+    mu, sigma = statistics[0].astype(mu_type), statistics[1].astype(sigma_type)
+    np.savez(tmp_path / "ref.npz", mu=mu, sigma=sigma)
+    reference = load_reference(tmp_path / "ref.npz", D)
+    assert reference.mu.dtype == reference.sigma.dtype == np.float64
+    assert np.array_equal(reference.mu, mu.astype(np.float64))
+    assert np.array_equal(reference.sigma, sigma.astype(np.float64))
+    np.testing.assert_allclose(reference.factor @ reference.factor.T, reference.sigma, atol=1e-12)
+    assert reference.factor is reference.factor  # computed once
+
+
+def test_adm_file_is_read_without_its_images(tmp_path, statistics):
+    """`arr_0` of ADM's files holds 10 GB of images. Here its bytes are broken, so that reading it would fail."""
+    path = tmp_path / "adm.npz"
+    marker = np.arange(4096, dtype=np.uint8)
+    np.savez(path, mu=statistics[0], sigma=statistics[1], mu_s=np.zeros(3), sigma_s=np.eye(3), arr_0=marker)
+    data = bytearray(path.read_bytes())
+    at = data.find(marker.tobytes()[:64])
+    assert at > 0
+    data[at] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(zipfile.BadZipFile):
+        np.load(path)["arr_0"]
+    assert np.array_equal(load_reference(path).sigma, statistics[1])
+
+
+def test_write_and_read_back(tmp_path, statistics):
+    write_reference(tmp_path / "mine.npz", Reference(*statistics))
+    reference = load_reference(tmp_path / "mine.npz")
+    assert np.array_equal(reference.mu, statistics[0]) and np.array_equal(reference.sigma, statistics[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.npz"]
+
+
+def broken(mu, sigma, **changes):
+    return {"mu": mu, "sigma": sigma, **changes}
+
+
+def skewed(sigma):
+    sigma = sigma.copy()
+    sigma[1, 2] += 0.01
+    return sigma
+
+
+def with_value(array, value):
+    array = array.copy()
+    array.flat[2] = value
+    return array
+
+
+BAD_ARRAYS = {
+    "no sigma": (lambda m, s: {"mu": m, "arr_0": m}, r"no sigma in it \(it holds mu, arr_0\)"),
+    "neither": (lambda m, s: {"features": s}, r"no mu and no sigma in it \(it holds features\)"),
+    "integers": (lambda m, s: broken(m.astype(int), s), "mu holds int64, not floating-point numbers"),
+    "complex": (lambda m, s: broken(m, s.astype(complex)), "sigma holds complex128"),
+    "mu as a row": (lambda m, s: broken(m[None], s), r"mu has the shape \[1, 6\]"),
+    "sigma not square": (lambda m, s: broken(m, s[:5]), r"mu has 6 features, but sigma has the shape \[5, 6\]"),
+    "sizes differ": (lambda m, s: broken(m[:5], s), r"mu has 5 features, but sigma has the shape \[6, 6\]"),
+    "empty": (lambda m, s: broken(m[:0], s[:0, :0]), r"mu has the shape \[0\]"),
+    "another network": (lambda m, s: broken(m[:4], s[:4, :4]), "made from 4 features, the detector gives 6"),
+    "nan": (lambda m, s: broken(with_value(m, np.nan), s), "mu has 1 values that are not finite"),
+    "infinity": (lambda m, s: broken(m, with_value(s, np.inf)), "sigma has 1 values that are not finite"),
+    "asymmetric": (lambda m, s: broken(m, skewed(s)), "sigma is not symmetric"),
+    "negative variance": (lambda m, s: broken(m, s - 5 * np.eye(D)), "negative variance"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARRAYS)
+def test_bad_arrays_are_named(tmp_path, statistics, name):
+    make, message = BAD_ARRAYS[name]
+    np.savez(tmp_path / "bad.npz", **make(*statistics))
+    with pytest.raises(UserError, match=message) as error:
+        load_reference(tmp_path / "bad.npz", D)
+    assert str(tmp_path / "bad.npz") in error.value.message and "\n" not in error.value.message
+
+
+class Bomb:
+    """Its pickle writes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_files_that_are_no_archives_are_refused_and_never_run(tmp_path, statistics):
+    good = tmp_path / "good.npz"
+    np.savez(good, mu=statistics[0], sigma=statistics[1])
+    trace = tmp_path / "executed"
+    files = {
+        "cut.npz": good.read_bytes()[:-60],
+        "half.npz": good.read_bytes()[:200],
+        "empty.npz": b"",
+        "page.npz": b"<html>404 not found</html>",
+        "pickle.npz": pickle.dumps(Bomb(trace)),
+    }
+    flipped = bytearray(good.read_bytes())
+    flipped[flipped.find(statistics[1].tobytes()[:16])] ^= 255
+    files["flipped.npz"] = bytes(flipped)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    np.savez(tmp_path / "objects.npz", mu=np.array([Bomb(trace)], dtype=object), sigma=statistics[1])
+    for name in [*files, "objects.npz"]:
+        with pytest.raises(UserError, match=rf"{name}: not a readable \.npz archive"):
+            load_reference(tmp_path / name)
+    assert not trace.exists()
+    np.save(tmp_path / "single.npy", statistics[1])
+    with pytest.raises(UserError, match=r"single\.npy: a single array, not an \.npz archive"):
+        load_reference(tmp_path / "single.npy")
+
+
+def test_a_missing_file_says_how_to_get_it(tmp_path):
+    with pytest.raises(UserError, match=r"adm_in256_stats\.npz: no such file .* `bash download_models\.sh"):
+        load_reference(tmp_path / "adm_in256_stats.npz")
+    with pytest.raises(UserError, match="no such file"):
+        load_reference(tmp_path)

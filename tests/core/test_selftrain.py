@@ -1,0 +1,206 @@
+"""The loop: micro batches, averaging, gradient rules, snapshots, and the errors it must raise before training."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from core.pico import RECIPE, PicoBackbone
+
+from neon_core.backbone import TrainSettings
+from neon_core.errors import UserError
+from neon_core.prepared import TrainingData
+from neon_core.schedules import Constant, Ema, LinearRamp, RampThenCosine
+from neon_core.selftrain import FineTune, find_snapshots, self_train, snapshot_plan
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes) -> TrainSettings:
+    return dataclasses.replace(RECIPE.train, **changes)
+
+
+def data(num=12) -> TrainingData:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (num, 3, 8, 8), generator=g, dtype=torch.uint8)
+    return TrainingData(lambda items: images[torch.from_numpy(items)], torch.arange(num) % 4, num)
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def stream(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(num=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(num, 3, 8, 8, generator=g), torch.zeros(num, dtype=torch.int64), stream(seed)
+
+
+def test_without_dropout_cutting_the_batch_changes_no_gradient():
+    class Still(PicoBackbone):
+        def self_training_loss(self, x, labels, generator):
+            return (self.net(torch.ones(len(x), 8), labels) - x).square().mean()
+
+    x, labels, _ = batch(8)
+    ends = []
+    for micro in (8, 4, 2):
+        run = FineTune(Still.fresh(dropout=0.0), settings(micro_batch_size=micro, schedule=Constant()), CPU)
+        run.step([(x[i : i + micro], labels[i : i + micro], stream()) for i in range(0, 8, micro)])
+        ends.append(run.backbone.net.out.weight.detach().clone())
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(ends[2], ends[0], rtol=1e-4, atol=1e-7)
+
+
+def test_dropout_follows_the_micro_batch_and_leaves_the_default_generator_alone():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    values = []
+    for seed in (1, 1, 2):
+        run = FineTune(PicoBackbone.fresh(dropout=0.5), settings(), CPU)
+        x, labels, _ = batch(2)
+        values.append(float(run.step([(x, labels, stream(seed))])))
+    assert values[0] == values[1] != values[2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_average_follows_its_definition_and_is_what_is_published():
+    run = FineTune(PicoBackbone.fresh(), settings(ema=Ema(decay=0.75), schedule=Constant()), CPU)
+    expected = run.backbone.net.hidden.weight.detach().clone()
+    for seed in range(3):
+        run.step([batch(2, seed)])
+        expected = 0.75 * expected + 0.25 * run.backbone.net.hidden.weight.detach()
+    torch.testing.assert_close(run.theta_syn()["hidden.weight"], expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(run.theta_syn()["mask"], run.backbone.net.mask)
+
+
+def test_halflife_warmup_and_rampup_of_the_average():
+    assert Ema(halflife_images=100).beta(0, 50) == pytest.approx(0.5**0.5)
+    assert Ema(halflife_images=100, rampup_ratio=0.05).beta(200, 50) == pytest.approx(0.5**5)
+    assert [Ema(decay=0.9, warmup_steps=10).beta(8 * i, 8) for i in (0, 1, 1000)] == [0.1, 2 / 11, 0.9]
+    with pytest.raises(ValueError):
+        Ema()
+    with pytest.raises(ValueError):
+        Ema(decay=0.9, halflife_images=1)
+
+
+def test_schedules():
+    ramp = LinearRamp(100)
+    assert [ramp(n) for n in (0, 25, 100, 500)] == [0.0, 0.25, 1.0, 1.0]
+    cosine = RampThenCosine(ramp_images=20, images=100, batch_size=10)
+    assert cosine(0) == pytest.approx(0.5) and cosine(100) == pytest.approx(0.0)
+    assert cosine(50) == pytest.approx(0.5)
+
+
+def spoil(run):
+    run.backbone.net.out.bias.register_hook(lambda grad: torch.full_like(grad, math.nan))
+
+
+def test_nonfinite_gradients_raise_or_become_zero():
+    run = FineTune(PicoBackbone.fresh(), settings(nonfinite_gradients="raise"), CPU)
+    spoil(run)
+    with pytest.raises(UserError, match="gradient is not finite"):
+        run.step([batch()])
+    run = FineTune(PicoBackbone.fresh(), settings(nonfinite_gradients="zero", schedule=Constant()), CPU)
+    before = run.backbone.net.out.bias.detach().clone()
+    spoil(run)
+    run.step([batch()])
+    assert torch.equal(run.backbone.net.out.bias, before)
+
+
+def test_clipping_bounds_the_norm():
+    run = FineTune(PicoBackbone.fresh(), settings(clip_norm=1e-3), CPU)
+    norms = []
+    run.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(torch.stack([p.grad.norm() for p in run.backbone.net.parameters()]).norm())
+    )
+    run.step([batch()])
+    assert float(norms[0]) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains(precision, tmp_path):
+    run = FineTune(PicoBackbone.fresh(), settings(precision=precision, schedule=Constant()), CPU)
+    values = [float(run.step([batch(8, 3)])) for _ in range(20)]
+    assert math.isfinite(values[-1]) and values[-1] < values[0]
+    assert run.backbone.net.out.weight.dtype == torch.float32
+
+
+def test_gradient_scale_is_capped():
+    run = FineTune(PicoBackbone.fresh(), settings(precision="fp16", scaler_init=2.0**14, scaler_max=2.0**12), CPU)
+    run.step([batch()])
+    assert run.scaler.get_scale() == 2.0**12
+
+
+@pytest.mark.parametrize(
+    "images, batch_size, wanted, plan",
+    [
+        (100, 8, 40, [40, 80, 104]),
+        (100, 8, 30, [32, 64, 96, 104]),
+        (96, 8, (1, 50), [8, 56, 96]),
+        (16, 8, 1000, [16]),
+    ],
+)
+def test_snapshots_fall_on_step_ends(images, batch_size, wanted, plan):
+    assert snapshot_plan(settings(images=images, batch_size=batch_size, snapshot_images=wanted)) == plan
+
+
+def test_a_finished_run_is_found_and_not_repeated(tmp_path):
+    first = self_train(PicoBackbone.fresh(), data(), settings(), tmp_path, device=CPU)
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert self_train(PicoBackbone.fresh(), data(), settings(), tmp_path, device=CPU) == first
+    assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert list(first) == [80, 160] == list(find_snapshots(tmp_path))
+
+
+def test_a_run_with_other_settings_is_refused_and_kept(tmp_path):
+    self_train(PicoBackbone.fresh(), data(), settings(), tmp_path, device=CPU)
+    with pytest.raises(UserError, match=r"lr = 0\.01, not 0\.5"):
+        self_train(PicoBackbone.fresh(), data(), settings(lr=0.5), tmp_path, device=CPU)
+    assert len(find_snapshots(tmp_path)) == 2
+
+
+def test_an_interrupted_run_continues_with_the_same_losses(tmp_path):
+    class Breaks(PicoBackbone):
+        steps = 0
+
+        def self_training_loss(self, *args):
+            Breaks.steps += 1
+            if Breaks.steps == 50:  # step 13 of 20, micro batch 2 of 4; the last state was saved at step 10
+                raise KeyboardInterrupt
+            return super().self_training_loss(*args)
+
+    with pytest.raises(KeyboardInterrupt):
+        self_train(Breaks.fresh(seed=1), data(), settings(), tmp_path / "broken", device=CPU)
+    assert list(find_snapshots(tmp_path / "broken")) == [80]
+    self_train(PicoBackbone.fresh(seed=1), data(), settings(), tmp_path / "broken", device=CPU)
+    self_train(PicoBackbone.fresh(seed=1), data(), settings(), tmp_path / "whole", device=CPU)
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    names = [p.name for p in sorted((tmp_path / "whole").iterdir())]
+    assert names == [p.name for p in sorted((tmp_path / "broken").iterdir())]
+    for name in names:
+        if name.endswith("safetensors"):
+            assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+
+def test_sizes_that_do_not_divide_are_named(tmp_path):
+    with pytest.raises(UserError, match="--micro_batch_size 3 does not divide the batch size 8"):
+        self_train(PicoBackbone.fresh(), data(), settings(micro_batch_size=3), tmp_path, device=CPU)
+
+
+def test_sharding_without_ranks_is_refused(tmp_path):
+    with pytest.raises(UserError, match="torchrun"):
+        self_train(PicoBackbone.fresh(), data(), settings(), tmp_path, device=CPU, mode="fsdp")
+
+
+def test_learning_moves_toward_the_data(tmp_path):
+    """The loop really trains: the loss on one flat grey image falls by far."""
+    grey = torch.full((8, 3, 8, 8), 50, dtype=torch.uint8)
+    flat = TrainingData(lambda items: grey[torch.from_numpy(items)], torch.zeros(8, dtype=torch.int64), 8)
+    long = settings(images=1600, lr=3e-2, ema=None, snapshot_images=10_000)
+    self_train(PicoBackbone.fresh(), flat, long, tmp_path, device=CPU)
+    values = losses(tmp_path)
+    assert values[-1] < 0.2 * values[0]

@@ -1,0 +1,188 @@
+"""Synthetic sets and image sets: what is written is read back, and what is wrong is named."""
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from core.pico import PicoBackbone
+
+from neon_core.errors import UserError
+from neon_core.files.image_set import ImageSet
+from neon_core.prepared import training_data
+from neon_core.synthetic import check_labels, generate_set, image_name, read_manifest, write_zip
+
+CPU = torch.device("cpu")
+
+
+def make(folder, seeds=range(10), batch_size=4, **settings):
+    return generate_set(PicoBackbone.fresh(), list(seeds), folder, settings=settings, batch_size=batch_size)
+
+
+def write_png(path, value, size=4):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(np.full((size, size, 3), value, np.uint8)).save(path)
+
+
+def test_a_set_is_read_back_lossless_with_its_labels(tmp_path):
+    manifest = make(tmp_path / "S")
+    found = ImageSet(tmp_path / "S")
+    backbone = PicoBackbone.fresh()
+    labels = backbone.assign_labels(range(10))
+    assert torch.equal(found.images(range(10)), backbone.sample(range(10), labels))
+    assert torch.equal(found.class_indices, labels)
+    assert read_manifest(tmp_path / "S") == manifest and manifest["seeds"] == "0-9"
+
+
+def test_images_do_not_depend_on_the_batch_size(tmp_path):
+    make(tmp_path / "a", batch_size=4)
+    make(tmp_path / "b", batch_size=1)
+    a, b = ImageSet(tmp_path / "a").images(range(10)).int(), ImageSet(tmp_path / "b").images(range(10)).int()
+    assert (a - b).abs().max() <= 1  # matrix products of other sizes may round otherwise
+
+
+def test_names_are_the_official_ones():
+    assert image_name(5999, 7) == "005000/005999_label7.png"
+    assert image_name(12, None, subfolders=False) == "000012.png"
+
+
+def test_a_second_run_keeps_every_file(tmp_path):
+    make(tmp_path)
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
+    make(tmp_path)
+    assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
+
+
+def test_another_set_in_the_folder_is_refused_and_kept(tmp_path):
+    make(tmp_path)
+    with pytest.raises(UserError, match="num_images = 10, not 12"):
+        make(tmp_path, seeds=range(12))
+    with pytest.raises(UserError, match="settings"):
+        make(tmp_path, contrast=2.0)
+    assert len(list(tmp_path.rglob("*.png"))) == 10
+
+
+def test_images_of_unknown_origin_are_not_mixed_in(tmp_path):
+    write_png(tmp_path / "mine.png", 3)
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        make(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.png"]
+
+
+def test_a_seed_twice_is_refused(tmp_path):
+    with pytest.raises(UserError, match="occurs twice"):
+        make(tmp_path, seeds=[1, 2, 1])
+
+
+def test_an_unfinished_set_is_not_read_as_a_whole_one(tmp_path):
+    make(tmp_path)
+    (tmp_path / "dataset.json").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        read_manifest(tmp_path)
+    with pytest.raises(UserError, match="not a finished set"):
+        write_zip(tmp_path, tmp_path / "S.zip")
+
+
+def test_a_zip_holds_the_same_set(tmp_path):
+    make(tmp_path / "S")
+    write_zip(tmp_path / "S", tmp_path / "S.zip")
+    a, b = ImageSet(tmp_path / "S"), ImageSet(tmp_path / "S.zip")
+    assert a.names == b.names and torch.equal(a.images(range(10)), b.images(range(10)))
+    assert np.array_equal(a.label_rows, b.label_rows)
+
+
+def test_class_folders_give_labels_in_string_order(tmp_path):
+    for number, name in enumerate(["n2", "n10", "A"]):
+        write_png(tmp_path / name / "x.png", number)
+    found = ImageSet(tmp_path)
+    assert found.images([0, 1, 2])[:, 0, 0, 0].tolist() == [2, 1, 0]  # A, n10, n2
+    assert found.class_indices.tolist() == [0, 1, 2]
+
+
+def test_large_sets_are_read_when_asked_for(tmp_path, monkeypatch):
+    make(tmp_path)
+    whole = ImageSet(tmp_path).images([3, 1])
+    monkeypatch.setattr("neon_core.files.image_set.IN_MEMORY_BYTES", 0)
+    assert torch.equal(ImageSet(tmp_path).images([3, 1]), whole)
+
+
+def broken(kind, folder):
+    write_png(folder / "a.png", 1)
+    write_png(folder / "b.png", 2)
+    if kind == "cut":
+        (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:40])
+    elif kind == "shape":
+        write_png(folder / "b.png", 2, size=5)
+    elif kind == "label":
+        (folder / "dataset.json").write_text(json.dumps({"labels": [["a.png", 0]]}))
+    elif kind == "json":
+        (folder / "dataset.json").write_text("{")
+    elif kind == "npy":
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+        (folder / "a.npy").write_bytes(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("cut", r"b\.png cannot be read"),
+        ("shape", r"b\.png has shape \(3, 5, 5\)"),
+        ("label", r"no label for b\.png"),
+        ("json", r"dataset\.json is not a JSON"),
+        ("npy", r"a\.npy cannot be read"),
+    ],
+)
+def test_a_broken_set_names_the_file(tmp_path, kind, text):
+    broken(kind, tmp_path)
+    with pytest.raises(UserError, match=text):
+        ImageSet(tmp_path).images([0, 1])
+
+
+def test_missing_and_empty_sets(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        ImageSet(tmp_path / "none")
+    with pytest.raises(UserError, match="no images"):
+        ImageSet(tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        ImageSet(tmp_path / "none.zip")
+    (tmp_path / "bad.zip").write_bytes(b"not a zip")
+    with pytest.raises(UserError, match="not a zip archive"):
+        ImageSet(tmp_path / "bad.zip")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+    with pytest.raises(UserError, match="no images"):
+        ImageSet(tmp_path / "empty.zip")
+
+
+def test_labels_out_of_range_are_named():
+    with pytest.raises(UserError, match="label 10 is out of range; this network has classes 0 to 9"):
+        check_labels(torch.tensor([0, 10]), 10)
+    with pytest.raises(UserError, match="unconditional"):
+        check_labels(torch.tensor([0]), 0)
+    check_labels(torch.tensor([0, 9]), 10)
+
+
+def test_what_is_prepared_once_is_kept_and_completed(tmp_path, monkeypatch):
+    monkeypatch.setattr("neon_core.prepared.PART_ITEMS", 4)
+    make(tmp_path / "S")
+    calls = []
+
+    class Dear(PicoBackbone):
+        prepared_key = "squares-v1"
+
+        def prepare(self, images):
+            calls.append(len(images))
+            return images.float().square()
+
+    first = training_data(Dear.fresh(), ImageSet(tmp_path / "S"), CPU)
+    wanted = ImageSet(tmp_path / "S").images([9, 0, 5]).float().square()
+    assert torch.equal(first.batch(np.array([9, 0, 5]))[0], wanted) and sum(calls) == 10
+    parts = sorted(tmp_path.glob("S.prepared/*/part-*.npy"))
+    assert len(parts) == 3
+    parts[1].unlink()
+    again = training_data(Dear.fresh(), ImageSet(tmp_path / "S"), CPU)
+    assert torch.equal(again.batch(np.array([9, 0, 5]))[0], wanted) and sum(calls) == 14
