@@ -62,7 +62,7 @@ class XARBackbone(Backbone):
         """
         name = model or recipe.name
         check_model_name(name)
-        checkpoint, vae_path = _present("checkpoint", checkpoint, name), _present("--vae_path", vae_path, name)
+        checkpoint, vae_path = cls.find("checkpoint", checkpoint, name), cls.find("--vae_path", vae_path, name)
         weights = read_checkpoint(checkpoint)
         net = _empty_net(weights, name)
         autoencoder, vae_name = load_autoencoder(vae_path, device)
@@ -72,13 +72,25 @@ class XARBackbone(Backbone):
             net.compile_blocks()
         return cls(net, autoencoder, vae_name)
 
+    @staticmethod
+    def find(flag: str, path: str | Path, model: str) -> Path:
+        """The file; UserError with the command that fetches everything this model needs."""
+        try:
+            return find_file(path)
+        except UserError as error:
+            if Path(path).exists():
+                raise
+            word = "xar" + model.removeprefix("xar_")[0]  # xarb, xarl, xarh
+            advice = f"fetch it with `bash download_models.sh {word}`, or name another file"
+            raise UserError(f"{flag} {path}: does not exist; {advice}") from error
+
     def network_config(self) -> dict[str, Any]:
         return {"class": "XAR", "kwargs": self.net.config}
 
-    def assign_labels(self, seeds: Sequence[int], *, labels: str = "balanced", **_) -> Tensor:
+    def assign_labels(self, seeds: Sequence[int], *, label_rule: str = "balanced", **_) -> Tensor:
         """balanced: class = seed mod number of classes, so that any run of consecutive seeds is balanced to within one
         image, and an image keeps its class in every run. official: the official list, refused where it would pad."""
-        if labels == "official":
+        if label_rule == "official":
             if len(seeds) % self.num_classes:
                 raise UserError(
                     f"--labels official: {len(seeds)} images are not a multiple of {self.num_classes} classes, and the "
@@ -86,19 +98,6 @@ class XARBackbone(Backbone):
                 )
             return official_labels(len(seeds), self.num_classes)
         return torch.tensor([seed % self.num_classes for seed in seeds], dtype=torch.int64)
-
-    def check_settings(
-        self, *, cfg: float, flow_steps: int, precision: str = "auto", rounding: str = "truncate", **_
-    ) -> None:
-        """UserError for settings that the sampler cannot use."""
-        if flow_steps < MIN_STEPS:
-            raise UserError(f"--flow_steps {flow_steps}: xAR's sampler needs at least {MIN_STEPS} steps per cell")
-        if not math.isfinite(cfg):
-            raise UserError(f"--cfg {cfg}: a finite number is wanted")
-        if precision not in (*PRECISIONS, "auto"):
-            raise UserError(f"--precision {precision}: choose auto, {', '.join(PRECISIONS)}")
-        if rounding not in ROUNDINGS:
-            raise UserError(f"--rounding {rounding}: choose {' or '.join(ROUNDINGS)}")
 
     @torch.no_grad()
     def sample(
@@ -117,7 +116,7 @@ class XARBackbone(Backbone):
         `precision` is of the transformer; the sampler's state stays in float64 and the autoencoder in float32. "auto":
         float16 on CUDA, as in the official evaluation, and float32 on the CPU.
         """
-        self.check_settings(cfg=cfg, flow_steps=flow_steps, precision=precision, rounding=rounding)
+        check_settings(cfg=cfg, flow_steps=flow_steps, precision=precision, rounding=rounding)
         device = self.net.mask.device
         labels = self.assign_labels(seeds) if labels is None else labels
         random = PerImageRandom(seeds, device)
@@ -149,6 +148,9 @@ class XARBackbone(Backbone):
         random = draw_randomness(len(x), x.shape[1], generator)
         return velocity_loss(self.net, x, labels, random, self.net.label_drop_prob)
 
+    def blocks(self) -> list[nn.Module]:
+        return list(self.net.blocks)
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Biases and norm weights are not decayed; they come first, as in the official optimizer."""
         decayed: list[nn.Parameter] = []
@@ -158,21 +160,26 @@ class XARBackbone(Backbone):
         return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
+def check_settings(
+    *, cfg: float, flow_steps: int, precision: str = "auto", rounding: str = "truncate", label_rule: str = "balanced"
+) -> None:
+    """UserError for settings that the sampler cannot use."""
+    if flow_steps < MIN_STEPS:
+        raise UserError(f"--flow_steps {flow_steps}: xAR's sampler needs at least {MIN_STEPS} steps per cell")
+    if not math.isfinite(cfg):
+        raise UserError(f"--cfg {cfg}: a finite number is wanted")
+    if precision not in (*PRECISIONS, "auto"):
+        raise UserError(f"--precision {precision}: choose auto, {', '.join(PRECISIONS)}")
+    if rounding not in ROUNDINGS:
+        raise UserError(f"--rounding {rounding}: choose {' or '.join(ROUNDINGS)}")
+    if label_rule not in LABEL_RULES:
+        raise UserError(f"--labels {label_rule}: choose {' or '.join(LABEL_RULES)}")
+
+
 def check_model_name(name: str) -> None:
     """UserError that lists the valid names."""
     if name not in SIZES:
         raise UserError(f"--model {name}: no such model; choose one of {', '.join(SIZES)}")
-
-
-def _present(flag: str, path: str | Path, model: str) -> Path:
-    """The file; UserError with the command that fetches everything this model needs."""
-    try:
-        return find_file(path)
-    except UserError as error:
-        if Path(path).exists():
-            raise
-        word = model.replace("xar_", "xar")[:4]  # xarb, xarl, xarh
-        raise UserError(f"{flag} {path}: does not exist; fetch it with `bash download_models.sh {word}`") from error
 
 
 def load_autoencoder(path: str | Path, device: torch.device) -> tuple[AutoencoderKL, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from neon_core.backbone import Recipe, TrainSettings
 from neon_core.schedules import Ema, LinearRamp
 
+EVALUATE_SEEDS = "1000000-1049999"  # of the 50k evaluation: none of them made the synthetic set, which has 0 to |S|-1
 ADM_STATS = "fid_stats/adm_in256_stats.npz"
 
 
@@ -41,6 +44,7 @@ RECIPES = {
         evaluate={"cfg": 2.7, "flow_steps": 50},
         fid_stats=ADM_STATS,
         base="xAR/pretrained/xAR-L.pth",
+        evaluate_seeds=EVALUATE_SEEDS,
     ),  # FID 1.28 -> 1.02
     "xar_base": Recipe(
         name="xar_base",
@@ -51,6 +55,7 @@ RECIPES = {
         evaluate={"cfg": 3.8, "flow_steps": 40},
         fid_stats=ADM_STATS,
         base="xAR/pretrained/xAR-B.pth",
+        evaluate_seeds=EVALUATE_SEEDS,
     ),  # FID 1.72 -> 1.31
     # The paper has no row for the third published size. Its fine-tune is that of xar_large, its guidance and steps are
     # the original xAR evaluation's, and w is a first guess, to be replaced by a sweep.
@@ -63,5 +68,28 @@ RECIPES = {
         evaluate={"cfg": 2.2, "flow_steps": 50},
         fid_stats=ADM_STATS,
         base="xAR/pretrained/xAR-H.pth",
+        evaluate_seeds=EVALUATE_SEEDS,
     ),
+}
+
+
+@dataclass(frozen=True)
+class Search:
+    """The official search for one row: ascending grids, left early where FID rises by more than `tolerance`."""
+
+    ws: tuple[float, ...]
+    cfgs: tuple[float, ...]
+    tolerance: float
+    num_images: int = 10_000
+
+
+def _grid(first: float, last: float) -> tuple[float, ...]:
+    """first, first + 0.2, ..., last."""
+    return tuple(round(first + 0.2 * i, 1) for i in range(round((last - first) / 0.2) + 1))
+
+
+SEARCHES = {
+    "xar_large": Search(_grid(0.8, 2.8), _grid(2.4, 3.6), tolerance=0.02),
+    "xar_base": Search(_grid(1.0, 2.8), _grid(2.8, 4.6), tolerance=0.03),
+    "xar_huge": Search(_grid(0.8, 2.8), _grid(2.2, 3.6), tolerance=0.02),  # ours, after xar_large
 }
