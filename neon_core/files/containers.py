@@ -56,6 +56,8 @@ def open_weights(path: str | Path, entry: str | None = None) -> Weights:
     Raises UserError for a file that is empty, cut short, something else, or not a state dict.
     """
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: is not a regular file")
     try:
         with open(path, "rb") as file:
             start = file.read(512)
@@ -69,7 +71,7 @@ def open_weights(path: str | Path, entry: str | None = None) -> Weights:
         return _open_torch(path, "torch-legacy", entry)
     if start[8:9] == b"{":
         return _open_safetensors(path)
-    if (start[:1] == b"\x80" and start[1] <= pickle.HIGHEST_PROTOCOL) or start[:1] in b"(]}":
+    if (start[:1] == b"\x80" and start[1:2] <= bytes([pickle.HIGHEST_PROTOCOL])) or start[:1] in b"(]}":
         return _open_pickle(path, entry)
     raise UserError(f"{path}: {_foreign(start)}")
 

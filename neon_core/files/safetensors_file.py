@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -56,12 +57,15 @@ def write_safetensors(
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in in_file:
-            dtype, shape = layout[name]
-            tensor = load(name).detach()
-            assert tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape), f"{name} is not as laid out"
-            flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-            for start in range(0, flat.numel(), _CHUNK):
-                file.write(flat[start : start + _CHUNK].numpy())
+            _append(file, load(name), name, layout)
+
+
+def _append(file: BinaryIO, tensor: Tensor, name: str, layout: Layout) -> None:
+    """A function of its own, so that no tensor outlives its turn."""
+    assert (tensor.dtype, tuple(tensor.shape)) == layout[name], f"{name} is not as laid out"
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), _CHUNK):
+        file.write(flat[start : start + _CHUNK].numpy())
 
 
 def read_header(path: str | Path) -> tuple[list[str], dict[str, str]]:

