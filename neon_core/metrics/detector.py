@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from neon_core.errors import UserError
+from neon_core.files.checkpoint import load_strict, read_checkpoint
 from neon_core.metrics.inception import NUM_CLASSES, NUM_FEATURES, InceptionV3, folded, normalise, resize_tf1
 
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
@@ -141,11 +142,11 @@ def find_inception_weights() -> Path:
             if digest != WEIGHTS_SHA256:
                 raise UserError(
                     f"{path}: sha256 is {digest}, not {WEIGHTS_SHA256}, so the file is damaged or another one; "
-                    f"delete it and run: {FETCH_COMMAND}"
+                    f"delete it and run `{FETCH_COMMAND}`"
                 )
             return path
     looked = " or ".join(str(path) for path in places)
-    raise UserError(f"the Inception weights are missing (looked for {looked}); fetch them with: {FETCH_COMMAND}")
+    raise UserError(f"the Inception weights are missing (looked for {looked}); fetch them with `{FETCH_COMMAND}`")
 
 
 def load_inception(
@@ -166,7 +167,7 @@ def load_inception(
     else:
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"{path}: no such file of Inception weights; the published ones come with: {FETCH_COMMAND}")
+            raise UserError(f"{path}: no such file; the published Inception weights come with `{FETCH_COMMAND}`")
         digest = sha256(path)
     official = digest == WEIGHTS_SHA256
     name = "inception-v3-compat" if official else f"inception-v3-compat, unofficial weights {digest[:8]}"
@@ -177,12 +178,11 @@ def load_inception(
 
 
 def _read_network(path: Path) -> InceptionV3:
-    from neon_core.files.checkpoint import load_strict, read_checkpoint
-
     checkpoint = read_checkpoint(path)
-    net = InceptionV3().eval()
-    counters = {key: value for key, value in net.state_dict().items() if key.endswith("num_batches_tracked")}
+    with torch.device("meta"):  # no random weights to be thrown away
+        net = InceptionV3().eval()
     # Counters of training steps, without effect here, and not in every packaging of these weights.
+    counters = {key: torch.tensor(0) for key in net.state_dict() if key.endswith("num_batches_tracked")}
     checkpoint = dataclasses.replace(checkpoint, state={**counters, **checkpoint.state})
     load_strict(net, checkpoint)
     bad = [key for key, value in net.state_dict().items() if not torch.isfinite(value).all()]

@@ -48,7 +48,7 @@ def load_reference(path: str | Path, num_features: int | None = None) -> Referen
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file of reference statistics; the published ones come with: {FETCH_COMMAND}")
+        raise UserError(f"{path}: no such file of reference statistics; the published ones come with `{FETCH_COMMAND}`")
     mu, sigma = _read(path)
     for name, array, ndim in (("mu", mu, 1), ("sigma", sigma, 2)):
         if array.dtype.kind != "f":

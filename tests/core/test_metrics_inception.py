@@ -1,5 +1,6 @@
 """The FID network and its weight file: fast form equal to the plain one, official weights told from any other."""
 
+import copy
 import pickle
 
 import pytest
@@ -38,17 +39,20 @@ def noise(count, height, width, seed=0, channels=3):
 
 
 @torch.no_grad()
-def test_the_fast_form_equals_the_network_as_published(net):
-    """Folded batch norm, channels last, any chunking, against the modules as they are loaded."""
-    images = noise(3, 32, 50)
-    expected = net(normalise(resize_tf1(images)), FEATURES)
-    for chunk in (1, 3):
+def test_the_fast_form_is_as_exact_as_the_network_as_published(net):
+    """Folded batch norm, channels last, any chunking: as near to float64 as the modules as they are loaded. These
+    weights amplify rounding, so there is no fixed bound to hold."""
+    images = noise(2, 32, 50)
+    x = normalise(resize_tf1(images))
+    exact, plain = copy.deepcopy(net).double()(x.double(), FEATURES), net(x, FEATURES)
+    for chunk in (1, 2):
         found = InceptionDetector(net, "test", official=False, chunk_images=chunk).extract(images, FEATURES)
         assert list(found) == list(FEATURES)
         for name in FEATURES:
-            scale = expected[name].abs().max()
-            torch.testing.assert_close(found[name] / scale, expected[name] / scale, rtol=0, atol=2e-5)
-            assert found[name].dtype == torch.float32 and (expected[name][0] - expected[name][1]).abs().max() > 0
+            spread = (exact[name][0] - exact[name][1]).abs().max()
+            error, usual = ((y[name] - exact[name]).abs().max() / spread for y in (found, plain))
+            assert error < max(4 * usual, 1e-6) and error < 1e-3, name
+            assert found[name].dtype == torch.float32
     assert net.Conv2d_1a_3x3.conv.bias is None  # the given network is left as it was
 
 
@@ -129,7 +133,7 @@ def test_missing_weights_say_where_they_were_sought_and_how_to_get_them(nowhere)
 def test_damaged_default_weights_are_refused(nowhere):
     nowhere.mkdir(parents=True)
     (nowhere / detector_module.WEIGHTS_NAME).write_bytes(b"not the weights")
-    with pytest.raises(UserError, match="sha256 is [0-9a-f]{64}, not 6726825d0af5f729"):
+    with pytest.raises(UserError, match=r"sha256 is [0-9a-f]{64}, not 6726825d0af5f729"):
         load_inception()
 
 
