@@ -1,0 +1,83 @@
+"""The whole quickstart: all seeds, then the table, the pictures, `results.json` and the verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import sklearn
+import torch
+
+from neon_core.cli import check_writable, write_result
+from neon_core.errors import UserError
+from neon_edm.quickstart import pictures, report
+from neon_edm.quickstart.parallel import run_seeds
+from neon_edm.quickstart.recipes import DEFAULT, FAST, Quickstart
+
+FLOAT_TOLERANCE = 1e-5  # of w = -1 against theta_syn, absolute; the weights are of order 0.1 to 3
+
+
+def quickstart_run(*, fast: bool, seeds: Sequence[int], out_dir: Path, num_workers: int) -> int:
+    """Exit status: 0, or 1 where the run does not show what it should. Raises UserError."""
+    quickstart = FAST if fast else DEFAULT
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError("--seeds: give at least one seed, and each once, as in 0-2")
+    check_writable(out_dir, "--out")
+    pictures.check_available()
+    began = time.monotonic()
+    print(f"Neon on {len(seeds)} x {quickstart.recipe.name}: real 8 x 8 digits, results in {out_dir}", flush=True)
+    results = run_seeds(quickstart, seeds, out_dir, num_workers)
+    found = [r["seed"] for r in results if r["found"]]
+    if found:
+        print(f"found finished: seed {', '.join(map(str, found))}; remove {out_dir} to run again")
+    draw(results, out_dir)
+    problems = broken(results) + (report.failures(results) if quickstart.judged else [])
+    seconds = round(time.monotonic() - began, 1)
+    print(f"\n{report.table(results)}\n\n{report.explanation(results)}\n")
+    if not quickstart.judged:
+        print("This was the fast form: it shows that everything runs; its distances are rough and not judged.\n")
+    print(f"pictures: {out_dir / 'quickstart.png'} and {out_dir / 'quickstart_curve.png'}; {seconds:.0f} s")
+    record = {"results": results, "problems": problems, "seconds": seconds, **conditions(quickstart, num_workers)}
+    write_result(record, report.summary(results), out_dir / "results.json")
+    for problem in problems:
+        print(f"NOT AS EXPECTED: {problem}")
+    return 1 if problems else 0
+
+
+def broken(results: Sequence[dict]) -> list[str]:
+    """What must hold at any size: w = -1 is theta_syn, and theta_syn is not theta_base."""
+    found = []
+    for result in results:
+        who, error = f"seed {result['seed']}", result["minus_one_error"]
+        if not error <= FLOAT_TOLERANCE:
+            found.append(f"{who}: w = -1 differs from the self-trained weights by {error:g}")
+        if not result["step_length"] > 0:
+            found.append(f"{who}: the fine-tune changed nothing")
+    return found
+
+
+def draw(results: Sequence[dict], out_dir: Path) -> None:
+    """Both pictures, the grid from the first seed."""
+    pictures.draw_curve(results, out_dir / "quickstart_curve.png")
+    first = results[0]
+    with np.load(out_dir / f"seed-{first['seed']}" / "samples.npz", allow_pickle=False) as samples:
+        pictures.draw_grid(dict(samples), first["w_star"], out_dir / "quickstart.png")
+
+
+def conditions(quickstart: Quickstart, num_workers: int) -> dict:
+    """Settings and versions, for the record."""
+    return {
+        "settings": dataclasses.asdict(quickstart),
+        "workers": num_workers,
+        "machine": platform.machine(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "scikit-learn": sklearn.__version__,
+        },
+    }

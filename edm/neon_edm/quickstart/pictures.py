@@ -1,0 +1,122 @@
+"""The two pictures: the distance against w for every seed, and the same noise drawn by three sets of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neon_core.errors import UserError
+from neon_core.files.atomic import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, RED, GREEN = "#1d2733", "#74808c", "#b23b2e", "#217346"
+SEED_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers
+DPI = 160
+
+ZOOM, GAP = 5, 5  # picture pixels per image pixel, and between images
+PANELS = (
+    ("real", "real digits", "held out", INK),
+    ("self_trained", "self-trained", "w = -1", RED),
+    ("base", "base", "w = 0", INK),
+    ("neon", "Neon", "w = {w_star:g}", GREEN),
+)
+
+
+def check_available() -> None:
+    """Raises UserError where the pictures could not be drawn in the end."""
+    figure(1, 1)
+
+
+def figure(width: float, height: float) -> Figure:
+    """A figure that is drawn without a display and without pyplot's global state; sizes in inches. Raises UserError."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("the pictures need matplotlib, which is missing; pip install matplotlib") from error
+    fig = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(fig)
+    return fig
+
+
+def save(fig: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        fig.savefig(temporary, format="png", dpi=DPI)
+
+
+def draw_curve(results: Sequence[dict], path: Path) -> None:
+    """Held-out feature distance against w, each seed relative to its own base; Neon's choice and the random control."""
+    fig = figure(8.0, 4.4)
+    ax = fig.add_axes((0.095, 0.125, 0.885, 0.735))
+    for number, result in enumerate(results):
+        _draw_seed(ax, result, SEED_COLORS[number % len(SEED_COLORS)])
+    ax.plot([], [], "*", color=INK, ms=12, mec="white", label="w*: chosen on training digits, fresh noise")
+    ax.plot([], [], "x", color=INK, ms=7, mew=1.8, label="control: random direction of equal length")
+    ax.legend(loc="upper right", frameon=False, fontsize=9.5, labelcolor=INK, borderaxespad=1.2)
+
+    grid = [point["w"] for point in results[0]["selection"]]
+    left, right = min(grid) - 0.15, max(grid) + 0.15
+    ax.set_xlim(left, right)
+    ax.axvspan(left, 0, color="#fbeceb", zorder=0, lw=0)
+    ax.axhline(1.0, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    ax.axvline(0.0, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
+    ax.grid(axis="y", color="#e6eaee", lw=0.8)
+    ax.set_axisbelow(True)
+    ax.set_ylim(bottom=max(0.0, ax.get_ylim()[0] - 0.05))
+    ax.set_xlabel(r"$w$   in   $\theta_{\rm base} - w\,(\theta_{\rm syn} - \theta_{\rm base})$", color=INK, fontsize=11)
+    ax.set_ylabel("distance to held-out digits, base = 1", color=INK, fontsize=11)
+    ax.tick_params(colors=INK, length=3)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    places = ((-1, "self-trained", RED), (0, "base", INK), (right / 2, "Neon: the same step backwards", GREEN))
+    for w, text, color in places:
+        ax.text(w, 1.025, text, transform=ax.get_xaxis_transform(), ha="center", color=color, fontsize=11)
+    fig.text(0.012, 0.945, "Neon on handwritten digits: lower is better", color=INK, fontsize=13, weight="bold")
+    save(fig, path)
+
+
+def _draw_seed(ax: Axes, result: dict, color: str) -> None:
+    report, w_star = result["report"], result["w_star"]
+    curve = {point["w"]: point["heldout"] for point in result["selection"]}
+    ratios = [distance / curve[0] for distance in curve.values()]
+    ax.plot(list(curve), ratios, "-o", color=color, lw=1.8, ms=4, zorder=3, label=f"seed {result['seed']}")
+    for place, style in (("neon", {"marker": "*", "ms": 16}), ("random_direction", {"marker": "x", "ms": 7})):
+        ratio = report[place]["heldout"] / report["base"]["heldout"]
+        edge = {"mec": "white", "mew": 0.8} if place == "neon" else {"mew": 1.8}
+        ax.plot(w_star, ratio, color=color, ls="none", zorder=4, **style, **edge)
+
+
+def tile(images: np.ndarray, columns: int = 10) -> np.ndarray:
+    """uint8 [N, 1, H, W] -> one uint8 picture [h, w], dark ink on white, every image pixel a ZOOM x ZOOM square."""
+    height, width = (ZOOM * side for side in images.shape[2:])
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP), 255, dtype=np.uint8)
+    for i, image in enumerate(images[:, 0]):
+        top, left = (i // columns) * (height + GAP), (i % columns) * (width + GAP)
+        sheet[top : top + height, left : left + width] = 255 - np.kron(image, np.ones((ZOOM, ZOOM), dtype=np.uint8))
+    return sheet
+
+
+def draw_grid(samples: dict[str, np.ndarray], w_star: float, path: Path) -> None:
+    """Real digits beside self-trained, base and Neon samples of the same noise; a column is a class.
+
+    `samples` holds uint8 [100, 1, 8, 8] under the names in PANELS. Pixels are copied, not resampled.
+    """
+    sheets = [tile(samples[key]) for key, *_ in PANELS]
+    side_h, side_w = sheets[0].shape
+    margin, between, head = 30, 56, 86  # picture pixels
+    width, height = 2 * margin + len(sheets) * side_w + (len(sheets) - 1) * between, head + side_h + margin
+    fig = figure(width / DPI, height / DPI)
+    for number, (sheet, (_, title, note, color)) in enumerate(zip(sheets, PANELS, strict=True)):
+        left = margin + number * (side_w + between)
+        fig.figimage(np.stack([sheet] * 3, axis=-1), left, margin, origin="upper")  # RGB: no colour map, no rounding
+        place = {"y": (side_h + margin + 24) / height, "va": "baseline"}
+        fig.text(left / width, s=title, color=color, fontsize=17, weight="bold", **place)
+        fig.text((left + side_w) / width, s=note.format(w_star=w_star), color=MUTED, fontsize=13, ha="right", **place)
+    save(fig, path)

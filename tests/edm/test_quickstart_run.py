@@ -1,0 +1,148 @@
+"""The quickstart end to end, very small: the record, what a second run finds, and what a killed one leaves."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from neon_core.errors import UserError
+from neon_core.files.checkpoint import read_checkpoint
+from neon_core.merge import neon_merge
+from neon_core.selftrain import find_snapshots
+from neon_edm.quickstart.main import broken, quickstart_run
+from neon_edm.quickstart.recipes import FAST, base_training
+from neon_edm.quickstart.stages import passes_per_seed, run_seed
+
+SCRIPT = Path(__file__).parents[2] / "edm" / "quickstart.py"
+PICO = dataclasses.replace(
+    FAST,
+    base=base_training(40),
+    recipe=dataclasses.replace(FAST.recipe, num_synthetic=60),
+    num_evaluate=110,
+    w_grid=(-1.0, 0.0, 1.0),
+    feature_steps=20,
+)
+
+
+def ignore(stage, passes):
+    """No bar."""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, record) of one very small run."""
+    folder = tmp_path_factory.mktemp("quickstart") / "seed-3"
+    counted = []
+    result = run_seed(PICO, 3, folder, lambda stage, passes: counted.append((stage, passes)))
+    return folder, result, counted
+
+
+def test_the_merge_at_minus_one_is_the_self_trained_network(finished):
+    folder, result, _ = finished
+    assert result["minus_one_error"] < 1e-6 and result["step_length"] > 0.01 and broken([result]) == []
+    base, syn = (read_checkpoint(max(find_snapshots(folder / n).values())).state for n in ("base", "self_trained"))
+    back = neon_merge(base, syn, -1.0)
+    assert all(torch.allclose(back[name], syn[name], atol=1e-6) for name in syn)
+    neon = read_checkpoint(folder / "neon.safetensors")
+    assert neon.metadata["neon"]["w"] == result["w_star"]
+    at_w_star = neon_merge(base, syn, result["w_star"])
+    assert all(torch.equal(neon.state[name], at_w_star[name]) for name in at_w_star)
+
+
+def test_a_merge_that_misses_the_self_trained_network_is_reported(finished):
+    wrong = {**finished[1], "minus_one_error": 1e-3, "step_length": 0.0}
+    assert len(broken([wrong])) == 2
+
+
+def test_the_record_holds_every_point_and_equal_weights_measure_equal(finished):
+    _, result, _ = finished
+    assert [point["w"] for point in result["selection"]] == [-1.0, 0.0, 1.0]
+    assert set(result["report"]) == {"base", "self_trained", "neon_fixed", "neon", "random_direction", "real_data"}
+    numbers = [value for point in [*result["selection"], *result["report"].values()] for value in point.values()]
+    assert np.isfinite(numbers).all() and min(point["heldout"] for point in result["report"].values()) > 0
+    same = "neon_fixed" if result["w_star"] == 1.0 else "base"
+    assert result["report"]["neon"] == result["report"][same]
+    assert result["report"]["real_data"] != result["report"]["self_trained"] != result["report"]["base"]
+
+
+def test_the_synthetic_set_is_seventeen_levels_with_balanced_labels(finished):
+    folder, _, _ = finished
+    entries = json.loads((folder / "synthetic" / "dataset.json").read_text())["labels"]
+    assert len(entries) == 60 and np.bincount([label for _, label in entries]).tolist() == [6] * 10
+    with np.load(folder / "samples.npz", allow_pickle=False) as samples:
+        assert {name: images.shape for name, images in samples.items()} == dict.fromkeys(
+            ("real", "self_trained", "base", "neon"), (100, 1, 8, 8)
+        )
+        assert all(set(np.unique(images)) <= {round(255 * v / 16) for v in range(17)} for images in samples.values())
+
+
+def test_progress_adds_up_to_the_announced_total(finished):
+    *_, counted = finished
+    assert sum(passes for _, passes in counted) == pytest.approx(passes_per_seed(PICO), rel=1e-9)
+    assert list(dict.fromkeys(stage for stage, _ in counted))[:3] == ["features", "base", "synthetic set"]
+
+
+def test_a_second_run_finds_the_record_and_one_cut_short_comes_to_the_same(finished):
+    folder, result, _ = finished
+    assert run_seed(PICO, 3, folder, ignore) == {**result, "found": True}
+    (folder / "result.json").unlink()  # as if killed before the end
+    base = max(find_snapshots(folder / "base").values())
+    written = base.stat().st_mtime_ns
+    again = run_seed(PICO, 3, folder, ignore)
+    assert base.stat().st_mtime_ns == written
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in result.items() if k != "seconds"}
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished):
+    folder, _, _ = finished
+    longer = dataclasses.replace(PICO, base=base_training(50))
+    with pytest.raises(UserError, match="name another --outdir"):
+        run_seed(longer, 3, folder, ignore)
+
+
+def test_seeds_must_be_given_once(tmp_path):
+    with pytest.raises(UserError, match="each once"):
+        quickstart_run(fast=True, seeds=[1, 1], out_dir=tmp_path, num_workers=1)
+
+
+def test_bad_flags_are_one_line_and_status_2(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.touch()
+    for flags, named in ((["--seeds", "zero"], "'zero'"), (["--out", str(blocker)], str(blocker))):
+        done = subprocess.run([sys.executable, SCRIPT, "--fast", *flags], capture_output=True, text=True)
+        assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    """Starts a real run in its own processes, which each import torch: ten seconds."""
+    parent = psutil.Popen(
+        [sys.executable, SCRIPT, "--fast", "--out", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        started = tmp_path / "seed-0" / "base" / "settings.json"
+        wait_for(started.exists, 240)
+        children = parent.children(recursive=True)
+        assert children
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children), 30)
+
+
+def wait_for(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
