@@ -26,7 +26,7 @@ from neon_imm.loss import IMMLoss
 from neon_imm.precond import PRECISIONS, IMMPrecond, build_network
 from neon_imm.recipes import IMMRecipe
 from neon_imm.sampler import DISCRETIZATIONS, pushforward, restart, time_grid
-from neon_imm.vae_files import SD_VAE, load_vae
+from neon_imm.vae_files import load_vae
 
 STATES = {"float32": torch.float32, "float64": torch.float64}
 LABEL_RULES = ("in_order", "balanced")
@@ -67,7 +67,7 @@ class IMMBackbone(Backbone):
         config = full_config(read, recipe)
         codec_name, codec = "", RgbCodec(config["kwargs"]["img_channels"])
         if config["codec"]["kind"] == "vae":
-            autoencoder = load_vae(vae or SD_VAE).to(device, memory_format=torch.channels_last)
+            autoencoder = load_vae(vae).to(device, memory_format=torch.channels_last)
             codec_name = _digest(autoencoder)
             statistics = {name: config["codec"][name] for name in LATENT_STATISTICS if name in config["codec"]}
             dtype = torch.float16 if device.type == "cuda" else torch.float32  # as in the official evaluation
@@ -90,15 +90,15 @@ class IMMBackbone(Backbone):
 
     # Sampling
 
-    def assign_labels(self, seeds: Sequence[int], *, labels: str = "in_order", **settings: Any) -> Tensor | None:
+    def assign_labels(self, seeds: Sequence[int], *, label_rule: str = "in_order", **settings: Any) -> Tensor | None:
         """in_order: the classes one after the other, equally often; a remainder goes to the lowest classes. As in the
         official script, so a class depends on the place in the list. balanced: seed mod number of classes, so that an
         image keeps its class when the list is shortened or extended."""
-        if labels not in LABEL_RULES:
-            raise UserError(f"--labels {labels}: choose {' or '.join(LABEL_RULES)}")
+        if label_rule not in LABEL_RULES:
+            raise UserError(f"--label_rule {label_rule}: choose {' or '.join(LABEL_RULES)}")
         if not self.num_classes:
             return None
-        if labels == "balanced":
+        if label_rule == "balanced":
             return torch.tensor([seed % self.num_classes for seed in seeds], dtype=torch.int64)
         return label_plan(len(seeds), self.num_classes)[0]
 
@@ -112,7 +112,7 @@ class IMMBackbone(Backbone):
         sampler: str = "pushforward",
         precision: str = "fp32",
         state: str = "float32",
-        labels: str = "in_order",
+        label_rule: str = "in_order",
     ) -> None:
         """UserError for settings that the sampler cannot use."""
         if num_steps < 1:
@@ -128,7 +128,7 @@ class IMMBackbone(Backbone):
             ("sampler", sampler, SAMPLERS),
             ("precision", precision, ("fp32", *PRECISIONS)),
             ("state", state, STATES),
-            ("labels", labels, LABEL_RULES),
+            ("label_rule", label_rule, LABEL_RULES),
         )
         for flag, value, choices in known:
             if value not in choices:
@@ -192,6 +192,11 @@ class IMMBackbone(Backbone):
             raise UserError(
                 f"{images.path}: images of {images.shape[0]} channels; this model takes {self.codec.channels}"
             )
+
+    def change_loss(self, **settings: float | None) -> None:
+        """Settings of the loss other than the checkpoint's or the recipe's; None leaves one alone."""
+        self.loss = dataclasses.replace(self.loss, **{name: v for name, v in settings.items() if v is not None})
+        self.config = {**self.config, "loss": dataclasses.asdict(self.loss)}
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 pixels -> moments (mean | std, or pixels in [-1, 1]); moments pass unchanged."""

@@ -113,3 +113,14 @@ RECIPES = {
         loss=IMMLoss(sample_t_mode="uniform", a=1, k=15),
     ),
 }
+
+
+def w_grid(num_steps: int | None) -> tuple[float, ...]:
+    """The official merge weights of the search, by number of steps."""
+    few = {1: (0.0, 0.2, 0.4), 2: (0.4,)}.get(num_steps, ())
+    return (*few, *(round(0.4 * i, 1) for i in range(2, 14)))
+
+
+def cfg_grid(num_steps: int | None) -> tuple[float, ...]:
+    """The official guidance scales of the search."""
+    return (*((1.3, 1.4, 1.5) if num_steps == 1 else ()), 1.6, 1.7, 1.8, 2.2, 2.6)

@@ -26,14 +26,14 @@ SD_VAE_CONFIG = {
 }
 
 
-def load_vae(source: str | Path = SD_VAE) -> AutoencoderKL:
+def load_vae(source: str | Path | None = None) -> AutoencoderKL:
     """The autoencoder at `source`, on the CPU, in eval mode and without gradients.
 
-    `source` is a diffusers folder (config.json beside the weights), one weight file, or the name of a hub repository;
+    `source` is a diffusers folder (config.json beside the weights), one weight file, or a hub repository (SD_VAE);
     `checkpoints/<last part of the name>` is preferred to a download. Latent-diffusion keys and both diffusers
     spellings are read. Raises UserError where nothing is found, or the hub cannot be reached.
     """
-    weights, config = _locate(str(source))
+    weights, config = locate_vae(source)
     checkpoint = read_checkpoint(weights)
     if config is not None:
         vae = AutoencoderKL.from_diffusers_config(config)
@@ -52,8 +52,9 @@ def save_vae(path: str | Path, vae: AutoencoderKL) -> None:
     write_checkpoint(path, vae.state_dict(), config={"class": "AutoencoderKL", "kwargs": vae.config}, metadata={})
 
 
-def _locate(source: str) -> tuple[Path, dict | None]:
-    """(weight file, diffusers config or None)."""
+def locate_vae(source: str | Path | None = None) -> tuple[Path, dict | None]:
+    """(weight file, diffusers config or None), fetched if need be but not read. Raises UserError."""
+    source = str(source or SD_VAE)
     local = Path(source)
     if not local.exists():
         local = Path("checkpoints") / source.rstrip("/").split("/")[-1]
