@@ -15,9 +15,27 @@ PACKAGES = {
     "neon_edm": ROOT / "edm/neon_edm",
     "neon_imm": ROOT / "imm/neon_imm",
 }
-TOP_LEVEL = set(
-    ["VAR", "xAR", "edm", "imm", "neon_core", "toy_appendix.ipynb", "download_models.sh", "environment.yml", "checkpoints", "fid_stats", "README.md", "LICENSE", "Makefile", "pyproject.toml", "tests", "docs", "benchmarks", ".ci", ".gitignore"]
-)
+TOP_LEVEL = {
+    "VAR",
+    "xAR",
+    "edm",
+    "imm",
+    "neon_core",
+    "toy_appendix.ipynb",
+    "download_models.sh",
+    "environment.yml",
+    "checkpoints",
+    "fid_stats",
+    "README.md",
+    "LICENSE",
+    "Makefile",
+    "pyproject.toml",
+    "tests",
+    "docs",
+    "benchmarks",
+    ".ci",
+    ".gitignore",
+}
 
 
 def imports(file: Path) -> set[str]:
