@@ -93,6 +93,7 @@ def resize(case: Case) -> dict:
 
 def extractor(case: Case) -> dict:
     net = fill(InceptionV3())
+    assert net.Conv2d_1a_3x3.bn.eps == case.config.get("batch_norm_eps", 1e-3)
     for statistic in ("running_mean", "running_var"):
         buffers = [buffer for name, buffer in net.named_buffers() if name.endswith(statistic)]
         for buffer, values in zip(buffers, case.tensor(statistic).split([len(b) for b in buffers]), strict=True):
