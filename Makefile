@@ -24,7 +24,7 @@ quickstart-fast: $(READY)  ## the same with a smaller network and set, under a m
 	$(BIN)/python edm/quickstart.py --fast --out runs/quickstart-fast
 
 test: $(READY)  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 lint: $(READY)  ## style and formatting
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """Options and fixtures that all tests share."""
 
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,19 @@ def one_thread():
 def golden_data() -> Path:
     """Folder of the golden cases that ship with the tests."""
     return GOLDEN_DATA
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name every golden case with its outcome, part by part."""
+    parts: dict[str, list[str]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            match = re.search(r"test_golden\.py::test_(?:case|key_list)\[([^-]+)-(.+)\]", report.nodeid)
+            if match and report.when == "call":
+                parts.setdefault(match[1], []).append(match[2] if outcome == "passed" else f"FAILED {match[2]}")
+    if parts:
+        terminalreporter.section("golden cases")
+    for part, names in sorted(parts.items()):
+        failed = sum(name.startswith("FAILED") for name in names)
+        text = f"{part}: {len(names) - failed} of {len(names)} agree: {', '.join(sorted(names))}"
+        terminalreporter.write_line(textwrap.fill(text, 118, subsequent_indent="    ", break_on_hyphens=False))
