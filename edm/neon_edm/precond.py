@@ -150,9 +150,8 @@ class VPPrecond(Precond):
         return 1, -sigma, 1 / (sigma**2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
 
 
-def vp_sigma(t: float | Tensor, beta_d: float, beta_min: float) -> Tensor:
+def vp_sigma(t: Tensor, beta_d: float, beta_min: float) -> Tensor:
     """sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
-    t = torch.as_tensor(t)
     return ((0.5 * beta_d * t**2 + beta_min * t).exp() - 1).sqrt()
 
 

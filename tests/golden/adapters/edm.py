@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import math
@@ -36,7 +37,7 @@ from neon_edm.data import labels_of_names
 from neon_edm.layers import Conv2d
 from neon_edm.loss import EDMLoss, VELoss, VPLoss, loss_map
 from neon_edm.networks import DhariwalUNet, SongUNet
-from neon_edm.precond import build_network
+from neon_edm.precond import build_network, preconditioner
 from neon_edm.sampler import edm_sampler, time_steps, to_uint8
 
 UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
@@ -48,8 +49,13 @@ def unet(config: dict) -> nn.Module:
     return fill(UNETS[config.pop("class")](**config)).eval()
 
 
+def numbers(config: dict) -> dict:
+    """JSON has no infinity: it is written as text."""
+    return {k: float(v) if v in ("inf", "-inf") else v for k, v in config.items()}
+
+
 def precond(config: dict, default_class: str = "EDMPrecond") -> nn.Module:
-    config = dict(config)
+    config = numbers(config)
     return fill(build_network(config.pop("class", default_class), config)).eval()
 
 
@@ -100,6 +106,7 @@ def run_unet(case: Case) -> dict:
 @torch.no_grad()
 def run_unet_eps(case: Case) -> dict:
     net = unet(case.config["net"])
+    set_freqs(net, case)
     for name, factor in case.config["multiply_weight_and_bias_of"].items():
         layer = net.get_submodule(name)
         layer.weight *= factor
@@ -115,6 +122,7 @@ def run_unet_train_mode(case: Case) -> dict:
         variant = dict(variant)
         seed = variant.pop("seed")
         net = unet(case.config["net"] | variant).train()
+        set_freqs(net, case)
         seen = []
         if net.map_label is not None:
             net.map_label.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
@@ -194,11 +202,13 @@ def run_edm_precond(case: Case) -> dict:
 @torch.no_grad()
 def run_fp16_flag(case: Case) -> dict:
     net = precond(case.config)
-    x, sigma, labels = case.tensor("x"), case.tensor("sigma"), case.tensor("class_labels")
+    set_freqs(net, case)
+    x, sigma = case.tensor("x"), case.tensor("sigma")
+    labels = case.tensor("class_labels") if case.has("class_labels") else None
     return {
         "d": net(x, sigma, labels),
         "d_force_fp32": net(x, sigma, labels, force_fp32=True),
-        "d_int_labels": net(x, sigma, labels.long()),
+        "d_int_labels": net(x, sigma, None if labels is None else labels.long()),
     }
 
 
@@ -208,8 +218,10 @@ def run_other_preconditioners(case: Case) -> dict:
     labels = case.tensor("class_labels") if case.has("class_labels") else None
     out = {}
     for short, name in (("vp", "VPPrecond"), ("ve", "VEPrecond"), ("iddpm", "iDDPMPrecond")):
-        extra = case.config.get("extra", {})
-        net = precond(case.config["common"] | extra.get(short, {}) | extra.get(name, {}), name)
+        extra = case.config.get("extra", {})  # for one class under its name, or for all that know the argument
+        known = inspect.signature(preconditioner(name)).parameters
+        shared = {k: v for k, v in extra.items() if k in known}
+        net = precond(case.config["common"] | shared | extra.get(short, {}) | extra.get(name, {}), name)
         set_freqs(net, case)
         out[f"{short}_d"] = net(x, sigma, labels)
         out[f"{short}_sigma_min_max"] = np.array([net.sigma_min, net.sigma_max], dtype=np.float64)
@@ -250,14 +262,10 @@ class Recorded:
         return self.denoise(x, sigma, class_labels)
 
 
-def sampler_settings(config: dict) -> dict:
-    return {k: float(v) if isinstance(v, str) else v for k, v in config.items()}  # "inf" is written as text
-
-
 def run_t_steps(case: Case) -> dict:
     out = {}
     for i, row in enumerate(case.config["rows"]):
-        row = sampler_settings(row)
+        row = numbers(row)
         settings = {k: v for k, v in row.items() if not k.startswith("net_")}
         net = Recorded(lambda x, sigma, labels: x * 0, row["net_sigma_min"], row["net_sigma_max"])
         out[f"t_{i}"] = time_steps(net, **settings)
@@ -280,7 +288,7 @@ def run_sampler(case: Case) -> dict:
         net = Recorded(module, module.sigma_min, module.sigma_max, module.round_sigma)
     labels = case.tensor("class_labels") if case.has("class_labels") else None
     noise = (n.double() for n in case.tensor("noise")) if case.has("noise") else iter(())
-    settings = sampler_settings(case.config["sampler"])
+    settings = numbers(case.config["sampler"])
     x = edm_sampler(net, case.tensor("latents"), labels, lambda: next(noise), **settings)
     return {"x": x, "uint8": to_uint8(x), "sigma_calls": np.array(net.calls)}
 
@@ -308,10 +316,11 @@ def run_to_uint8(case: Case) -> dict:
 
 
 def run_stacked_rng(case: Case) -> dict:
-    seeds, shape = case.config["seeds"], (3, case.config["resolution"], case.config["resolution"])
+    seeds, side = case.config["seeds"], case.config["resolution"]
+    shape = (case.config.get("channels", 3), side, side)
     random, unlabelled = PerImageRandom(seeds), PerImageRandom(seeds)
     out = {"latents": random.randn(*shape), "labels": random.randint(case.config["label_dim"])}
-    for i in range(2):
+    for i in range(sum(name.startswith("step_noise_") for name in case.expected) - 1):
         out[f"step_noise_{i}"] = random.randn(*shape, dtype=torch.float64)
     unlabelled.randn(*shape)
     out["step_noise_0_without_label_draw"] = unlabelled.randn(*shape, dtype=torch.float64)
@@ -453,7 +462,7 @@ def run_schedules(case: Case) -> dict:
     for i, row in enumerate(case.config["rows"]):
         batch, duration = row["batch"], official.duration_images(row["duration_mimg"])
         ends, ticks = official.snapshot_images(duration, batch, row["tick_kimg"] * 1000, row["snap_ticks"])
-        ramp = LinearRamp(official.LR_RAMP_IMAGES)
+        ramp = LinearRamp(row["lr_rampup_kimg"] * 1000 if "lr_rampup_kimg" in row else official.LR_RAMP_IMAGES)
         ema = Ema(halflife_images=official.kimg(row["ema_mimg"]), rampup_ratio=row["ema_rampup_ratio"])
         seen = [iteration * batch for iteration in row["probe_iterations"]]
         out[f"{i}_lr"] = np.array([row["lr"] * ramp(n) for n in seen])
@@ -494,9 +503,9 @@ def run_training_steps(case: Case) -> dict:
     settings = TrainSettings(
         images=steps * loop["batch_size"],
         batch_size=loop["batch_size"],
-        micro_batch_size=loop["batch_gpu"],
+        micro_batch_size=loop["batch_gpu"] or loop["batch_size"],
         lr=loop["lr"],
-        schedule=LinearRamp(round(loop["lr_rampup_kimg"] * 1000)),
+        schedule=LinearRamp(max(loop["lr_rampup_kimg"] * 1000, 1e-8)),
         nonfinite_gradients="zero",
         ema=Ema(halflife_images=loop["ema_halflife_kimg"] * 1000, rampup_ratio=loop["ema_rampup_ratio"]),
     )
@@ -504,8 +513,11 @@ def run_training_steps(case: Case) -> dict:
     names = case.config["param_names_in_order"]
     parameters = dict(net.named_parameters())
     start = {name: value.detach().clone() for name, value in parameters.items()}
-    images = torch.from_numpy(case.array("images").transpose(0, 3, 1, 2).copy())
-    label_rows = case.array("labels") if case.has("labels") else None
+    images = case.tensor("images")  # [n, H, W, C] or [n, H, W]
+    images = (images[..., None] if images.ndim == 3 else images).permute(0, 3, 1, 2)
+    classes = case.tensor("labels") if case.has("labels") else None
+    if classes is not None and classes.ndim == 2:
+        classes = classes.argmax(dim=1)
     order = backbone.data_order(len(images), loop["batch_size"], loop["seed"])
     injection = case.config.get("gradient_injection")
     out = {"lr": [], "net_update_norm": [], "ema_update_norm": [], "grad_norm": []}
@@ -516,9 +528,9 @@ def run_training_steps(case: Case) -> dict:
         if injection and injection["iteration"] == step:
             hooks = [inject(parameters[injection["parameter"]], injection["round"], injection["values"])]
         micro_batches = []
-        for part in np.split(next(order), rounds):
-            labels = None if label_rows is None else torch.from_numpy(label_rows[part].argmax(1))
-            micro_batches.append((backbone.encode(images[torch.from_numpy(part)], generator), labels, generator))
+        for part in torch.from_numpy(next(order)).chunk(rounds):
+            labels = None if classes is None else classes[part].long()
+            micro_batches.append((backbone.encode(images[part], generator), labels, generator))
         out["lr"].append(run.lr)
         run.step(micro_batches)
         for hook in hooks:
@@ -554,7 +566,7 @@ def inject(parameter: nn.Parameter, in_round: int, values: list):
 
 
 def run_frechet(case: Case) -> dict:
-    ours, theirs = (FeatureStatistics(case.config["dims"]) for _ in range(2))
+    ours, theirs = (FeatureStatistics(case.array("features").shape[1]) for _ in range(2))
     ours.update(case.tensor("features"))
     theirs.update(case.tensor("features_ref"))
     reference = (theirs.mean.numpy(), theirs.covariance().numpy())

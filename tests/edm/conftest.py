@@ -1,0 +1,74 @@
+"""Networks of a few thousand parameters, and an Inception of the real shape with made-up weights."""
+
+import numpy as np
+import pytest
+import torch
+
+from neon_core.files.checkpoint import write_checkpoint
+from neon_core.metrics.inception import InceptionV3
+from neon_edm.backbone import EDMBackbone
+from neon_edm.precond import build_network
+
+PICO = {
+    "img_resolution": 8,
+    "img_channels": 3,
+    "label_dim": 4,
+    "augment_dim": 9,
+    "model_type": "SongUNet",
+    "model_channels": 8,
+    "channel_mult": [1, 1],
+    "channel_mult_emb": 2,
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+    "dropout": 0.1,
+}
+
+
+def pico_net(seed: int = 0, class_name: str = "EDMPrecond", **changes):
+    """A fresh network whose last layers are not almost 0, so that its output depends on everything before them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = build_network(class_name, PICO | changes)
+        for name, parameter in net.named_parameters():
+            if name.endswith(("conv1.weight", "proj.weight", "aux_conv.weight")):
+                torch.nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def pico_backbone(seed: int = 0, augment=None, **changes) -> EDMBackbone:
+    return EDMBackbone(pico_net(seed, **changes), {"class": "EDMPrecond", "kwargs": PICO | changes}, augment=augment)
+
+
+@pytest.fixture
+def backbone() -> EDMBackbone:
+    return pico_backbone()
+
+
+def write_pico(path, seed: int = 0, **changes):
+    """A checkpoint of ours with a pico network."""
+    backbone = pico_backbone(seed, **changes)
+    write_checkpoint(path, backbone.net.state_dict(), config=backbone.network_config())
+    return path
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Weights that fit the Inception network, drawn so that its features tell images apart."""
+    path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = InceptionV3()
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+    write_checkpoint(path, net.state_dict())
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference_file(tmp_path_factory):
+    """Statistics of the right size, of no images in particular."""
+    path = tmp_path_factory.mktemp("reference") / "reference.npz"
+    features = np.random.default_rng(0).standard_normal((16, 2048))
+    np.savez(path, mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    return path

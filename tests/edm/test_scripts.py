@@ -1,0 +1,174 @@
+"""The four scripts as a user runs them: on a pickle of pico size, alone and on two ranks, and with bad input."""
+
+import importlib.util
+import json
+
+import click
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from edm.conftest import write_pico
+from launch import ROOT, launch
+
+from neon_core.files.image_set import ImageSet
+from neon_core.merge import merge_command
+
+
+def script(name: str) -> click.Command:
+    spec = importlib.util.spec_from_file_location(f"edm_{name}_script", ROOT / "edm" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def call(capsys, name: str, *args) -> str:
+    """stdout of a script run in this process, which spares the start of an interpreter."""
+    capsys.readouterr()
+    script(name).main([str(arg) for arg in args], standalone_mode=False)
+    return capsys.readouterr().out
+
+
+def fails(name: str, *args) -> str:
+    """The one line that a user sees; exit code 2."""
+    result = CliRunner().invoke(script(name), [str(arg) for arg in args])
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error:")]
+    return line
+
+
+def test_scripts_run_from_anywhere_without_installation(tmp_path):
+    done = launch("edm/calculate_fid.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "--num_steps" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "--network_pkl checkpoints/Neon_EDM_conditional_CIFAR10.pkl --ref https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/"
+        "cifar10-32x32.npz --seeds 0-49999 --max_batch_size 256 --num_steps 18",
+        "--network_pkl a.pkl --ref b.npz --class 3 --sigma_min 0.01 --sigma_max 50 --rho 5 --s_churn 1 --s_min 0.1 "
+        "--s_max 9 --s_noise 1.003",
+        "--network a.pkl --ref b.npz --batch 3 --steps 40 --S_churn 1 --S_min 0.1 --S_max 9 --S_noise 1.003",
+    ],
+)
+def test_calculate_fid_takes_the_official_flags_in_both_spellings(args):
+    context = script("calculate_fid").make_context("calculate_fid", args.split())
+    assert context.params["network"].endswith(".pkl") and context.params["reference"].endswith(".npz")
+
+
+def test_generate_takes_the_official_flags():
+    args = "--outdir S --network a.pkl --seeds 0-5,9 --subdirs --class 1 --batch 2 --steps 9 --S_churn 2 --rho 7"
+    params = script("generate").make_context("generate", args.split()).params
+    assert params["seeds"] == [0, 1, 2, 3, 4, 5, 9] and params["num_steps"] == 9 and params["subdirs"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--seeds", "9-7"], "names no seed"),
+        (["--seeds", "0-x"], "neither a number nor a range"),
+        (["--num_steps", "1"], "1 is not in the range"),
+        (["--sigma_min", "90"], "must be below --sigma_max"),
+        (["--class", "-1"], "-1 is not in the range"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_at_once(args, said):
+    result = CliRunner().invoke(script("calculate_fid"), ["--network", "a.pkl", "--ref", "b.npz", *args])
+    assert result.exit_code == 2 and said in result.output
+
+
+def test_missing_files_are_named_before_anything_is_made(tmp_path, reference_file, inception_file):
+    base = write_pico(tmp_path / "base.safetensors")
+    given = ["--detector", inception_file, "--seeds", "0-7"]
+    line = fails("calculate_fid", "--network", tmp_path / "none.pkl", "--ref", reference_file, *given)
+    assert "none.pkl" in line and "download_models.sh" in line
+    line = fails("finetune", "--transfer", base, "--data", tmp_path / "nowhere", "--outdir", tmp_path / "run")
+    assert "nowhere" in line and not (tmp_path / "run").exists()
+    line = fails(
+        "sweep", "--base", base, "--snapshots", tmp_path, "--ref", reference_file, "--out_dir", tmp_path / "out"
+    )
+    assert "no snapshots" in line
+    line = fails("generate", "--network", base, "--class", 4, "--outdir", tmp_path / "S")
+    assert "classes 0 to 3" in line and not list((tmp_path / "S").iterdir())
+    line = fails("generate", "--network", base, "--outdir", base)
+    assert "--outdir" in line
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    done = launch("edm/calculate_fid.py", "--network", tmp_path / "a.pkl", "--ref", tmp_path / "none.npz")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "none.npz" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_from_a_published_pickle_to_neon_and_its_fid(tmp_path, golden_data, reference_file, inception_file, capsys):
+    """All stages through the scripts. More than ten seconds for 24 images through the Inception network."""
+    base = golden_data / "edm" / "pickle_snapshot.pkl"
+    data, run_dir, sweep_dir = tmp_path / "S", tmp_path / "run", tmp_path / "sweep"
+    out = call(capsys, "generate", "--network", base, "--seeds", "0-11", "--steps", 3, "--outdir", data, "--batch", 5)
+    assert out.startswith("12 images | ")
+    images = ImageSet(data)
+    assert len(images) == 12 and images.shape == (3, 8, 8)
+    assert all(f"_label{k}.png" in name for name, k in zip(images.names, images.class_indices.tolist(), strict=True))
+
+    out = call(
+        capsys, "finetune", "--transfer", base, "--data", data, "--outdir", run_dir, "--duration", 0.002,
+        "--batch", 100, "--batch-gpu", 50, "--tick", 1, "--snap", 1, "--lr", 10,
+    )  # fmt: skip
+    assert out.startswith("2 snapshots | ")
+    losses = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    assert losses[0]["lr"] == 0 and losses[-1]["images"] == 2000 and np.isfinite([x["loss"] for x in losses]).all()
+
+    evaluation = ["--ref", reference_file, "--detector", inception_file, "--num_steps", 3, "--max_batch_size", 4]
+    lines = call(
+        capsys, "sweep", "--base", base, "--snapshots", run_dir, "--weights", "0.5,1", "--min_training_step", 2,
+        "--seeds_test", "0-5", "--no_final", "--out_dir", sweep_dir, *evaluation,
+    ).splitlines()  # fmt: skip
+    assert len(lines) == 3 and lines[-1].startswith("best: snapshot=snapshot-000002000")
+
+    neon = tmp_path / "neon.safetensors"
+    merge_command.main([str(base), str(run_dir / "snapshot-000002000.safetensors"), "-w", "1", "-o", str(neon)],
+                       standalone_mode=False)  # fmt: skip
+    fid = {}
+    for name, network in (("base", base), ("neon", neon)):
+        json_file = tmp_path / f"{name}.json"
+        out = call(
+            capsys, "calculate_fid", "--network_pkl", network, "--seeds", "0-5", "--json", json_file, *evaluation
+        )
+        fid[name] = json.loads(json_file.read_text())["fid"]
+        assert out == f"FID={fid[name]:.6f} | conditional | steps=3\n"
+    point = json.loads((sweep_dir / "snapshot-000002000" / "w=1.json").read_text())
+    assert point["result"]["fid"] == pytest.approx(fid["neon"], rel=1e-6), "the sweep moves in place, the merge writes"
+    assert fid["base"] != pytest.approx(fid["neon"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_same_set_fine_tune_and_fid(tmp_path, reference_file, inception_file, capsys):
+    """More than ten seconds for three launches of two processes each."""
+    base = write_pico(tmp_path / "base.safetensors", dropout=0.0)
+    fids, losses, sets = [], [], []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        stages = (
+            ("generate", "--network", base, "--seeds", "0-8", "--steps", 3, "--outdir", folder / "S", "--batch", 2),
+            ("finetune", "--transfer", base, "--data", folder / "S", "--outdir", folder / "run", "--duration", 0.001,
+             "--batch", 100, "--micro_batch", 25, "--tick", 1, "--dropout", 0),
+            ("calculate_fid", "--network", base, "--ref", reference_file, "--detector", inception_file,
+             "--seeds", "0-8", "--steps", 3, "--batch", 2, "--json", folder / "fid.json"),
+        )  # fmt: skip
+        for name, *args in stages:
+            if ranks == 1:
+                out = call(capsys, name, *args)
+            else:
+                done = launch(f"edm/{name}.py", *args, ranks=ranks)
+                assert done.returncode == 0, done.stderr
+                out = done.stdout
+            assert len(out.splitlines()) == 1
+        fids.append(json.loads((folder / "fid.json").read_text())["fid"])
+        losses.append([json.loads(line)["loss"] for line in (folder / "run" / "log.jsonl").read_text().splitlines()])
+        sets.append(ImageSet(folder / "S"))
+    assert sets[0].names == sets[1].names
+    assert torch.equal(sets[0].images(range(9)), sets[1].images(range(9)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert fids[1] == pytest.approx(fids[0], rel=1e-9)
