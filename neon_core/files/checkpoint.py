@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from neon_core.distributed import print0
 from neon_core.errors import UserError
 from neon_core.files.containers import Weights, open_weights
+from neon_core.files.manifest import find_file
 from neon_core.files.safetensors_file import DTYPE_NAMES, write_safetensors
-
-_SUFFIXES = (".pth", ".pkl", ".pt", ".ckpt", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -48,31 +47,6 @@ def open_checkpoint(path: str | Path, entry: str | None = None) -> Weights:
     for note in weights.notes:
         print0(f"{weights.path}: {note}", file=sys.stderr)
     return weights
-
-
-def find_file(path: str | Path) -> Path:
-    """`path`, or the file that is meant: beside it, same name but for case and a weight file's ending; this is said.
-
-    Raises UserError that names the command to fetch the file.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a checkpoint file in it")
-    if path.exists():
-        return path
-    suffixes = _SUFFIXES if path.suffix.lower() in _SUFFIXES else (path.suffix.lower(),)
-    alike = []
-    if path.parent.is_dir():
-        for other in sorted(path.parent.iterdir()):
-            same_name = other.stem.lower() == path.stem.lower() and other.suffix.lower() in suffixes
-            if same_name and other.is_file():
-                alike.append(other)
-    if len(alike) == 1:
-        print0(f"{path}: not there; using {alike[0]}", file=sys.stderr)
-        return alike[0]
-    if alike:
-        raise UserError(f"{path}: does not exist; name one of {', '.join(str(other) for other in alike)}")
-    raise UserError(f"{path}: does not exist; fetch it with `bash download_models.sh` or name another file")
 
 
 def load_strict(

@@ -1,0 +1,140 @@
+"""A file server on the loopback address that answers like the hub and like a plain file host, and can misbehave."""
+
+import hashlib
+import re
+import threading
+import time
+from collections import defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Loopback:
+    """`files` by name. `faults[name]` is a list of what happens to the next GETs of its bytes, then all is well:
+
+    ("cut", n)      n bytes, then the connection ends
+    ("stall", n)    n bytes, then silence
+    ("status", c)   HTTP status c
+    ("bytes", b)    these bytes instead, with the headers of the right ones where lengths agree
+    ("no range",)   the whole file, whatever was asked for
+    """
+
+    def __init__(self, **files: bytes):
+        self.files = {name.replace("__", "."): content for name, content in files.items()}
+        self.faults: dict[str, list[tuple]] = defaultdict(list)
+        self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, path, headers
+        self.lfs = True  # the hub states a sha256; else git's hash
+        self.etags = True  # plain files carry one
+        self.head_status = 200  # of the hub's HEAD
+        self.stalled = threading.Event()
+        self.cdn_host = "localhost"  # where the hub redirects to
+
+    def __enter__(self):
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_HEAD(self):
+                outer.answer(self, body=False)
+
+            def do_GET(self):
+                outer.answer(self, body=True)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # clients that hang up are part of the game
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.stalled.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def port(self) -> int:
+        return self.server.server_address[1]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def gets(self, part: str = "") -> list[dict[str, str]]:
+        """Headers of the GETs whose path has `part`; without it, of those that asked for the bytes of a file."""
+        wanted = (part,) if part else ("/cdn/", "/files/")
+        return [
+            headers for method, path, headers in self.requests if method == "GET" and any(w in path for w in wanted)
+        ]
+
+    def answer(self, handler: BaseHTTPRequestHandler, body: bool) -> None:
+        self.requests.append((handler.command, handler.path, {k.title(): v for k, v in handler.headers.items()}))
+        name = handler.path.rsplit("/", 1)[-1]
+        content = self.files.get(name)
+        if "/resolve/" in handler.path:
+            self._hub(handler, name, content)
+        elif content is None:
+            self._end(handler, 404)
+        else:
+            self._bytes(handler, name, content, body)
+
+    def _end(self, handler, status: int, **headers) -> None:
+        handler.send_response(status)
+        for key, value in headers.items():
+            handler.send_header(key.replace("_", "-"), str(value))
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    def _hub(self, handler, name: str, content: bytes | None) -> None:
+        if self.head_status != 200:
+            return self._end(handler, self.head_status)
+        if content is None:
+            return self._end(handler, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+        digest = hashlib.sha256(content).hexdigest()
+        if not self.lfs:
+            digest = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+        facts = {"X_Repo_Commit": COMMIT, "X_Linked_Etag": f'"{digest}"', "X_Linked_Size": len(content)}
+        return self._end(handler, 302, Location=f"http://{self.cdn_host}:{self.port}/cdn/{name}", **facts)
+
+    def _bytes(self, handler, name: str, content: bytes, body: bool) -> None:
+        fault = self.faults[name].pop(0) if self.faults[name] and body else ("",)
+        if fault[0] == "status":
+            return self._end(handler, fault[1])
+        if fault[0] == "bytes":
+            content = fault[1]
+        etag = f'"{hashlib.md5(self.files[name]).hexdigest()}"'
+        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        same = handler.headers.get("If-Range", etag) == etag
+        start = int(asked[1]) if asked and same and fault[0] != "no range" else 0
+        if start > 0 and start >= len(content):
+            return self._end(handler, 416, Content_Range=f"bytes */{len(content)}")
+        handler.send_response(206 if start else 200)
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        if self.etags:
+            handler.send_header("ETag", etag)
+        handler.send_header("Content-Length", str(len(content) - start))
+        handler.end_headers()
+        if not body:
+            return None
+        sent = content[start:]
+        if fault[0] in ("cut", "stall"):
+            handler.wfile.write(sent[: fault[1]])
+            handler.wfile.flush()
+            if fault[0] == "stall":
+                self.stalled.wait(60)
+            handler.close_connection = True
+            return None
+        for begin in range(0, len(sent), 1 << 16):
+            handler.wfile.write(sent[begin : begin + (1 << 16)])
+        return None
+
+    def wait_for(self, condition, seconds: float = 30.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.02)
