@@ -210,13 +210,14 @@ def test_the_table_states_the_means_of_the_changes():
 def test_the_grid_copies_pixels_without_resampling(tmp_path):
     images = (np.random.default_rng(0).integers(0, 256, (4, 100, 1, 8, 8))).astype(np.uint8)
     samples = {name: images[i] for i, (name, *_) in enumerate(pictures.PANELS)}
-    pictures.draw_grid(samples, 1.5, tmp_path / "grid.png")
+    pictures.draw_grid(samples, a_result(), tmp_path / "grid.png")
     picture = np.asarray(PIL.Image.open(tmp_path / "grid.png").convert("L"))
-    sheet = pictures.tile(images[3])
-    zoom, gap = pictures.ZOOM, pictures.GAP
-    assert np.array_equal(sheet[8 * zoom + gap :: zoom][:8, ::zoom][:, :8], 255 - images[3, 10, 0])
-    right = picture.shape[1] - 30
-    assert np.array_equal(picture[-30 - sheet.shape[0] : -30, right - sheet.shape[1] : right], sheet)
+    sheet, zoom = pictures.tile(images[3]), pictures.ZOOM
+    second_row = 8 * zoom + pictures.GAP
+    assert np.array_equal(sheet[second_row::zoom][:8, : 8 * zoom : zoom], 255 - images[3, 10, 0])
+    height, width = sheet.shape
+    bottom, right = picture.shape[0] - pictures.MARGIN, picture.shape[1] - pictures.MARGIN
+    assert np.array_equal(picture[bottom - height : bottom, right - width : right], sheet)
 
 
 def test_the_curve_is_drawn_for_any_number_of_seeds(tmp_path):

@@ -18,8 +18,9 @@ from neon_core.files.checkpoint import read_checkpoint
 from neon_core.merge import neon_merge
 from neon_core.selftrain import find_snapshots
 from neon_edm.quickstart.main import broken, quickstart_run
+from neon_edm.quickstart.parallel import Bars, run_seeds
 from neon_edm.quickstart.recipes import FAST, base_training
-from neon_edm.quickstart.stages import passes_per_seed, run_seed
+from neon_edm.quickstart.stages import find_result, passes_per_seed, run_seed
 
 SCRIPT = Path(__file__).parents[2] / "edm" / "quickstart.py"
 PICO = dataclasses.replace(
@@ -92,10 +93,12 @@ def test_progress_adds_up_to_the_announced_total(finished):
 
 def test_a_second_run_finds_the_record_and_one_cut_short_comes_to_the_same(finished):
     folder, result, _ = finished
-    assert run_seed(PICO, 3, folder, ignore) == {**result, "found": True}
+    assert find_result(PICO, 3, folder) == result
+    assert find_result(dataclasses.replace(PICO, num_evaluate=111), 3, folder) is None
     (folder / "result.json").unlink()  # as if killed before the end
     base = max(find_snapshots(folder / "base").values())
     written = base.stat().st_mtime_ns
+    assert find_result(PICO, 3, folder) is None
     again = run_seed(PICO, 3, folder, ignore)
     assert base.stat().st_mtime_ns == written
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in result.items() if k != "seconds"}
@@ -106,6 +109,17 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
     longer = dataclasses.replace(PICO, base=base_training(50))
     with pytest.raises(UserError, match="name another --outdir"):
         run_seed(longer, 3, folder, ignore)
+
+
+def test_the_parent_looks_up_from_the_bars_while_workers_keep_talking():
+    class Chatter:
+        def get(self, timeout):
+            time.sleep(0.001)
+            return 0, "base", 1
+
+    bars, began = Bars([0], 1000), time.monotonic()
+    bars.show(Chatter())
+    assert time.monotonic() - began < 2 and bars.stages == {0: "base"}
 
 
 def test_seeds_must_be_given_once(tmp_path):
@@ -119,6 +133,17 @@ def test_bad_flags_are_one_line_and_status_2(tmp_path):
     for flags, named in ((["--seeds", "zero"], "'zero'"), (["--out", str(blocker)], str(blocker))):
         done = subprocess.run([sys.executable, SCRIPT, "--fast", *flags], capture_output=True, text=True)
         assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_workers_error_reaches_the_user_in_one_line(tmp_path):
+    """Starts a process that imports torch: ten seconds."""
+    other = tmp_path / "seed-0" / "base" / "settings.json"
+    other.parent.mkdir(parents=True)
+    other.write_text('{"seed": "another"}')
+    with pytest.raises(UserError, match="name another --outdir"):
+        run_seeds(PICO, [0, 1], tmp_path, num_workers=1)
+    assert not (tmp_path / "seed-1").exists()
 
 
 @pytest.mark.slow

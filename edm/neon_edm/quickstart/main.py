@@ -15,8 +15,9 @@ import torch
 from neon_core.cli import check_writable, write_result
 from neon_core.errors import UserError
 from neon_edm.quickstart import pictures, report
-from neon_edm.quickstart.parallel import run_seeds
+from neon_edm.quickstart.parallel import run_seeds, seed_folder
 from neon_edm.quickstart.recipes import DEFAULT, FAST, Quickstart
+from neon_edm.quickstart.stages import find_result
 
 FLOAT_TOLERANCE = 1e-5  # of w = -1 against theta_syn, absolute; the weights are of order 0.1 to 3
 
@@ -30,21 +31,25 @@ def quickstart_run(*, fast: bool, seeds: Sequence[int], out_dir: Path, num_worke
     pictures.check_available()
     began = time.monotonic()
     print(f"Neon on {len(seeds)} x {quickstart.recipe.name}: real 8 x 8 digits, results in {out_dir}", flush=True)
-    results = run_seeds(quickstart, seeds, out_dir, num_workers)
-    found = [r["seed"] for r in results if r["found"]]
-    if found:
-        print(f"found finished: seed {', '.join(map(str, found))}; remove {out_dir} to run again")
+    records = {seed: find_result(quickstart, seed, seed_folder(out_dir, seed)) for seed in seeds}
+    missing = [seed for seed, record in records.items() if record is None]
+    if len(missing) < len(seeds):
+        found = ", ".join(str(seed) for seed in seeds if seed not in missing)
+        print(f"found finished, and kept: seed {found} (remove {out_dir} to begin anew)", flush=True)
+    if missing:
+        records |= run_seeds(quickstart, missing, out_dir, num_workers)
+    results = [records[seed] for seed in seeds]
     draw(results, out_dir)
     problems = broken(results) + (report.failures(results) if quickstart.judged else [])
     seconds = round(time.monotonic() - began, 1)
     print(f"\n{report.table(results)}\n\n{report.explanation(results)}\n")
     if not quickstart.judged:
         print("This was the fast form: it shows that everything runs; its distances are rough and not judged.\n")
+    for problem in problems:
+        print(f"NOT AS EXPECTED: {problem}")
     print(f"pictures: {out_dir / 'quickstart.png'} and {out_dir / 'quickstart_curve.png'}; {seconds:.0f} s")
     record = {"results": results, "problems": problems, "seconds": seconds, **conditions(quickstart, num_workers)}
     write_result(record, report.summary(results), out_dir / "results.json")
-    for problem in problems:
-        print(f"NOT AS EXPECTED: {problem}")
     return 1 if problems else 0
 
 
@@ -64,8 +69,8 @@ def draw(results: Sequence[dict], out_dir: Path) -> None:
     """Both pictures, the grid from the first seed."""
     pictures.draw_curve(results, out_dir / "quickstart_curve.png")
     first = results[0]
-    with np.load(out_dir / f"seed-{first['seed']}" / "samples.npz", allow_pickle=False) as samples:
-        pictures.draw_grid(dict(samples), first["w_star"], out_dir / "quickstart.png")
+    with np.load(seed_folder(out_dir, first["seed"]) / "samples.npz", allow_pickle=False) as samples:
+        pictures.draw_grid(dict(samples), first, out_dir / "quickstart.png")
 
 
 def conditions(quickstart: Quickstart, num_workers: int) -> dict:

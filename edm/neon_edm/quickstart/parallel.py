@@ -10,6 +10,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
@@ -24,28 +25,33 @@ from neon_edm.quickstart.stages import passes_per_seed, run_seed
 _messages = None  # the queue to the parent, in a worker
 
 
-def run_seeds(quickstart: Quickstart, seeds: Sequence[int], out_dir: Path, num_workers: int) -> list[dict]:
-    """The records of all seeds, in their order; each leaves its files in `out_dir`/seed-<seed>.
+def run_seeds(quickstart: Quickstart, seeds: Sequence[int], out_dir: Path, num_workers: int) -> dict[int, dict]:
+    """seed -> record; each leaves its files in `out_dir`/seed-<seed>.
 
-    Whatever a worker raises is raised here, after the other running seeds have ended.
+    What a worker raises is raised here, once the seeds that run beside it have ended; others are not started.
     """
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
-    with _Bars(seeds, passes_per_seed(quickstart)) as bars:
-        with ProcessPoolExecutor(min(num_workers, len(seeds)), context, _start_worker, (messages,)) as pool:
-            futures = [pool.submit(_work, quickstart, seed, out_dir / f"seed-{seed}") for seed in seeds]
-            while not all(future.done() for future in futures):
-                bars.show(messages)
-                if any(_failed(future) for future in futures):
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    break
+    num_workers = min(num_workers, len(seeds))
+    futures: dict[int, Future] = {}
+    with (
+        Bars(seeds, passes_per_seed(quickstart)) as bars,
+        ProcessPoolExecutor(num_workers, context, _start_worker, (messages,)) as pool,
+    ):
+        while len(futures) < len(seeds) or not all(future.done() for future in futures.values()):
+            # One seed per free worker: what the pool holds in its own queue would start even after a failure or Ctrl-C.
+            while len(futures) < len(seeds) and sum(not f.done() for f in futures.values()) < num_workers:
+                seed = seeds[len(futures)]
+                futures[seed] = pool.submit(_work, quickstart, seed, seed_folder(out_dir, seed))
             bars.show(messages)
-        results = [future.result() for future in futures if not future.cancelled()]
-    return results
+            if any(future.done() and future.exception() for future in futures.values()):
+                break
+        bars.show(messages)
+    return {seed: future.result() for seed, future in futures.items()}
 
 
-def _failed(future: Future) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is not None
+def seed_folder(out_dir: Path, seed: int) -> Path:
+    return out_dir / f"seed-{seed}"
 
 
 def _start_worker(messages) -> None:
@@ -63,14 +69,28 @@ def _end_with_parent() -> None:
 
 def _work(quickstart: Quickstart, seed: int, out_dir: Path) -> dict:
     out_dir.mkdir(parents=True, exist_ok=True)
+    reporter = _Reporter(seed)
     # The shared functions draw bars of their own, which would overwrite the parent's.
     with open(out_dir / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        result = run_seed(quickstart, seed, out_dir, lambda stage, passes: _messages.put((seed, stage, passes)))
-    _messages.put((seed, "done", 0))
+        result = run_seed(quickstart, seed, out_dir, reporter)
+    reporter("done", 0)
     return result
 
 
-class _Bars:
+class _Reporter:
+    """Adds up a worker's progress and sends it at every new stage and otherwise five times a second."""
+
+    def __init__(self, seed: int):
+        self.seed, self.stage, self.passes, self.sent_at = seed, "", 0, 0.0
+
+    def __call__(self, stage: str, passes: int) -> None:
+        self.passes += passes
+        if stage != self.stage or time.monotonic() - self.sent_at > 0.2:
+            _messages.put((self.seed, stage, self.passes))
+            self.stage, self.passes, self.sent_at = stage, 0, time.monotonic()
+
+
+class Bars:
     """One bar per seed; on a stderr that is no terminal, one line per stage."""
 
     def __init__(self, seeds: Sequence[int], passes: int):
@@ -82,7 +102,7 @@ class _Bars:
             for number, seed in enumerate(seeds)
         }
 
-    def __enter__(self) -> _Bars:
+    def __enter__(self) -> Bars:
         return self
 
     def __exit__(self, *error) -> None:
@@ -91,15 +111,19 @@ class _Bars:
 
     def show(self, messages) -> None:
         """Take in what the workers say within a fifth of a second."""
-        while True:
+        end = time.monotonic() + 0.2
+        while (left := end - time.monotonic()) > 0:
             try:
-                seed, stage, passes = messages.get(timeout=0.2)
+                seed, stage, passes = messages.get(timeout=left)
             except queue.Empty:
                 return
-            bar = self.bars[seed]
-            if stage != self.stages[seed]:
-                self.stages[seed] = stage
-                bar.set_description_str(f"seed {seed} {stage:13}", refresh=False)
-                if not self.live:
-                    print(f"seed {seed}: {stage}", file=sys.stderr, flush=True)
-            bar.update(bar.total - bar.n if stage == "done" else min(passes, bar.total - bar.n))
+            self.move(seed, stage, passes)
+
+    def move(self, seed: int, stage: str, passes: int) -> None:
+        bar = self.bars[seed]
+        if stage != self.stages[seed]:
+            self.stages[seed] = stage
+            bar.set_description_str(f"seed {seed} {stage:13}", refresh=False)
+            if not self.live:
+                print(f"seed {seed}: {stage}", file=sys.stderr, flush=True)
+        bar.update(bar.total - bar.n if stage == "done" else min(passes, bar.total - bar.n))

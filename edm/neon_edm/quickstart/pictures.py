@@ -19,12 +19,14 @@ INK, MUTED, RED, GREEN = "#1d2733", "#74808c", "#b23b2e", "#217346"
 SEED_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers
 DPI = 160
 
-ZOOM, GAP = 5, 5  # picture pixels per image pixel, and between images
-PANELS = (
-    ("real", "real digits", "held out", INK),
+ZOOM, GAP = 6, 6  # picture pixels per image pixel, and between images
+COLUMNS, ROWS = 10, 6  # a column is a class
+MARGIN, BETWEEN, HEAD = 36, 72, 76  # picture pixels: around, between the panels' columns, above each panel
+PANELS = (  # left to right, top to bottom
     ("self_trained", "self-trained", "w = -1", RED),
     ("base", "base", "w = 0", INK),
     ("neon", "Neon", "w = {w_star:g}", GREEN),
+    ("real", "real digits", "held out", INK),
 )
 
 
@@ -92,31 +94,34 @@ def _draw_seed(ax: Axes, result: dict, color: str) -> None:
         ax.plot(w_star, ratio, color=color, ls="none", zorder=4, **style, **edge)
 
 
-def tile(images: np.ndarray, columns: int = 10) -> np.ndarray:
-    """uint8 [N, 1, H, W] -> one uint8 picture [h, w], dark ink on white, every image pixel a ZOOM x ZOOM square."""
+def tile(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, 1, H, W] -> one uint8 picture [h, w] of the first ROWS x COLUMNS, dark ink on white, every image pixel
+    a ZOOM x ZOOM square."""
     height, width = (ZOOM * side for side in images.shape[2:])
-    rows = -(-len(images) // columns)
-    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP), 255, dtype=np.uint8)
-    for i, image in enumerate(images[:, 0]):
-        top, left = (i // columns) * (height + GAP), (i % columns) * (width + GAP)
+    sheet = np.full((ROWS * (height + GAP) - GAP, COLUMNS * (width + GAP) - GAP), 255, dtype=np.uint8)
+    for i, image in enumerate(images[: ROWS * COLUMNS, 0]):
+        top, left = (i // COLUMNS) * (height + GAP), (i % COLUMNS) * (width + GAP)
         sheet[top : top + height, left : left + width] = 255 - np.kron(image, np.ones((ZOOM, ZOOM), dtype=np.uint8))
     return sheet
 
 
-def draw_grid(samples: dict[str, np.ndarray], w_star: float, path: Path) -> None:
-    """Real digits beside self-trained, base and Neon samples of the same noise; a column is a class.
+def draw_grid(samples: dict[str, np.ndarray], result: dict, path: Path) -> None:
+    """Self-trained, base and Neon samples of the same noise, and real digits; with their distances of `result`.
 
-    `samples` holds uint8 [100, 1, 8, 8] under the names in PANELS. Pixels are copied, not resampled.
+    `samples` holds uint8 [N, 1, 8, 8] under the names in PANELS, label i = i mod 10. Pixels are copied, not resampled.
     """
     sheets = [tile(samples[key]) for key, *_ in PANELS]
     side_h, side_w = sheets[0].shape
-    margin, between, head = 30, 56, 86  # picture pixels
-    width, height = 2 * margin + len(sheets) * side_w + (len(sheets) - 1) * between, head + side_h + margin
+    width, height = 2 * (MARGIN + side_w) + BETWEEN, MARGIN + 2 * (HEAD + side_h)
     fig = figure(width / DPI, height / DPI)
-    for number, (sheet, (_, title, note, color)) in enumerate(zip(sheets, PANELS, strict=True)):
-        left = margin + number * (side_w + between)
-        fig.figimage(np.stack([sheet] * 3, axis=-1), left, margin, origin="upper")  # RGB: no colour map, no rounding
-        place = {"y": (side_h + margin + 24) / height, "va": "baseline"}
-        fig.text(left / width, s=title, color=color, fontsize=17, weight="bold", **place)
-        fig.text((left + side_w) / width, s=note.format(w_star=w_star), color=MUTED, fontsize=13, ha="right", **place)
+    for number, (sheet, (key, title, note, color)) in enumerate(zip(sheets, PANELS, strict=True)):
+        left = MARGIN + (number % 2) * (side_w + BETWEEN)
+        bottom = MARGIN + (1 - number // 2) * (side_h + HEAD)
+        fig.figimage(np.stack([sheet] * 3, axis=-1), left, bottom, origin="upper")  # RGB: no colour map, no rounding
+        if key != "real":
+            note += f",  distance {result['report'][key]['heldout']:.2f}"
+        place = {"y": (bottom + side_h + 18) / height, "va": "baseline"}
+        fig.text(left / width, s=title, color=color, fontsize=15, weight="bold", **place)
+        note = note.format(w_star=result["w_star"])
+        fig.text((left + side_w) / width, s=note, color=MUTED, fontsize=11, ha="right", **place)
     save(fig, path)

@@ -49,19 +49,23 @@ Progress = Callable[[str, int], None]  # (stage, network passes done since the l
 def run_seed(quickstart: Quickstart, seed: int, out_dir: Path, progress: Progress) -> dict:
     """The record of one seed, JSON, also written to `out_dir`/result.json; samples for the pictures to samples.npz.
 
-    A record of the same settings that lies there is returned, with "found" true. Raises UserError where the folder
-    holds stages of a run with other settings.
+    Raises UserError where the folder holds stages of a run with other settings.
     """
-    identity = json.loads(json.dumps({"seed": seed, "settings": dataclasses.asdict(quickstart)}, default=str))
-    path = out_dir / "result.json"
-    if path.exists():
-        result = json.loads(path.read_text())
-        if result["identity"] == identity:
-            return {**result, "found": True}
-    result = {"identity": identity, **SeedRun(quickstart, seed, out_dir, progress).all_stages()}
-    with atomic_path(path) as temporary:  # last: who finds it finds everything
+    result = {"identity": identity(quickstart, seed), **SeedRun(quickstart, seed, out_dir, progress).all_stages()}
+    with atomic_path(out_dir / "result.json") as temporary:  # last: who finds it finds everything
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-    return {**result, "found": False}
+    return result
+
+
+def find_result(quickstart: Quickstart, seed: int, out_dir: Path) -> dict | None:
+    """The record that an earlier run of the same settings left in `out_dir`."""
+    path = out_dir / "result.json"
+    result = json.loads(path.read_text()) if path.exists() else None
+    return result if result and result["identity"] == identity(quickstart, seed) else None
+
+
+def identity(quickstart: Quickstart, seed: int) -> dict:
+    return json.loads(json.dumps({"seed": seed, "settings": dataclasses.asdict(quickstart)}, default=str))
 
 
 def passes_per_seed(quickstart: Quickstart) -> int:
