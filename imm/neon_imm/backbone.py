@@ -41,11 +41,6 @@ class IMMBackbone(Backbone):
     """
 
     def __init__(self, net: IMMPrecond, codec: Codec, loss: IMMLoss, config: dict[str, Any], codec_name: str = ""):
-        if codec.channels != net.img_channels:
-            raise UserError(
-                f"the network takes samples of {net.img_channels} channels, the autoencoder makes {codec.channels}; "
-                "give the --vae that belongs to it"
-            )
         self.net = net.eval().requires_grad_(False)
         self.codec, self.loss, self.config = codec, loss, config
         self.img_size, self.num_classes = net.img_resolution * codec.factor, net.label_dim
@@ -68,6 +63,11 @@ class IMMBackbone(Backbone):
         codec_name, codec = "", RgbCodec(config["kwargs"]["img_channels"])
         if config["codec"]["kind"] == "vae":
             autoencoder = load_vae(vae).to(device, memory_format=torch.channels_last)
+            if autoencoder.embed_dim != config["kwargs"]["img_channels"]:
+                raise UserError(
+                    f"--vae {vae}: makes latents of {autoencoder.embed_dim} channels, the network takes "
+                    f"{config['kwargs']['img_channels']}; name the one that belongs to it"
+                )
             codec_name = _digest(autoencoder)
             statistics = {name: config["codec"][name] for name in LATENT_STATISTICS if name in config["codec"]}
             dtype = torch.float16 if device.type == "cuda" else torch.float32  # as in the official evaluation
