@@ -445,3 +445,9 @@ def test_shell_script_passes_on_words_and_exit_code(tmp_path):
     environment["PYTHON"] = "/nonexistent/python"
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and "pip install -e ." in result.stderr
+
+
+def test_documentation_lists_every_file_and_row():
+    text = (ROOT / "docs" / "downloads.md").read_text()
+    assert all(f"`{name}`" in text for name in (*ROWS, *(entry.name for entry in MANIFEST.entries)))
+    assert all(f"`{entry.folder}/`" in text and entry.repo in text for entry in MANIFEST.entries)
