@@ -27,6 +27,7 @@ from neon_xar.vae import ROUNDINGS, both_moments, center_crop, decode, scaled_la
 from neon_xar.xar import GRID, SIZES, XAR, build
 
 DEFAULT_VAE = Path(__file__).resolve().parents[1] / "pretrained" / "kl16.ckpt"
+FETCH = {"xar_large": "xarl", "xar_base": "xarb", "xar_huge": "xAR-H.pth kl16.ckpt"}  # words of download_models.sh
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 LABEL_RULES = ("balanced", "official")
 
@@ -80,8 +81,7 @@ class XARBackbone(Backbone):
         except UserError as error:
             if Path(path).exists():
                 raise
-            word = "xar" + model.removeprefix("xar_")[0]  # xarb, xarl, xarh
-            advice = f"fetch it with `bash download_models.sh {word}`, or name another file"
+            advice = f"fetch it with `bash download_models.sh {FETCH[model]}`, or name another file"
             raise UserError(f"{flag} {path}: does not exist; {advice}") from error
 
     def network_config(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class XARBackbone(Backbone):
     def prepare(self, images: Tensor) -> Tensor:
         """Posterior moments of the images and of their mirror images, float32 [B, 2, 2z, 16, 16]."""
         if images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
+            images = images.expand(-1, self.autoencoder.encoder.conv_in.in_channels, -1, -1)
         if images.shape[-2:] != (self.img_size, self.img_size):
             crops = [center_crop(image.permute(1, 2, 0).cpu().numpy(), self.img_size) for image in images]
             images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).to(images.device)
