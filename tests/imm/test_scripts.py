@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: on tiny stand-ins for the published files, alone and on two ranks, and with bad input."""
+"""The scripts as a user runs them: on tiny stand-ins for the published files, on one and two ranks, with bad input."""
 
 import importlib.util
 import json
