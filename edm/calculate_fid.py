@@ -14,35 +14,25 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import device_option, json_option, run, write_result
+from neon_core.cli import batch_option, device_option, json_option, metric_options, run, work_options, write_result
 from neon_core.distributed import session
 from neon_core.evaluate import Evaluator
 from neon_core.files.atomic import sha256_file
+from neon_core.files.downloads import fetch
 from neon_core.metrics.detector import float32_precision
-from neon_edm.backbone import EDMBackbone, local_file
-from neon_edm.options import (
-    SETTINGS,
-    batch_option,
-    metric_options,
-    network_option,
-    require,
-    sampler_options,
-    sampler_settings,
-    seeds_option,
-    tf32_option,
-)
+from neon_edm import options as o
+from neon_edm.backbone import EDMBackbone
 from neon_edm.report import result_line
 
 
-@click.command(**SETTINGS)
-@network_option()
-@metric_options
-@seeds_option("0-9999", "One image each.")
-@batch_option()
-@sampler_options
-@click.option("--work_dir", type=click.Path(file_okay=False, path_type=Path), help="Keep partial sums; resume a kill.")
-@click.option("--save_images", type=click.Path(file_okay=False, path_type=Path), help="Also write the images as PNG.")
-@tf32_option
+@click.command(**o.SETTINGS)
+@o.network_option()
+@metric_options("fid")
+@o.seeds_option("0-9999", "One image each.")
+@batch_option
+@o.sampler_options
+@work_options
+@o.tf32_option
 @device_option
 @json_option
 def main(
@@ -50,11 +40,10 @@ def main(
     json_path, **flags,
 ) -> None:  # fmt: skip
     """Sample, extract features, compare with the reference."""
-    settings = sampler_settings(flags)
-    reference = require(reference, "--ref", "")
+    settings = o.sampler_settings(flags)
     with session(device) as where, float32_precision(tf32):
         evaluator = Evaluator(reference, device=where, metrics=metrics, detector=detector, real_images=real_images)
-        path = local_file(network)
+        path = fetch(network)
         backbone = EDMBackbone.load(path, None, where)
         identity = {"sha256": sha256_file(path)}
         options = {"work_dir": work_dir, "identity": identity, "save_images": save_images}

@@ -18,7 +18,7 @@ from neon_core.cli import device_option, json_option, run, seed_option, write_re
 from neon_core.distributed import session
 from neon_core.metrics.detector import float32_precision
 from neon_edm import official
-from neon_edm.options import SETTINGS, network_option, require, tf32_option
+from neon_edm import options as o
 from neon_edm.recipes import RECIPES
 from neon_edm.training import fine_tune
 
@@ -26,9 +26,9 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 SHARE = click.FloatRange(0, 1)
 
 
-@click.command(**SETTINGS)
+@click.command(**o.SETTINGS)
 @click.option("--preset", type=click.Choice(list(RECIPES)), default="cifar10_cond", show_default=True, help="The row.")
-@network_option("--transfer", required=False, help="Base network: path or URL.  [default: that of the preset]")
+@o.network_option("--transfer", required=False, help="Base network: path or URL.  [default: that of the preset]")
 @click.option("--data", required=True, metavar="PATH", help="The synthetic set: folder or .zip with dataset.json.")
 @click.option("--outdir", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the run.")
 @click.option("--duration", type=POSITIVE, help="Length, millions of images.  [default here and below: the preset's]")
@@ -43,7 +43,7 @@ SHARE = click.FloatRange(0, 1)
 @click.option("--snap", type=click.IntRange(1), help="Ticks between snapshots.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the forward passes.")
 @seed_option
-@tf32_option
+@o.tf32_option
 @device_option
 @json_option
 def main(
@@ -64,8 +64,7 @@ def main(
         dropout=dropout,
     )
     with session(device) as where, float32_precision(tf32):
-        base = require(network or recipe.base, "--network", preset)
-        snapshots = fine_tune(base, data, recipe, outdir, seed=seed, xflip=xflip, device=where)
+        snapshots = fine_tune(network or recipe.base, data, recipe, outdir, seed=seed, xflip=xflip, device=where)
         line = (
             f"{len(snapshots)} snapshots | {outdir} | {max(snapshots)} images | last={snapshots[max(snapshots)].name}"
         )

@@ -14,47 +14,38 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import check_writable, device_option, json_option, run, write_result
+from neon_core.cli import batch_option, check_writable, device_option, json_option, run, write_result
 from neon_core.distributed import session
 from neon_core.files.atomic import sha256_file
+from neon_core.files.downloads import fetch
 from neon_core.metrics.detector import float32_precision
 from neon_core.synthetic import generate_set
-from neon_edm.backbone import EDMBackbone, local_file
-from neon_edm.options import (
-    SETTINGS,
-    batch_option,
-    network_option,
-    preset_option,
-    require,
-    sampler_options,
-    sampler_settings,
-    seeds_option,
-    tf32_option,
-)
+from neon_edm import options as o
+from neon_edm.backbone import EDMBackbone
 from neon_edm.recipes import RECIPES
 
 
-@click.command(**SETTINGS)
-@preset_option
-@network_option(required=False, help="Base network: path or URL.  [default: that of the preset]")
+@click.command(**o.SETTINGS)
+@o.preset_option
+@o.network_option(required=False, help="Base network: path or URL.  [default: that of the preset]")
 @click.option("--outdir", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the set.")
-@seeds_option(None, "One image each.  [default: as many as the preset says, else 0-63]")
+@o.seeds_option(None, "One image each.  [default: as many as the preset says, else 0-63]")
 @click.option("--subdirs", is_flag=True, help="A subfolder for every 1000 seeds.")
-@batch_option()
-@sampler_options
-@tf32_option
+@batch_option
+@o.sampler_options
+@o.tf32_option
 @device_option
 @json_option
 def main(preset, network, outdir, seeds, subdirs, batch_size, tf32, device, json_path, **flags) -> None:
     """Make the synthetic set S."""
     recipe = RECIPES.get(preset)
-    settings = sampler_settings(flags, recipe and recipe.generate)
+    settings = o.sampler_settings(flags, recipe and recipe.generate)
     seeds = seeds or list(range(recipe.num_synthetic if recipe else 64))
-    path = require(network or (recipe and recipe.base), "--network", preset)
-    check_writable(outdir, "--outdir")
+    network = o.preset_or(network, recipe, "base", "--network")
     with session(device) as where, float32_precision(tf32):
-        path = local_file(path)
+        path = fetch(network)
         backbone = EDMBackbone.load(path, None, where)
+        check_writable(outdir, "--outdir")
         provenance = {"base": path.name, "base_sha256": sha256_file(path), "recipe": preset}
         manifest = generate_set(
             backbone,

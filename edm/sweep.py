@@ -15,63 +15,67 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import check_writable, device_option, json_option, run, write_result
+from neon_core import cli
 from neon_core.distributed import session
+from neon_core.evaluate import Evaluator
+from neon_core.files.atomic import sha256_file
+from neon_core.files.downloads import fetch
 from neon_core.metrics.detector import float32_precision
+from neon_core.pipeline.sweep import BASE, Sweep, early_stopped_grid, find_checkpoints
 from neon_core.seeds import parse_seeds
-from neon_edm.options import (
-    SETTINGS,
-    batch_option,
-    metric_options,
-    network_option,
-    preset_option,
-    require,
-    sampler_options,
-    sampler_settings,
-    seeds_option,
-    tf32_option,
-    weights_option,
-)
+from neon_edm import options as o
+from neon_edm.backbone import EDMBackbone
 from neon_edm.recipes import RECIPES
-from neon_edm.search import sweep
+from neon_edm.report import result_line
 
-KIMG = click.IntRange(0)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
-@click.command(**SETTINGS)
-@preset_option
-@network_option("--base", "--network_pkl_base", required=False, help="theta_base.  [default: that of the preset]")
-@click.option(
-    "--snapshots", "--network_pkl_aux_dir", "snapshots", required=True, metavar="DIR", help="The fine-tune's folder."
-)
-@weights_option
-@click.option("--max_training_step", type=KIMG, default=10000, show_default=True, help="Latest snapshot, kimg.")
-@click.option(
-    "--min_training_step", type=KIMG, default=51, show_default=True, help="Earliest; the first tick is left out."
-)
-@click.option("--stop_rise", type=click.FloatRange(0), help="Leave a snapshot once FID rises by more from w to w.")
-@seeds_option("0-9999", "Of the search.", "--seeds_test", "--seeds_search", "seeds_test")
-@seeds_option(None, "Of the best point.  [default: those of the preset, else 50000-99999]")
+@click.command(**o.SETTINGS)
+@o.preset_option
+@o.network_option("--base", "--network_pkl_base", required=False, help="theta_base.  [default: that of the preset]")
+@click.option("--snapshots", "--network_pkl_aux_dir", "snapshots", required=True, type=FOLDER, help="The fine-tune.")
+@click.option("--w", "--differential_weights", "ws", default="0,0.25,0.5,0.75,1,1.25,1.5,1.75,2", show_default=True,
+              callback=cli.parse_numbers, help="Merge weights to try.")  # fmt: skip
+@click.option("--min_training_step", default=51, show_default=True, help="Earliest snapshot, kimg.")
+@click.option("--max_training_step", default=10000, show_default=True, help="Latest snapshot, kimg.")
+@click.option("--tolerance", default=0.03, show_default=True, help="Leave a snapshot once FID rises by more.")
+@o.seeds_option("0-9999", "Of the search.", "--seeds_test", "seeds_test")
+@o.seeds_option(None, "Of the best point.  [default: those of the preset, else 50000-99999]")
 @click.option("--final/--no_final", default=True, show_default=True, help="Evaluate the best point on --seeds.")
-@metric_options
-@batch_option()
-@sampler_options
-@click.option("--out_dir", "--outdir", "out_dir", required=True, type=click.Path(file_okay=False, path_type=Path))
-@tf32_option
-@device_option
-@json_option
-def main(preset, network, snapshots, reference, seeds, out_dir, tf32, device, json_path, **flags) -> None:
+@cli.batch_option
+@o.sampler_options
+@cli.metric_options("fid", "")
+@click.option("--out_dir", "--outdir", "out_dir", required=True, type=FOLDER, help="Where results are kept.")
+@o.tf32_option
+@cli.device_option
+@cli.json_option
+def main(
+    preset, network, snapshots, ws, min_training_step, max_training_step, tolerance, seeds_test, seeds, final,
+    batch_size, reference, metrics, real_images, detector, out_dir, tf32, device, json_path, **flags,
+) -> None:  # fmt: skip
     """Search over snapshots and w."""
     recipe = RECIPES.get(preset)
-    settings = sampler_settings(flags, recipe and recipe.evaluate)
-    base = require(network or (recipe and recipe.base), "--base", preset)
-    reference = require(reference or (recipe and recipe.fid_stats), "--ref", preset)
-    seeds = seeds or parse_seeds(recipe.evaluate_seeds if recipe else "50000-99999")
-    check_writable(out_dir, "--out_dir")
+    settings = o.sampler_settings(flags, recipe and recipe.evaluate)
+    reference = o.preset_or(reference, recipe, "fid_stats", "--ref")
+    network = o.preset_or(network, recipe, "base", "--base")
     with session(device) as where, float32_precision(tf32):
-        result = sweep(base, snapshots, reference, out_dir, settings=settings, seeds=seeds, device=where, **flags)
-        write_result(result, result["line"], json_path)
+        found = find_checkpoints(snapshots, 1000 * min_training_step, 1000 * max_training_step)
+        evaluator = Evaluator(reference, device=where, metrics=metrics, detector=detector, real_images=real_images)
+        base = fetch(network)
+        backbone = EDMBackbone.load(base, None, where)
+        cli.check_writable(out_dir, "--out_dir")
+        identity = {"base_sha256": sha256_file(base), "tf32": tf32}
+        grid = Sweep(backbone, evaluator, found, out_dir, settings=settings, batch_size=batch_size, identity=identity)
+        measure = lambda snapshot, w, _: grid.measure(snapshot, w, seeds_test)["fid"]  # noqa: E731
+        snapshot, w, _ = early_stopped_grid(found, ws, [None], measure, tolerance)
+        fresh = seeds or parse_seeds(recipe.evaluate_seeds if recipe else "50000-99999")
+        best = grid.measure(snapshot, w, fresh if final else seeds_test)
+        if best["snapshot"] != BASE:
+            best |= {"checkpoint": str(grid.write(base, snapshot, w))}
+        line = f"best: {best['snapshot']} | w={w:g} | {result_line(best, backbone.num_classes)}"
+        cli.write_result({"best": best, "points": grid.points()}, line, json_path)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from neon_core.backbone import Backbone, Recipe
 from neon_core.data_order import batched, windowed_shuffle
 from neon_core.errors import UserError
-from neon_core.files.checkpoint import Checkpoint, find_file, load_strict, read_checkpoint
+from neon_core.files.checkpoint import Checkpoint, load_strict, read_checkpoint
 from neon_core.files.downloads import fetch
 from neon_core.seeds import PerImageRandom
 from neon_edm.augment import AugmentPipe
@@ -63,7 +63,7 @@ class EDMBackbone(Backbone):
     def load(cls, checkpoint: str | Path, recipe: Recipe | None, device: torch.device) -> EDMBackbone:
         """The network that `checkpoint` describes: a published pickle or one of our files; its own constructor
         arguments, except that an `EDMRecipe` may set the dropout. Raises UserError."""
-        read = read_checkpoint(local_file(checkpoint))
+        read = read_checkpoint(fetch(checkpoint))
         config = network_config(read)
         if isinstance(recipe, EDMRecipe) and recipe.dropout is not None:
             config["kwargs"]["dropout"] = recipe.dropout
@@ -149,11 +149,6 @@ class EDMBackbone(Backbone):
     def data_order(self, num_items: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
         """EDM's endless windowed shuffle: together, the ranks visit what the official ones do."""
         return batched(windowed_shuffle(num_items, seed), batch_size)
-
-
-def local_file(path_or_url: str | Path) -> Path:
-    """The file of a path, or of a URL once it is downloaded. Raises UserError."""
-    return find_file(fetch(path_or_url) if "://" in str(path_or_url) else path_or_url)
 
 
 def augmentation(p: float) -> AugmentPipe:

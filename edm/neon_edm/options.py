@@ -8,11 +8,9 @@ from typing import Any
 
 import click
 
-from neon_core.cli import options
+from neon_core.cli import options, parse_seed_list
 from neon_core.errors import UserError
-from neon_core.merge import check_w
-from neon_core.seeds import parse_seeds
-from neon_edm.recipes import RECIPES
+from neon_edm.recipes import RECIPES, EDMRecipe
 
 SETTINGS = {"context_settings": {"help_option_names": ["-h", "--help"]}}
 
@@ -32,30 +30,9 @@ def network_option(*names: str, required: bool = True, help: str = "Network: pat
 
 
 def seeds_option(default: str | None, help: str, *names: str) -> Callable:
-    """A seed list like 0-49999; at least one seed."""
-
-    def parse(context: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
-        if text is None:
-            return None
-        seeds = parse_seeds(text)
-        if not seeds:
-            raise UserError(f"--seeds {text}: names no seed; a range runs upwards, like 0-49999")
-        return seeds
-
+    """A seed list like 0-49999."""
     names = names or ("--seeds", "seeds")
-    return click.option(*names, default=default, show_default=default is not None, callback=parse, help=help)
-
-
-def batch_option(default: int = 64) -> Callable:
-    return click.option(
-        "--max_batch_size",
-        "--batch",
-        "batch_size",
-        type=click.IntRange(1),
-        default=default,
-        show_default=True,
-        help="Images sampled at once by one process.",
-    )
+    return click.option(*names, default=default, show_default=default is not None, callback=parse_seed_list, help=help)
 
 
 def _number(*names: str, default: float | None, help: str, open_at_0: bool = False) -> Callable:
@@ -98,44 +75,9 @@ def sampler_settings(flags: dict[str, Any], preset: dict[str, Any] | None = None
     return settings
 
 
-def _parse_weights(context: click.Context, parameter: click.Parameter, text: str) -> list[float]:
-    try:
-        weights = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"--weights {text}: not a list of numbers like 0,0.25,0.5") from error
-    for w in weights:
-        check_w(w)
-    return list(dict.fromkeys(weights))
-
-
-weights_option = click.option(
-    "--weights",
-    "--differential_weights",
-    "weights",
-    default="0,0.25,0.5,0.75,1,1.25,1.5,1.75,2",
-    show_default=True,
-    callback=_parse_weights,
-    help="Merge weights w to try.",
-)
-
-metric_options = options(
-    click.option("--ref", "--fid_stats", "reference", metavar="PATH|URL", help="Reference statistics, .npz."),
-    click.option(
-        "--metrics",
-        default="fid",
-        show_default=True,
-        callback=lambda context, parameter, text: tuple(text.replace(" ", "").split(",")),
-        help="Of fid, is, kid, prdc; the last two need --real_images.",
-    ),
-    click.option("--real_images", metavar="PATH", help="Real images, folder or .zip, for kid and prdc."),
-    click.option(
-        "--detector", metavar="FILE", help="Inception weights.  [default: those that download_models.sh fetches]"
-    ),
-)
-
-
-def require(value: Any, flag: str, preset: str | None) -> Any:
-    """`value`, or a UserError where neither the flag nor a preset gave one."""
-    if not value:
-        raise UserError(f"{flag} is missing; give it, or a --preset" if preset is None else f"{flag} is missing")
-    return value
+def preset_or(value: str | None, recipe: EDMRecipe | None, field: str, flag: str) -> str:
+    """`value`, or what the preset says; UserError where there is neither."""
+    found = value or (getattr(recipe, field) if recipe else None)
+    if not found:
+        raise UserError(f"{flag} is missing; give it, or a --preset")
+    return found

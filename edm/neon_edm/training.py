@@ -8,11 +8,12 @@ import torch
 
 from neon_core.errors import UserError
 from neon_core.files.atomic import sha256_file
+from neon_core.files.downloads import fetch
 from neon_core.files.image_set import ImageSet
 from neon_core.prepared import training_data
 from neon_core.selftrain import self_train
 from neon_core.synthetic import read_manifest
-from neon_edm.backbone import EDMBackbone, local_file
+from neon_edm.backbone import EDMBackbone
 from neon_edm.recipes import EDMRecipe
 
 
@@ -32,7 +33,7 @@ def fine_tune(
     """
     if Path(data).is_dir():
         read_manifest(data)
-    path = local_file(base)
+    path = fetch(base)
     backbone = EDMBackbone.load(path, recipe, device)
     images = ImageSet(data, use_labels=backbone.num_classes > 0, xflip=xflip)
     check_fits(images, backbone, path)

@@ -122,10 +122,10 @@ def test_from_a_published_pickle_to_neon_and_its_fid(tmp_path, golden_data, refe
 
     evaluation = ["--ref", reference_file, "--detector", inception_file, "--num_steps", 3, "--max_batch_size", 4]
     lines = call(
-        capsys, "sweep", "--base", base, "--snapshots", run_dir, "--weights", "0.5,1", "--min_training_step", 2,
+        capsys, "sweep", "--base", base, "--snapshots", run_dir, "--w", "0.5,1", "--min_training_step", 2,
         "--seeds_test", "0-5", "--no_final", "--out_dir", sweep_dir, *evaluation,
     ).splitlines()  # fmt: skip
-    assert len(lines) == 3 and lines[-1].startswith("best: snapshot=snapshot-000002000")
+    assert lines[-1].startswith("best: snapshot-000002000 | w=")
 
     neon = tmp_path / "neon.safetensors"
     merge_command.main([str(base), str(run_dir / "snapshot-000002000.safetensors"), "-w", "1", "-o", str(neon)],
@@ -138,8 +138,10 @@ def test_from_a_published_pickle_to_neon_and_its_fid(tmp_path, golden_data, refe
         )
         fid[name] = json.loads(json_file.read_text())["fid"]
         assert out == f"FID={fid[name]:.6f} | conditional | steps=3\n"
-    point = json.loads((sweep_dir / "snapshot-000002000" / "w=1.json").read_text())
-    assert point["result"]["fid"] == pytest.approx(fid["neon"], rel=1e-6), "the sweep moves in place, the merge writes"
+    (point,) = (sweep_dir / "points").glob("snapshot-000002000-w1-*.json")
+    assert json.loads(point.read_text())["fid"] == pytest.approx(fid["neon"], rel=1e-6), (
+        "the sweep moves in place, the merge writes"
+    )
     assert fid["base"] != pytest.approx(fid["neon"], rel=1e-6)
 
 
