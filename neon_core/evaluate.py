@@ -51,7 +51,8 @@ class Evaluator:
         self.metrics = tuple(metrics)
         path = None if isinstance(reference, Reference) else fetch(reference)
         if path is not None:
-            reference = load_reference(path)  # the cheap check first
+            reference = load_reference(path)  # the cheap checks first
+        _ = reference.factor  # a sigma that is no covariance is refused now, not after the sampling
         if detector is None or isinstance(detector, str | Path):
             detector = load_inception(detector, device)
         if len(reference.mu) != detector.num_features:
