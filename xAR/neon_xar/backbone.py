@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,7 @@ def load_autoencoder(path: str | Path, device: torch.device) -> tuple[Autoencode
     found = read_checkpoint(path)
     if found.config and found.config["class"] != "AutoencoderKL":
         raise UserError(f"--vae_path {path}: holds a {found.config['class']}, not an autoencoder; use kl16.ckpt")
-    with torch.device("meta"):
-        autoencoder = AutoencoderKL(**(found.config["kwargs"] if found.config else {}))
+    autoencoder = _from_config(AutoencoderKL, found) if found.config else _on_meta(AutoencoderKL)
     found = dataclasses.replace(found, state=to_ldm_names(found.state))
     try:
         load_strict(autoencoder, found, ignore=("loss.", "model_ema."))  # what its training may have left
@@ -204,17 +203,31 @@ def _digest(module: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
+def _on_meta(make: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
+    with torch.device("meta"):
+        return make(**kwargs)
+
+
+def _from_config(kind: type[nn.Module], weights: Checkpoint) -> nn.Module:
+    """The network that the file's own configuration describes, on the meta device."""
+    try:
+        return _on_meta(kind, **weights.config["kwargs"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{weights.path}: its configuration is not one of {kind.__name__} ({error})") from error
+
+
 def _empty_net(weights: Checkpoint, name: str) -> XAR:
     """The network that the checkpoint's configuration or `name` says, on the meta device."""
-    dropout = {"attn_dropout": 0.1, "proj_dropout": 0.1}  # in training only, as the official scripts set it
-    if weights.config and weights.config["class"] != "XAR":
-        raise UserError(f"{weights.path}: holds a {weights.config['class']}, not an xAR transformer")
+    if weights.config:
+        if weights.config["class"] != "XAR":
+            raise UserError(f"{weights.path}: holds a {weights.config['class']}, not an xAR transformer")
+        return _from_config(XAR, weights)
     table = weights.state.get("encoder_pos_embed_learned")
-    if not weights.config and table is not None and table.shape[-1] != SIZES[name]["width"]:
+    if table is not None and table.shape[-1] != SIZES[name]["width"]:
         fits = [size for size, numbers in SIZES.items() if numbers["width"] == table.shape[-1]]
         advice = f"; give --model {fits[0]}" if fits else ""
         raise UserError(
             f"{weights.path}: not {name} weights: width {table.shape[-1]} instead of {SIZES[name]['width']}{advice}"
         )
-    with torch.device("meta"):
-        return XAR(**weights.config["kwargs"]) if weights.config else build(name, **dropout)
+    # Dropout acts in the fine-tune only; the published files do not say what the official scripts set.
+    return _on_meta(build, name=name, attn_dropout=0.1, proj_dropout=0.1)

@@ -1,0 +1,32 @@
+"""xAR's rows for `neon reproduce`: the recipes with the paper's FIDs and the ranges it searched."""
+
+from neon_core.pipeline.rows import Grid, Row
+from neon_xar.backbone import DEFAULT_VAE, XARBackbone
+from neon_xar.recipes import RECIPES, SEARCHES
+
+CELLS = 4
+
+
+def _row(name: str, base_fid: float | None, neon_fid: float | None, cfg_range: tuple[float, float]) -> Row:
+    official = SEARCHES[name]
+    return Row(
+        id=f"xar/{name}",
+        recipe=RECIPES[name],
+        backbone=XARBackbone,
+        w_range=(0.0, 3.0),
+        grid=Grid(official.ws, official.cfgs, official.tolerance, official.num_images),
+        base_fid=base_fid,
+        neon_fid=neon_fid,
+        guidance="cfg",
+        guidance_range=cfg_range,
+        tokenizer="vae_path",
+        files=(DEFAULT_VAE.name,),
+        evaluations=lambda settings: 2 * CELLS * settings["flow_steps"],  # with and without the class
+    )
+
+
+ROWS = (
+    _row("xar_large", 1.28, 1.02, (2.3, 5.0)),
+    _row("xar_base", 1.72, 1.31, (2.7, 5.0)),
+    _row("xar_huge", None, None, (2.2, 5.0)),
+)
