@@ -30,7 +30,7 @@ SHARE = click.FloatRange(0, 1)
 @click.option("--preset", type=click.Choice(list(RECIPES)), default="cifar10_cond", show_default=True, help="The row.")
 @o.network_option("--transfer", required=False, help="Base network: path or URL.  [default: that of the preset]")
 @click.option("--data", required=True, metavar="PATH", help="The synthetic set: folder or .zip with dataset.json.")
-@click.option("--outdir", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the run.")
+@click.option("--outdir", required=True, type=o.FOLDER, help="Folder of the run.")
 @click.option("--duration", type=POSITIVE, help="Length, millions of images.  [default here and below: the preset's]")
 @click.option("--batch", type=click.IntRange(1), help="Images per step, over all processes.")
 @click.option("--micro_batch", "--batch-gpu", "micro_batch", type=click.IntRange(1), help="Images per forward pass.")
@@ -43,12 +43,13 @@ SHARE = click.FloatRange(0, 1)
 @click.option("--snap", type=click.IntRange(1), help="Ticks between snapshots.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the forward passes.")
 @seed_option
+@o.network_flags
 @o.tf32_option
 @device_option
 @json_option
 def main(
     preset, network, data, outdir, duration, batch, micro_batch, lr, ema, dropout, augment, xflip, tick, snap,
-    precision, seed, tf32, device, json_path,
+    precision, seed, tf32, device, json_path, **claims,
 ) -> None:  # fmt: skip
     """Train theta_syn."""
     recipe = RECIPES[preset].with_settings(
@@ -64,7 +65,9 @@ def main(
         dropout=dropout,
     )
     with session(device) as where, float32_precision(tf32):
-        snapshots = fine_tune(network or recipe.base, data, recipe, outdir, seed=seed, xflip=xflip, device=where)
+        snapshots = fine_tune(
+            network or recipe.base, data, recipe, outdir, seed=seed, xflip=xflip, claims=claims, device=where
+        )
         line = (
             f"{len(snapshots)} snapshots | {outdir} | {max(snapshots)} images | last={snapshots[max(snapshots)].name}"
         )

@@ -28,7 +28,7 @@ from neon_edm.recipes import RECIPES
 @click.command(**o.SETTINGS)
 @o.preset_option
 @o.network_option(required=False, help="Base network: path or URL.  [default: that of the preset]")
-@click.option("--outdir", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of the set.")
+@click.option("--outdir", required=True, type=o.FOLDER, help="Folder of the set.")
 @o.seeds_option(None, "One image each.  [default: as many as the preset says, else 0-63]")
 @click.option("--subdirs", is_flag=True, help="A subfolder for every 1000 seeds.")
 @batch_option

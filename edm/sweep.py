@@ -4,8 +4,8 @@
     python edm/sweep.py --preset cifar10_cond --snapshots training-runs/cifar10/ns6k --out_dir sweeps/cifar10
     torchrun --standalone --nproc_per_node=8 edm/sweep.py --base base.pkl --snapshots run --ref ref.npz --out_dir sweep
 
-Networks are loaded once and moved in place; all points share their noise. Finished points are kept: repeat the command
-to go on. The best point is evaluated again on --seeds and its network written to <out_dir>/neon.safetensors.
+All points share their noise. Finished points are kept: repeat the command to go on. The best point is evaluated
+again on --seeds and its network written to <out_dir>/neon.safetensors.
 """
 
 import sys
@@ -28,13 +28,11 @@ from neon_edm.backbone import EDMBackbone
 from neon_edm.recipes import RECIPES
 from neon_edm.report import result_line
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
-
 
 @click.command(**o.SETTINGS)
 @o.preset_option
 @o.network_option("--base", "--network_pkl_base", required=False, help="theta_base.  [default: that of the preset]")
-@click.option("--snapshots", "--network_pkl_aux_dir", "snapshots", required=True, type=FOLDER, help="The fine-tune.")
+@click.option("--snapshots", "--network_pkl_aux_dir", "snapshots", required=True, type=o.FOLDER, help="The fine-tune.")
 @click.option("--w", "--differential_weights", "ws", default="0,0.25,0.5,0.75,1,1.25,1.5,1.75,2", show_default=True,
               callback=cli.parse_numbers, help="Merge weights to try.")  # fmt: skip
 @click.option("--min_training_step", default=51, show_default=True, help="Earliest snapshot, kimg.")
@@ -46,7 +44,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @cli.batch_option
 @o.sampler_options
 @cli.metric_options("fid", "")
-@click.option("--out_dir", "--outdir", "out_dir", required=True, type=FOLDER, help="Where results are kept.")
+@click.option("--out_dir", "--outdir", "out_dir", required=True, type=o.FOLDER, help="Where results are kept.")
 @o.tf32_option
 @cli.device_option
 @cli.json_option
@@ -61,6 +59,7 @@ def main(
     network = o.preset_or(network, recipe, "base", "--base")
     with session(device) as where, float32_precision(tf32):
         found = find_checkpoints(snapshots, 1000 * min_training_step, 1000 * max_training_step)
+        metrics = tuple(dict.fromkeys(("fid", *metrics)))
         evaluator = Evaluator(reference, device=where, metrics=metrics, detector=detector, real_images=real_images)
         base = fetch(network)
         backbone = EDMBackbone.load(base, None, where)

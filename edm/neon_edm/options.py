@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from neon_core.errors import UserError
 from neon_edm.recipes import RECIPES, EDMRecipe
 
 SETTINGS = {"context_settings": {"help_option_names": ["-h", "--help"]}}
+FOLDER = click.Path(file_okay=False, path_type=Path)
 
 preset_option = click.option(
     "--preset", type=click.Choice(list(RECIPES)), help="A row of the paper: defaults for every flag left out."
@@ -73,6 +75,16 @@ def sampler_settings(flags: dict[str, Any], preset: dict[str, Any] | None = None
     elif math.isinf(settings["S_max"]):
         del settings["S_max"]  # JSON has no infinity
     return settings
+
+
+# The official train.py builds its network from these; ours comes with the checkpoint, so they are only checked.
+network_flags = options(
+    click.option("--cond", type=bool, help="Check: is the network class-conditional?"),
+    click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), help="Check: the architecture."),
+    click.option("--precond", type=click.Choice(["edm", "vp", "ve"]), help="Check: the preconditioner."),
+    click.option("--cres", help="Check: width multipliers, like 1,2,2,2."),
+    click.option("--nosubdir", is_flag=True, expose_value=False, help="No effect: --outdir is always used as it is."),
+)
 
 
 def preset_or(value: str | None, recipe: EDMRecipe | None, field: str, flag: str) -> str:

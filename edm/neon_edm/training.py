@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,8 @@ from neon_core.prepared import training_data
 from neon_core.selftrain import self_train
 from neon_core.synthetic import read_manifest
 from neon_edm.backbone import EDMBackbone
+from neon_edm.layers import FourierEmbedding
+from neon_edm.networks import SongUNet
 from neon_edm.recipes import EDMRecipe
 
 
@@ -25,16 +28,19 @@ def fine_tune(
     *,
     seed: int = 0,
     xflip: bool = False,
+    claims: dict[str, Any] | None = None,
     device: torch.device,
 ) -> dict[int, Path]:
     """Images seen -> snapshot of theta_syn. Every rank calls it; an earlier run in `out_dir` is continued.
 
-    Raises UserError, before anything is trained, where the set is unfinished or does not fit the network.
+    `claims` are what the official train.py's flags say about the network. Raises UserError, before anything is trained,
+    where they are wrong, or the set is unfinished or does not fit the network.
     """
     if Path(data).is_dir():
         read_manifest(data)
     path = fetch(base)
     backbone = EDMBackbone.load(path, recipe, device)
+    check_claims(claims or {}, backbone, path)
     images = ImageSet(data, use_labels=backbone.num_classes > 0, xflip=xflip)
     check_fits(images, backbone, path)
     provenance = {
@@ -47,6 +53,24 @@ def fine_tune(
     }
     batches = training_data(backbone, images, device)
     return self_train(backbone, batches, recipe.train, out_dir, seed=seed, device=device, provenance=provenance)
+
+
+def check_claims(claims: dict[str, Any], backbone: EDMBackbone, network: Path) -> None:
+    """UserError where one of --cond, --arch, --precond, --cres contradicts the network; None claims nothing."""
+    config, unet = backbone.network_config(), backbone.net.model
+    song = "ncsnpp" if isinstance(unet.map_noise, FourierEmbedding) else "ddpmpp"
+    widths = config["kwargs"].get("channel_mult")
+    found = {
+        "cond": backbone.num_classes > 0,
+        "arch": song if isinstance(unet, SongUNet) else "adm",
+        "precond": config["class"].removesuffix("Precond").lower(),
+        "cres": None if widths is None else ",".join(map(str, widths)),
+    }
+    for flag, value in claims.items():
+        if value is not None and found[flag] is not None and value != found[flag]:
+            raise UserError(
+                f"--{flag} {value}: {network.name} has {found[flag]}; leave the flag out or name its network"
+            )
 
 
 def check_fits(images: ImageSet, backbone: EDMBackbone, network: Path) -> None:

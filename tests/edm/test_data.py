@@ -1,6 +1,7 @@
 """Labels from file names, and sets that do not fit their network."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from neon_core.files.image_set import ImageSet
 from neon_core.synthetic import write_images
 from neon_edm.data import labels_of_names, make_labels
 from neon_edm.recipes import RECIPES
-from neon_edm.training import check_fits, fine_tune
+from neon_edm.training import check_claims, check_fits, fine_tune
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,23 @@ def test_one_class_of_a_set_still_fits_the_whole_network(tmp_path):
     recipe = RECIPES["cifar10_cond"].with_settings(images=8, batch_size=4, tick_images=4, snapshot_ticks=1)
     snapshots = fine_tune(write_pico(tmp_path / "base"), tmp_path / "set", recipe, tmp_path / "run", device=CPU)
     assert sorted(snapshots) == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("claims", "said"),
+    [
+        ({"cond": False}, "--cond False: net has True"),
+        ({"arch": "ncsnpp"}, "--arch ncsnpp: net has ddpmpp"),
+        ({"precond": "vp"}, "--precond vp: net has edm"),
+        ({"cres": "1,2,2,2"}, "--cres 1,2,2,2: net has 1,1"),
+        ({"cond": True, "arch": "ddpmpp", "precond": "edm", "cres": "1,1"}, None),
+    ],
+)
+def test_what_the_official_flags_claim_is_checked(claims, said, tmp_path):
+    claims = {"cond": None, "arch": None, "precond": None, "cres": None} | claims
+    expected = pytest.raises(UserError, match=said) if said else nullcontext()
+    with expected:
+        check_claims(claims, pico_backbone(), tmp_path / "net")
 
 
 def test_labels_beyond_the_network_are_refused_before_training(tmp_path):

@@ -64,6 +64,20 @@ def test_generate_takes_the_official_flags():
 
 
 @pytest.mark.parametrize(
+    "args",
+    [
+        "--outdir=training-runs/cifar10/ns6k --data=datasets/cifar10/ns6k --cond=1 --arch=ddpmpp --lr=1e-4 --tick=50"
+        " --snap=10 --duration=6 --nosubdir --transfer=base.pkl",
+        "--outdir=training-runs/ffhq/ns18k --data=datasets/ffhq/ns18k --cond=0 --arch=ddpmpp --batch=256 --cres=1,2,2,2"
+        " --lr=4e-6 --dropout=0.05 --augment=0.15 --tick=50 --snap=5 --duration=3 --nosubdir --transfer=base.pkl",
+    ],
+)
+def test_finetune_takes_the_official_training_commands(args):
+    params = script("finetune").make_context("finetune", args.split()).params
+    assert params["network"] == "base.pkl" and params["cond"] is ("cifar10" in args)
+
+
+@pytest.mark.parametrize(
     ("args", "said"),
     [
         (["--seeds", "9-7"], "names no seed"),

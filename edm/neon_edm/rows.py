@@ -1,0 +1,23 @@
+"""EDM's rows for `neon reproduce`: the recipes with the paper's FIDs and the ranges it searched."""
+
+from neon_core.pipeline.rows import Grid, Row
+from neon_edm.backbone import EDMBackbone
+from neon_edm.recipes import RECIPES
+
+GRID = Grid(ws=tuple(0.25 * i for i in range(9)))  # the default of sweep.py
+
+
+def _row(name: str, base_fid: float, neon_fid: float) -> Row:
+    return Row(
+        id=f"edm/{name}",
+        recipe=RECIPES[name],
+        backbone=EDMBackbone,
+        w_range=(0.0, 3.0),
+        grid=GRID,
+        base_fid=base_fid,
+        neon_fid=neon_fid,
+        evaluations=lambda settings: 2 * settings["num_steps"] - 1,  # Heun; the last step is Euler's
+    )
+
+
+ROWS = (_row("cifar10_cond", 1.78, 1.38), _row("cifar10_uncond", 1.97, 1.38), _row("ffhq64", 2.39, 1.12))
