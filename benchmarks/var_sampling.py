@@ -16,14 +16,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "VAR"), str(ROOT / "tests" / "var")]
 
-import torch  # noqa: E402
-from reference_path import sample_tokens  # noqa: E402
+import torch
+from reference_path import sample_tokens
 
-from neon_core.seeds import PerImageRandom  # noqa: E402
-from neon_var.quantizer import MultiScaleQuantizer  # noqa: E402
-from neon_var.recipes import ARCHITECTURES  # noqa: E402
-from neon_var.sampler import PerImageNoise, sample_scales  # noqa: E402
-from neon_var.var import VAR  # noqa: E402
+from neon_core.seeds import PerImageRandom
+from neon_var.quantizer import MultiScaleQuantizer
+from neon_var.recipes import ARCHITECTURES
+from neon_var.sampler import PerImageNoise, sample_scales
+from neon_var.var import VAR
 
 
 def main() -> None:

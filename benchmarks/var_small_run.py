@@ -223,9 +223,11 @@ def evaluate(out: Path, num_images: int) -> None:
         for block in range(3):
             fresh = range((block + 1) * 100_000, (block + 1) * 100_000 + num_images)
             for name, snapshot, w in (
-                ("base", "self-trained", 0.0), ("self-trained", "self-trained", -1.0), (f"Neon w={best:g}", "self-trained", best),
+                ("base", "self-trained", 0.0),
+                ("self-trained", "self-trained", -1.0),
+                (f"Neon w={best:g}", "self-trained", best),
                 (f"random direction w={best:g}", "random", best),
-            ):  # fmt: skip
+            ):
                 rows.setdefault(name, []).append(final.measure(snapshot, w, fresh))
         floor = [Evaluator(reference(found, held_out, "h"), device=device, metrics=("fid",), detector=found)]
         real = floor[0].new_accumulator(len(train))
@@ -299,14 +301,8 @@ def main() -> None:
         net = train_var(out, vae, large, labels[:4000], args.var_images)
         write_checkpoint(out / "base.safetensors", net.state_dict(), config={"class": "VAR", "kwargs": VAR_KWARGS})
 
-    models = [
-        "--var_ckpt",
-        str(out / "base.safetensors"),
-        "--vae_ckpt",
-        str(out / "vae.safetensors"),
-        "--device",
-        "cpu",
-    ]
+    base, vae = str(out / "base.safetensors"), str(out / "vae.safetensors")
+    models = ["--var_ckpt", base, "--vae_ckpt", vae, "--device", "cpu"]
     sampling = ["--cfg", str(SETTINGS["cfg"]), "--top_k", str(SETTINGS["top_k"]), "--top_p", str(SETTINGS["top_p"])]
     torchrun("VAR/generate.py", *models, *sampling, "--outdir", str(out / "synthetic"), "--num_images",
              str(args.num_synthetic), "--batch_size", "100")  # fmt: skip
@@ -316,7 +312,7 @@ def main() -> None:
              "--token_crops", "2")  # fmt: skip
     random_direction(out)
     best = sorted(out.glob("finetune/snapshot-*"))[-1]
-    merge = [sys.executable, "-m", "neon_core.merge", str(out / "base.safetensors"), str(best), "-w", "1", "-o"]
+    merge = [sys.executable, "-m", "neon_core.merge", base, str(best), "-w", "1", "-o"]
     subprocess.run([*merge, str(out / "neon-w1.safetensors")], check=True, cwd=ROOT)
     torchrun(__file__, "--out", str(out), "--evaluate", "--num_images", str(args.num_images))
 

@@ -1,7 +1,6 @@
 """VAR behind the core's contract: labels, tokens for the loss, and one fine-tuning step in every mode."""
 
 import dataclasses
-import shutil
 from collections import Counter
 
 import pytest
@@ -123,7 +122,7 @@ def test_a_written_snapshot_says_what_network_it_is(tmp_path):
     assert all(torch.equal(v, again.net.state_dict()[k]) for k, v in backbone.net.state_dict().items())
 
 
-def test_batches_repeat_a_set_that_is_smaller_than_one(tmp_path):
+def test_batches_repeat_a_set_that_is_smaller_than_one():
     order = official.global_batches(3, 8)
     assert all(set(next(order).tolist()) == {0, 1, 2} for _ in range(4))
     order = official.global_batches(20, 8)
@@ -145,7 +144,6 @@ def test_a_smaller_batch_gets_micro_batches_that_divide_it():
         assert train.batch_size % train.micro_batch_size == 0
 
 
-def test_images_of_another_size_are_enlarged_to_the_same_crop(tmp_path):
+def test_images_of_another_size_are_enlarged_to_the_same_crop():
     small = torch.randint(256, (1, 1, 28, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     assert tiny_backbone().prepare(small).shape == (1, 3, 54, 77)
-    shutil.rmtree(tmp_path)

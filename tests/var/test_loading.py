@@ -83,7 +83,7 @@ def test_a_vqvae_is_not_taken_for_a_var_nor_the_other_way(tmp_path):
 
 def test_a_vqvae_with_another_vocabulary_is_refused(tmp_path):
     _, vae = write_tiny(tmp_path)
-    with pytest.raises(UserError, match="64 codes of width 8.*32 of width 8"):
+    with pytest.raises(UserError, match=r"64 codes of width 8.*32 of width 8"):
         load_vae(vae, tiny_var(vocab_size=32))
 
 

@@ -1,0 +1,150 @@
+"""The scripts as a user starts them: on one process and on two, from base to result line, and with wrong input."""
+
+import json
+import runpy
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from launch import ROOT, launch
+from PIL import Image
+from var.tiny import write_tiny
+
+from neon_core.files.checkpoint import read_checkpoint
+
+TUNE = ("--images", 16, "--batch_size", 8, "--micro_batch_size", 4, "--lr", 1e-3, "--ramp_images", 32,
+        "--snapshot_images", 8, "--precision", "fp32")  # fmt: skip
+
+
+def start(script, *args) -> int:
+    """Run a script in this process (a new one takes seconds to import torch); its exit status."""
+    kept = sys.argv, sys.path
+    sys.argv, sys.path = [script, *map(str, args)], list(sys.path)
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv, sys.path = kept
+    return 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Files, a synthetic set and a fine-tune, made once by one process."""
+    folder = tmp_path_factory.mktemp("var")
+    var, vae = write_tiny(folder)
+    models = ("--var_ckpt", var, "--vae_ckpt", vae)
+    made = SimpleNamespace(folder=folder, var=var, vae=vae, models=models, set=folder / "set", run=folder / "run")
+    generate = ("--outdir", made.set, "--num_images", 11, "--batch_size", 4, "--top_k", 30)
+    assert start("VAR/generate.py", *models, *generate) == 0
+    assert start("VAR/finetune.py", *models, "--data", made.set, "--outdir", made.run, *TUNE) == 0
+    return made
+
+
+def on_two_ranks(*args) -> None:
+    done = launch(*args, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def pictures(folder):
+    return {path.name: np.asarray(Image.open(path)) for path in folder.rglob("*.png")}
+
+
+def train_losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_set_has_every_seed_once_with_its_label(place):
+    names = sorted(pictures(place.set))
+    assert [name[:6] for name in names] == [f"{seed:06d}" for seed in range(11)]
+    manifest = json.loads((place.set / "manifest.json").read_text())
+    assert manifest["settings"] == {"cfg": 1.25, "top_k": 30, "top_p": 0.95} and manifest["vae_sha256"]
+
+
+def test_two_ranks_make_the_same_images_bit_for_bit(place, tmp_path):
+    generate = ("--outdir", tmp_path / "set", "--num_images", 11, "--batch_size", 4, "--top_k", 30)
+    on_two_ranks("VAR/generate.py", *place.models, *generate)
+    one, two = pictures(place.set), pictures(tmp_path / "set")
+    assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("mode", [(), ("--parallel", "fsdp", "--activation_checkpointing")], ids=["ddp", "fsdp"])
+def test_two_ranks_train_with_the_losses_of_one(place, tmp_path, mode):
+    on_two_ranks("VAR/finetune.py", *place.models, "--data", place.set, "--outdir", tmp_path / "run", *TUNE, *mode)
+    assert train_losses(tmp_path / "run") == pytest.approx(train_losses(place.run), rel=1e-5)
+    for name in ("snapshot-000000008.safetensors", "snapshot-000000016.safetensors"):
+        one, two = (read_checkpoint(run / name).state for run in (place.run, tmp_path / "run"))
+        assert all(torch.allclose(one[k], two[k], atol=2e-3) for k in one if one[k].is_floating_point())
+        assert all(torch.equal(one[k], two[k]) for k in ("lvl_1L", "attn_bias_for_masking"))
+
+
+def test_the_first_step_has_a_learning_rate_of_zero(place):
+    lines = [json.loads(line) for line in (place.run / "log.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == [0, 1e-3 * 8 / 32]
+    base, first = read_checkpoint(place.var).state, read_checkpoint(place.run / "snapshot-000000008.safetensors").state
+    assert all(torch.equal(base[k], first[k]) for k in base)
+
+
+def test_kept_token_crops_train_too(place, tmp_path):
+    args = ("VAR/finetune.py", *place.models, "--data", place.set, *TUNE, "--token_crops", 2)
+    assert start(*args, "--outdir", tmp_path / "run") == 0
+    assert np.isfinite(train_losses(tmp_path / "run")).all()
+
+
+@pytest.mark.slow
+def test_sweep_and_calculate_fid_agree_on_a_merged_file(place, tmp_path, capsys):
+    """Inception on eight images: more than ten seconds, and the only way through the scripts' last part."""
+    from neon_core.metrics.inception import InceptionV3
+
+    torch.manual_seed(0)
+    detector, stats = tmp_path / "inception.pth", tmp_path / "stats.npz"
+    torch.save(InceptionV3().state_dict(), detector)
+    np.savez(stats, mu=np.zeros(2048), sigma=np.eye(2048))
+    common = ("--vae_ckpt", place.vae, "--batch_size", 2, "--fid_stats", stats, "--detector", detector,
+              "--metrics", "fid", "--top_k", 30)  # fmt: skip
+    search = ("--base", place.var, "--snapshots", place.run, "--w", "1.5", "--cfg", "2", "--num_images", 4)
+    assert start("VAR/sweep.py", *search, "--final_images", 0, "--out_dir", tmp_path / "sweep", *common) == 0
+    best = capsys.readouterr().out.strip().splitlines()[-1]
+    official = ("--N", 4, "--img_size", 48, "--cfg", 2, "--cuda", "--temp_dir", "x")
+    script, merged = "VAR/VAR_imagenet_256/calculate_fid.py", tmp_path / "sweep" / "neon.safetensors"
+    assert start(script, "--var_ckpt", merged, *official, *common) == 0
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert best.removeprefix("best: ").split(" | ")[1:4] == line.split(" | ")[1:4] == ["cfg=2", "N=4", "depth=3"]
+    told = [float(text.split("FID=")[1].split(" | ")[0]) for text in (best, line)]
+    assert told[0] == pytest.approx(told[1], rel=1e-4)
+
+
+FID = "VAR_imagenet_256/calculate_fid.py"
+CKPT = "--var_ckpt {}/var.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "message"),
+    [
+        (FID, "--var_ckpt {}/gone.pth", "gone.pth: does not exist"),
+        (FID, f"{CKPT} --img_size 512", "--img_size 512"),
+        (FID, f"{CKPT} --vae_ckpt {{}}/no.pth", "no.pth"),
+        (FID, f"{CKPT} --fid_stats {{}}/no.npz", "no.npz"),
+        ("generate.py", "--var_ckpt {}/vae.safetensors --outdir {}/x --num_images 2", "is a VQVAE"),
+        ("generate.py", f"{CKPT} --outdir {{}}/x --top_k 65", "64 tokens"),
+        ("generate.py", f"{CKPT} --outdir {{}}/x --model_depth 5", "holds depth 3"),
+        ("generate.py", f"{CKPT} --outdir {{}}/var.safetensors/x", "--outdir"),
+        ("finetune.py", f"{CKPT} --data {{}}/none --outdir {{}}/y", "none: no such folder"),
+        ("sweep.py", "--base {}/var.safetensors --out_dir {}/z", "--snapshots is missing"),
+        ("sweep.py", "--base {}/var.safetensors --w 1,x --out_dir {}/z", "not a list of numbers"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(place, capsys, script, args, message):
+    args = args.replace("{}", str(place.folder)).split()
+    if "--vae_ckpt" not in args:
+        args += ["--vae_ckpt", place.vae]
+    assert start(f"VAR/{script}", *args) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_error_ends_two_ranks_with_one_message(place, tmp_path):
+    done = launch("VAR/generate.py", "--var_ckpt", place.vae, "--vae_ckpt", place.vae, "--outdir", tmp_path, ranks=2)
+    assert done.returncode != 0 and done.stderr.count("is a VQVAE") == 1
