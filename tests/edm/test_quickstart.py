@@ -198,6 +198,16 @@ def test_every_acceptance_rule_can_fail_and_names_its_seed(change, named):
     assert sentence.startswith("seed 7:") and named in sentence
 
 
+def test_the_fast_form_is_judged_by_directions():
+    assert report.wrong_directions([a_result(neon=1.9, random=3.0)]) == []
+    (worse,) = report.wrong_directions([a_result(self_trained=1.9)])
+    assert "not worse" in worse
+    result = a_result()
+    result["report"]["neon_fixed"]["heldout"] = math.nan
+    (better,) = report.wrong_directions([result])
+    assert "not better" in better
+
+
 def test_the_table_states_the_means_of_the_changes():
     text = report.table([a_result(0), a_result(1, neon=1.0)])
     (line,) = [line for line in text.splitlines() if line.startswith("Neon, w = w*")][:1]

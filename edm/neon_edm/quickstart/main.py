@@ -40,11 +40,13 @@ def quickstart_run(*, fast: bool, seeds: Sequence[int], out_dir: Path, num_worke
         records |= run_seeds(quickstart, missing, out_dir, num_workers)
     results = [records[seed] for seed in seeds]
     draw(results, out_dir)
-    problems = broken(results) + (report.failures(results) if quickstart.judged else [])
+    problems = broken(results) + (report.failures if quickstart.judged else report.wrong_directions)(results)
     seconds = round(time.monotonic() - began, 1)
     print(f"\n{report.table(results)}\n\n{report.explanation(results)}\n")
     if not quickstart.judged:
-        print("This was the fast form: it shows that everything runs; its distances are rough and not judged.\n")
+        print(
+            "This was the fast form: it shows that everything runs and goes the right way; its distances are rough.\n"
+        )
     for problem in problems:
         print(f"NOT AS EXPECTED: {problem}")
     print(f"pictures: {out_dir / 'quickstart.png'} and {out_dir / 'quickstart_curve.png'}; {seconds:.0f} s")

@@ -98,7 +98,13 @@ class Bars:
         self.stages = dict.fromkeys(seeds, "")
         form = "{desc} |{bar:30}| {percentage:3.0f}% [{elapsed}<{remaining}]"
         self.bars = {
-            seed: tqdm(total=passes, position=number, bar_format=form, disable=not self.live)
+            seed: tqdm(
+                total=passes,
+                desc=f"seed {seed} {'waiting':13}",
+                position=number,
+                bar_format=form,
+                disable=not self.live,
+            )
             for number, seed in enumerate(seeds)
         }
 

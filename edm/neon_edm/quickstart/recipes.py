@@ -1,4 +1,4 @@
-"""The settings of the quickstart, and of its fast form, which only shows that everything runs.
+"""The settings of the quickstart, and of its fast form, which shows that everything runs and goes the right way.
 
 `BASE` trains theta_base on real digits; `RECIPE` is the row: synthetic set, fine-tune, merge weight, evaluation.
 """
@@ -59,7 +59,7 @@ class Quickstart:
     num_evaluate: int  # images per distance
     w_grid: tuple[float, ...] = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # -1 is theta_syn itself
     feature_steps: int = 600
-    judged: bool = True  # whether the distances must show the effect, or the run only has to work
+    judged: bool = True  # by the acceptance rule; otherwise only by the directions of change
 
 
 DEFAULT = Quickstart(

@@ -49,6 +49,18 @@ def failures(results: Sequence[dict]) -> list[str]:
     return found
 
 
+def wrong_directions(results: Sequence[dict]) -> list[str]:
+    """What must hold at any size, the fast form included: self-training harms, and Neon at w = 1 helps."""
+    found = []
+    for result in results:
+        worse, better = (ratio_to_base(result, place) for place in ("self_trained", "neon_fixed"))
+        if not worse > 1:
+            found.append(f"seed {result['seed']}: self-trained is {worse:.2f} x base, not worse than it")
+        if not better < 1:
+            found.append(f"seed {result['seed']}: Neon at w = 1 is {better:.2f} x base, not better than it")
+    return found
+
+
 def table(results: Sequence[dict]) -> str:
     """Held-out distances, then pixel distances and variances; a column per seed, the last the mean change from base."""
     heads = "".join(f"{'seed ' + str(result['seed']):>9}" for result in results)
