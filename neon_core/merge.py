@@ -20,7 +20,7 @@ from neon_core.files.safetensors_file import write_safetensors
 
 
 def extrapolate(base: Tensor, syn: Tensor, w: float) -> Tensor:
-    """The paper's equation 2 for one tensor, in the dtype of `base`; half precision is computed in float32."""
+    """The paper's merge of one tensor, in the dtype of `base`; half precision is computed in float32."""
     if w == 0:
         return base.clone()  # bit for bit, also where base is -0.0 or syn overflows the difference
     exact = torch.promote_types(base.dtype, torch.float32)

@@ -54,7 +54,9 @@ def atomic_path(final: str | Path, sync: bool = True) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -76,6 +78,8 @@ def _raise_clear(error: OSError, final: Path, temporary: Path) -> None:
 
 def remove_stale(final: str | Path) -> None:
     """Delete temporaries of `final` that killed processes of this machine left behind."""
+    if os.name == "nt":  # where asking for a process can end it
+        return
     final = Path(final)
     pattern = re.compile(re.escape(f".{final.name}.{socket.gethostname()}-") + r"(\d+)-\d+\.part")
     for path in final.parent.glob(f".{_glob_escape(final.name)}.*.part"):

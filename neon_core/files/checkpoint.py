@@ -144,4 +144,9 @@ def pack_metadata(config: Mapping[str, Any] | None, metadata: Mapping[str, Any] 
     """Header entries of a safetensors file: text, so every value as JSON."""
     entries = {} if config is None else {"config": dict(config)}
     entries = {**(metadata or {}), **entries}
-    return {str(name): json.dumps(value, sort_keys=True, default=str) for name, value in entries.items()}
+    return {str(name): json.dumps(value, sort_keys=True, default=_as_json) for name, value in entries.items()}
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON cannot hold, and a pickled network may: sets as lists, the rest by its type."""
+    return sorted(value, key=str) if isinstance(value, set) else f"<{type(value).__name__}>"

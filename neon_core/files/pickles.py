@@ -396,6 +396,8 @@ def _module(node: Any) -> PickledObject:
     attributes = {}
     for name, value in state.items():
         if not name.startswith("_") and name != "training":  # torch's own entries, whose set varies by version
+            if isinstance(value, _Callable):
+                raise Refused(f"keeps a reference to {value.name} in {name!r} of {class_name}")
             try:
                 attributes[name] = plain(value)
             except Refused:  # a layer's own objects (activation functions, formats, ...) are of no interest

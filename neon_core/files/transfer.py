@@ -7,7 +7,6 @@ asks for the rest by `Range`, on condition (`If-Range`) that the server's file i
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import http.client
 import json
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import click
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from neon_core.errors import UserError
@@ -76,22 +76,21 @@ _opener = urllib.request.build_opener(_Redirect)
 @contextmanager
 def one_process(final: Path) -> Iterator[None]:
     """Only one process of this node (or shared file system) is in the body for this file; the others wait."""
-    lock_path = final.with_name(f".{final.name}.lock")
+    lock = FileLock(final.with_name(f".{final.name}.lock"))
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            click.echo(f"{final.name}: another process is fetching it; waiting", err=True)
+            lock.acquire()
     except OSError as error:
         reason = "a broken link" if final.parent.is_symlink() and not final.parent.exists() else error.strerror
         raise UserError(f"{final.parent}: cannot write there ({reason}); mend it or name another folder") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            click.echo(f"{final.name}: another process is fetching it; waiting", err=True)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)  # gives the lock back; the file stays, or a third process could lock a deleted one
+        lock.release()  # the system gives it back where the process is killed
 
 
 def download(source: Source, final: Path) -> str:

@@ -98,6 +98,7 @@ HOSTILE = {
     "library class as a value": name("timm.layers.mlp", "Mlp"),
     "library object as the network": name("torch.nn.modules.linear", "Linear") + b")R",
     "function as a setting": record(b"}" + text("_init_kwargs") + b"}" + text("f") + name("_codecs", "encode") + b"ss"),
+    "function as an attribute": record(b"}" + text("f") + name("torch.storage", "_load_from_bytes") + b"s"),
     "type as a setting": record(b"}" + text("_init_kwargs") + b"}" + text("f") + name("builtins", "dict") + b"ss"),
     "calling a type": name("builtins", "dict") + b")R",
     "number without bytes": NUMPY_EVAL + b"C\x01xtR",
