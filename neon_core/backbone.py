@@ -39,7 +39,7 @@ class TrainSettings:
     scaler_init: float = 2.0**16
     scaler_growth_interval: int = 2000
     scaler_max: float | None = None
-    snapshot_images: int = 250_000  # a snapshot at every multiple, and at the end
+    snapshot_images: int | tuple[int, ...] = 250_000  # a snapshot at every multiple or at these counts, and at the end
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def write_png(path: Path, image: Tensor) -> None:
     array = image.numpy()
     picture = PIL.Image.fromarray(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, sync=False) as temporary:
         picture.save(temporary, format="png", compress_level=3)
 
 
