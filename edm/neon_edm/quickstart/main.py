@@ -6,10 +6,10 @@ import dataclasses
 import platform
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import sklearn
 import torch
 
 from neon_core.cli import check_writable, write_result
@@ -85,6 +85,6 @@ def conditions(quickstart: Quickstart, num_workers: int) -> dict:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "scikit-learn": sklearn.__version__,
+            "scikit-learn": version("scikit-learn"),
         },
     }
