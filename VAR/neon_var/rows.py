@@ -1,0 +1,31 @@
+"""VAR's rows for `neon reproduce`: the recipes with the paper's FIDs and the ranges it searched."""
+
+from neon_core.pipeline.rows import Grid, Row
+from neon_var.backbone import VARBackbone
+from neon_var.recipes import ARCHITECTURES, RECIPES, VAE_FILE
+
+
+def _row(name: str, base_fid: float, neon_fid: float, cfg_range: tuple[float, float]) -> Row:
+    scales = len(ARCHITECTURES[name].patch_nums)
+    low, high = cfg_range
+    return Row(
+        id=f"var/{name}",
+        recipe=RECIPES[name],
+        backbone=VARBackbone,
+        w_range=(0.0, 2.0),
+        grid=Grid(
+            ws=tuple(round(0.2 * i, 1) for i in range(11)),
+            guidances=tuple(round(low + 0.25 * i, 2) for i in range(round((high - low) / 0.25) + 1)),
+        ),
+        base_fid=base_fid,
+        neon_fid=neon_fid,
+        guidance="cfg",
+        guidance_range=cfg_range,
+        tokenizer="vae_ckpt",
+        files=(VAE_FILE,),
+        tf32=True,
+        evaluations=lambda settings: 2 * scales,  # one pass per scale, with and without the class
+    )
+
+
+ROWS = (_row("imagenet_256", 3.30, 2.01, (1.25, 4.0)), _row("imagenet_512", 2.63, 1.70, (2.0, 4.5)))
