@@ -107,7 +107,7 @@ class Sweep:
             "detector": evaluator.detector.name,
             "metrics": list(evaluator.metrics),
         }
-        self._base = {name: value.detach().clone() for name, value in backbone.net.state_dict().items()}
+        self.theta_base = {name: value.detach().clone() for name, value in backbone.net.state_dict().items()}
         self._weights: NeonWeights | None = None
         self._at: str | None = None
         self._hashes: dict[str, str] = {}
@@ -150,7 +150,7 @@ class Sweep:
             self._weights = None  # before the next is read: one pair in memory at a time
             device = next(self.backbone.net.parameters()).device
             theta_syn = read_checkpoint(self.snapshots[snapshot]).state
-            self._weights = NeonWeights(self.backbone.net, self._base, theta_syn, device)
+            self._weights = NeonWeights(self.backbone.net, self.theta_base, theta_syn, device)
             self._at = snapshot
         self._weights.set(w)
 

@@ -1,0 +1,166 @@
+"""Two plots as inline SVG: FID over w, and FID over (w, guidance). Nothing but strings, so that a report needs no
+plotting package and no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 340, 62, 18, 16, 48
+SCALE = ((253, 231, 37), (94, 201, 98), (33, 145, 140), (59, 82, 139), (68, 1, 84))  # low FID bright, high FID dark
+CELLS = 48
+
+
+class Frame:
+    """Maps data to the plot's pixels and draws axes with round numbers."""
+
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str, y_label: str):
+        self.x, self.y = (_widened(*limits) for limits in (x, y))
+        self.labels = x_label, y_label
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        across = (x - self.x[0]) / (self.x[1] - self.x[0])
+        up = (y - self.y[0]) / (self.y[1] - self.y[0])
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+
+    def svg(self, body: Sequence[str], under: Sequence[str] = (), title: str = "") -> str:
+        parts = [
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+            *under,
+            *self._axes(grid=not under),
+            *body,
+            "</svg>",
+        ]
+        return "\n".join(parts)
+
+    def _axes(self, grid: bool) -> list[str]:
+        lines = []
+        for value in ticks(*self.x):
+            px, bottom = self.at(value, self.y[0])
+            lines.append(f'<line class="tick" x1="{px:.1f}" x2="{px:.1f}" y1="{bottom:.1f}" y2="{bottom + 5:.1f}"/>')
+            lines.append(f'<text x="{px:.1f}" y="{bottom + 19:.1f}" text-anchor="middle">{value:g}</text>')
+        for value in ticks(*self.y):
+            left, py = self.at(self.x[0], value)
+            if grid:
+                lines.append(f'<line class="grid" x1="{left}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>')
+            lines.append(f'<text x="{left - 8:.1f}" y="{py + 4:.1f}" text-anchor="end">{value:g}</text>')
+        box = (LEFT, TOP, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
+        lines.append('<rect class="box" x="{}" y="{}" width="{}" height="{}"/>'.format(*box))
+        middle = LEFT + box[2] / 2, TOP + box[3] / 2
+        lines.append(
+            f'<text class="label" x="{middle[0]}" y="{HEIGHT - 8}" text-anchor="middle">{escape(self.labels[0])}</text>'
+        )
+        lines.append(
+            f'<text class="label" transform="translate(15 {middle[1]}) rotate(-90)" text-anchor="middle">'
+            f"{escape(self.labels[1])}</text>"
+        )
+        return lines
+
+
+def curve_over_w(
+    curve: Sequence[tuple[float, float]], searched: Sequence[tuple[float, float]], best: float, base: float
+) -> str:
+    """`curve`: (w, FID) at Neon's guidance; `searched`: the search's points, at other n and guidance; `base`: FID at
+    w = 0 and its own best guidance, as a line."""
+    curve = sorted(curve)
+    values = [fid for _, fid in curve] + [base]
+    highest = max(values) + 0.05 * (max(values) - min(values))
+    shown = [(w, fid) for w, fid in searched if min(values) * 0.9 <= fid <= highest]
+    everything = values + [fid for _, fid in shown]
+    ws = [w for w, _ in curve] + [w for w, _ in shown]
+    frame = Frame((min(ws), max(ws)), (min(everything), max(everything)), "w", "FID")
+    body = [_line(frame, (frame.x[0], base), (frame.x[1], base), "base")]
+    _, py = frame.at(frame.x[0], base)
+    body.append(f'<text class="note" x="{WIDTH - RIGHT - 6}" y="{py - 6:.1f}" text-anchor="end">base, re-tuned</text>')
+    body += [_dot(frame, w, fid, 3, "searched", f"search: w {w:g}, FID {fid:.4g}") for w, fid in shown]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.at(*point) for point in curve))
+    body.append(f'<polyline class="curve" points="{path}"/>')
+    for w, fid in curve:
+        kind = "best" if math.isclose(w, best) else "measured"
+        body.append(_dot(frame, w, fid, 6 if kind == "best" else 4.5, kind, f"w {w:g}, FID {fid:.4g}"))
+    return frame.svg(body, title="FID over w")
+
+
+def surface(points: Sequence[Mapping[str, Any]], best: tuple[float, float], name: str) -> str | None:
+    """FID over (w, guidance) of one snapshot: the measured points, over the quadratic that fits them where there are
+    six of them or more. None where guidance did not vary."""
+    xyz = np.array([(p["w"], p["guidance"], p["fid"]) for p in points], dtype=np.float64)
+    if len(xyz) < 3 or np.ptp(xyz[:, 1]) == 0 or np.ptp(xyz[:, 0]) == 0:
+        return None
+    frame = Frame((xyz[:, 0].min(), xyz[:, 0].max()), (xyz[:, 1].min(), xyz[:, 1].max()), "w", name)
+    low, high = xyz[:, 2].min(), np.quantile(xyz[:, 2], 0.9) if len(xyz) > 9 else xyz[:, 2].max()
+    colour = lambda fid: _colour((fid - low) / max(high - low, 1e-12))  # noqa: E731
+    under = _fitted_cells(frame, xyz, colour) if len(xyz) >= 6 else []
+    body = []
+    for w, guidance, fid in xyz:
+        x, y = frame.at(w, guidance)
+        told = escape(f"w {w:g}, {name} {guidance:g}: FID {fid:.4g}")
+        body.append(
+            f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour(fid)}"><title>{told}</title></circle>'
+        )
+    x, y = frame.at(*best)
+    body.append(f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="11"/>')
+    return frame.svg(body, under, f"FID over w and {name}")
+
+
+def colour_bar(low: float, high: float) -> str:
+    """The legend of `surface`."""
+    stops = ", ".join(_colour(i / 8) for i in range(9))
+    return (
+        f'<div class="bar"><span>{low:.4g}</span><i style="background:linear-gradient(90deg,{stops})"></i>'
+        f"<span>{high:.4g}</span></div>"
+    )
+
+
+def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
+    """About `wanted` round numbers between low and high."""
+    raw = (high - low) / wanted
+    unit = 10 ** math.floor(math.log10(raw))
+    step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [round(step * i, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _fitted_cells(frame: Frame, xyz: np.ndarray, colour) -> list[str]:
+    centre, spread = xyz[:, :2].mean(0), xyz[:, :2].std(0)
+    features = lambda p: np.stack([np.ones(len(p)), *p.T, *(p**2).T, p[:, 0] * p[:, 1]], 1)  # noqa: E731
+    near = 1 / (1 + ((xyz[:, 2] - xyz[:, 2].min()) / (np.median(xyz[:, 2] - xyz[:, 2].min()) + 1e-12)) ** 2)
+    design = features((xyz[:, :2] - centre) / spread) * near[:, None] ** 0.5
+    coefficients, *_ = np.linalg.lstsq(design, xyz[:, 2] * near**0.5, rcond=None)
+    xs, ys = (np.linspace(*limits, CELLS + 1) for limits in (frame.x, frame.y))
+    cells = []
+    for i in range(CELLS):
+        middles = np.stack([np.full(CELLS, (xs[i] + xs[i + 1]) / 2), (ys[:-1] + ys[1:]) / 2], 1)
+        for j, value in enumerate(features((middles - centre) / spread) @ coefficients):
+            (x0, y1), (x1, y0) = frame.at(xs[i], ys[j]), frame.at(xs[i + 1], ys[j + 1])
+            cells.append(
+                f'<rect x="{x0:.1f}" y="{y0:.1f}" width="{x1 - x0 + 0.4:.1f}" height="{y1 - y0 + 0.4:.1f}" '
+                f'fill="{colour(value)}"/>'
+            )
+    return [f'<g class="fit">{"".join(cells)}</g>']
+
+
+def _dot(frame: Frame, x: float, y: float, radius: float, kind: str, told: str) -> str:
+    px, py = frame.at(x, y)
+    return f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="{radius}"><title>{escape(told)}</title></circle>'
+
+
+def _line(frame: Frame, start: tuple[float, float], end: tuple[float, float], kind: str) -> str:
+    (x1, y1), (x2, y2) = frame.at(*start), frame.at(*end)
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    room = 0.06 * (high - low) or max(abs(low), 1.0) * 0.1
+    return low - room, high + room
+
+
+def _colour(part: float) -> str:
+    place = min(max(float(part), 0.0), 1.0) * (len(SCALE) - 1)
+    i = min(int(place), len(SCALE) - 2)
+    mixed = [round(a + (b - a) * (place - i)) for a, b in zip(SCALE[i], SCALE[i + 1], strict=True)]
+    return "#{:02x}{:02x}{:02x}".format(*mixed)

@@ -1,0 +1,205 @@
+"""The two stages of a row that measure: the search for (snapshot, w, guidance), and the numbers of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from neon_core.backbone import Backbone
+from neon_core.distributed import barrier, broadcast_object, is_main, print0
+from neon_core.files.checkpoint import read_checkpoint, write_checkpoint
+from neon_core.merge import NeonWeights
+from neon_core.pipeline.controls import random_direction
+from neon_core.pipeline.growing import GrowingSweep
+from neon_core.pipeline.interval import block_statistics, bootstrap_fids, interval
+from neon_core.pipeline.rows import Row
+from neon_core.pipeline.search import Axis, Budget, search
+from neon_core.pipeline.sweep import BASE, early_stopped_grid
+
+STEPS_PER_RANGE = 6  # a first step of the search is this part of the paper's range
+RANDOM = "random-direction"
+SAMPLES = 24  # images in each grid of samples
+MAX_SAMPLE_SIDE = 192  # pixels in the report
+
+
+def find(row: Row, plan: Any, sweep: GrowingSweep, seeds: Sequence[int]) -> dict[str, Any]:
+    """{"best", "base_best", "points", "images"}: Neon's best setting, and the base's own best guidance.
+
+    Every rank calls it. Every point shares its seeds, the first ones of the evaluation, which it can be grown to.
+    """
+    points: list[dict[str, Any]] = []
+
+    def measured(snapshot: str, w: float, guidance: float | None, count: int) -> float:
+        varied = {row.guidance: guidance} if row.guidance else {}
+        fid = sweep.grown(snapshot, w, seeds, count, **varied)["fid"]
+        points.append(_point(BASE if w == 0 else snapshot, w, guidance, count, fid))
+        return fid
+
+    names = list(sweep.snapshots)
+    guidance_start = row.recipe.evaluate.get(row.guidance) if row.guidance else None
+    if plan.search == "grid":
+        grid, count = row.grid, min(row.grid.num_images, len(seeds))
+        best = early_stopped_grid(
+            names, grid.ws, grid.guidances, lambda s, w, g: measured(s, w, g, count), grid.tolerance
+        )
+        bases = [(measured(BASE, 0.0, g, count), g) for g in grid.guidances]
+        base_guidance = min(bases, key=lambda found: found[0])[1]
+    else:
+        budget = Budget(ranking_images=plan.ranking_images, deciding_images=plan.deciding_images)
+        lengths = {name: _step_length(sweep, name) for name in evenly(names, plan.snapshots)[::-1]}
+        w_axis = _axis(row.w_range, row.recipe.w)
+        g_axis = _axis(row.guidance_range, guidance_start) if row.guidance else None
+        found = search(measured, lengths, w_axis, g_axis, budget).best
+        best = found.snapshot, found.w, found.guidance
+        base_guidance = None
+        if g_axis is None:
+            measured(BASE, 0.0, None, plan.deciding_images)
+        else:  # the same search along one axis, which is the guidance here
+            alone = search(lambda _, g, __, n: measured(BASE, 0.0, g, n), {BASE: 1.0}, g_axis, None, budget)
+            base_guidance = alone.best.w
+    return {
+        "best": {"snapshot": best[0], "w": best[1], "guidance": best[2]},
+        "base_best": {"guidance": base_guidance},
+        "points": points,
+        "images": images_of(points),
+    }
+
+
+def final(
+    row: Row, plan: Any, sweep: GrowingSweep, seeds: Sequence[int], found: Mapping[str, Any], out_dir: Path
+) -> dict[str, Any]:
+    """Everything the report shows: base and Neon on all seeds and on a second block, the curve over w, the control,
+    and samples. Every rank calls it; what the search has sampled is grown, not made again."""
+    best, base_guidance = found["best"], found["base_best"]["guidance"]
+    points: list[dict[str, Any]] = []
+
+    def at(snapshot: str, w: float, guidance: float | None, block: Sequence[int], count: int) -> dict[str, Any]:
+        varied = {row.guidance: guidance} if row.guidance else {}
+        result = sweep.grown(snapshot, w, block, count, **varied)
+        point = _point(result["snapshot"], w, guidance, count, result["fid"])
+        points.append(point | {"block": "first" if block is seeds else "second"})
+        return result
+
+    ends = {"base": (BASE, 0.0, base_guidance), "neon": (best["snapshot"], best["w"], best["guidance"])}
+    whole = {name: at(*end, seeds, len(seeds)) for name, end in ends.items()}
+    out: dict[str, Any] = {"final": {name: _numbers(result) for name, result in whole.items()}}
+    out["intervals"] = _intervals(row, plan, sweep, seeds, ends, whole)
+    if plan.second_block:
+        others = range(max(seeds) + 1, max(seeds) + 1 + len(seeds))
+        out["second_block"] = {name: _numbers(at(*end, others, len(seeds))) for name, end in ends.items()}
+    count, w_best = plan.deciding_images, best["w"]
+    if plan.controls:
+        curve = [-1.0, 0.0, *(round(w_best * part, 6) for part in (0.5, 1.0, 1.5))]
+        for w in dict.fromkeys(curve):
+            at(best["snapshot"], w, best["guidance"], seeds, count)
+        at(BASE, 0.0, base_guidance, seeds, count)
+        if w_best:
+            path = _write_random(sweep, best["snapshot"], plan.seed, out_dir / "controls")
+            sweep.snapshots[RANDOM] = path
+            at(RANDOM, w_best, best["guidance"], seeds, count)
+    _write_samples(row, sweep, seeds, best, out_dir / "samples")
+    own = [{k: v for k, v in point.items() if k != "block"} for point in points if point["block"] == "first"]
+    others = [point for point in points if point["block"] == "second"]
+    grown = images_of([*found["points"], *own]) - found["images"]
+    return {**out, "points": points, "images": grown + images_of(others)}
+
+
+def images_of(points: Sequence[Mapping[str, Any]]) -> int:
+    """What points of one seed list cost: each setting's largest count, since it grows."""
+    cost: dict[tuple, int] = {}
+    for point in points:
+        key = (point["snapshot"], point["w"], point["guidance"])
+        cost[key] = max(cost.get(key, 0), point["num_images"])
+    return sum(cost.values())
+
+
+def evenly(names: Sequence[str], count: int) -> list[str]:
+    """At most `count` of them, evenly spaced, the last always among them."""
+    places = {round(place) for place in np.linspace(len(names) - 1, 0, max(count, 1) + 1)[:-1]}
+    return [names[place] for place in sorted(places)]
+
+
+def _axis(limits: tuple[float, float], start: float) -> Axis:
+    low, high = limits
+    return Axis(low, high, float(min(max(start, low), high)), (high - low) / STEPS_PER_RANGE)
+
+
+def _step_length(sweep: GrowingSweep, name: str) -> float:
+    theta_syn = read_checkpoint(sweep.snapshots[name]).state
+    return NeonWeights(sweep.backbone.net, sweep.theta_base, theta_syn).distance()
+
+
+def _point(snapshot: str, w: float, guidance: float | None, count: int, fid: float) -> dict[str, Any]:
+    return {"snapshot": snapshot, "w": w, "guidance": guidance, "num_images": count, "fid": fid}
+
+
+def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
+    kept = ("fid", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall", "density", "coverage", "seeds")
+    return {name: result[name] for name in kept if name in result}
+
+
+def _intervals(row, plan, sweep, seeds, ends, whole) -> dict[str, Any]:
+    """Of base, Neon and their difference, by the bootstrap; the same blocks are drawn for both."""
+    out = None
+    if is_main():
+        drawn = {}
+        for name, (snapshot, w, guidance) in ends.items():
+            print0(f"bootstrap: {name}, {plan.resamples} resamples")
+            varied = {row.guidance: guidance} if row.guidance else {}
+            features = sweep.statistics(snapshot, w, seeds, **varied).features
+            blocks = block_statistics(features, sweep.batch_size)
+            drawn[name] = bootstrap_fids(blocks, sweep.evaluator.reference, resamples=plan.resamples, seed=plan.seed)
+        out = {name: interval(whole[name]["fid"], values) for name, values in drawn.items()}
+        gain = whole["base"]["fid"] - whole["neon"]["fid"]
+        out["gain"] = interval(gain, drawn["base"] - drawn["neon"])
+    return broadcast_object(out)
+
+
+def _write_random(sweep: GrowingSweep, snapshot: str, seed: int, folder: Path) -> Path:
+    path = folder / f"{RANDOM}.safetensors"
+    if is_main() and not path.exists():
+        moved = random_direction(sweep.theta_base, read_checkpoint(sweep.snapshots[snapshot]).state, seed)
+        told = {"control": RANDOM, "seed": seed, "as_long_as": snapshot}
+        write_checkpoint(path, moved, config=sweep.backbone.network_config(), metadata=told)
+    barrier()
+    return path
+
+
+def _write_samples(row: Row, sweep: GrowingSweep, seeds: Sequence[int], best: Mapping[str, Any], folder: Path) -> None:
+    """The same seeds, labels and guidance with the three networks: <folder>/{base,self-trained,neon}/00.png."""
+    few = seeds[:SAMPLES]
+    settings = dict(sweep.settings)
+    if row.guidance and best["guidance"] is not None:
+        settings[row.guidance] = best["guidance"]
+    for name, w in (("base", 0.0), ("self-trained", -1.0), ("neon", best["w"])):
+        sweep.move(best["snapshot"], w)
+        if is_main():
+            for number, image in enumerate(_sample(sweep.backbone, few, settings, sweep.batch_size)):
+                path = folder / name / f"{number:02d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _picture(image).save(path)
+    sweep.restore()
+    barrier()
+
+
+def _sample(backbone: Backbone, seeds: Sequence[int], settings: dict, batch_size: int) -> Tensor:
+    labels = backbone.assign_labels(seeds, **settings)
+    parts = []
+    for start in range(0, len(seeds), batch_size):
+        part = slice(start, start + batch_size)
+        parts.append(backbone.sample(seeds[part], None if labels is None else labels[part], **settings).cpu())
+    return torch.cat(parts)
+
+
+def _picture(image: Tensor) -> PIL.Image.Image:
+    """uint8 [C, H, W], shrunk to what a report needs."""
+    array = image.numpy()
+    picture = PIL.Image.fromarray(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))
+    picture.thumbnail((MAX_SAMPLE_SIDE, MAX_SAMPLE_SIDE))
+    return picture

@@ -1,0 +1,88 @@
+"""A row for the tests: the pico backbone, its base and its reference, all made here in a second."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+
+import torch
+from core.pico import RECIPE, PicoBackbone, PicoNet, PixelMoments
+
+from neon_core.evaluate import evaluate
+from neon_core.files.checkpoint import load_strict, read_checkpoint, write_checkpoint
+from neon_core.files.image_set import ImageSet
+from neon_core.merge import NeonWeights
+from neon_core.metrics.accumulator import MetricAccumulator
+from neon_core.metrics.reference import Reference, write_reference
+from neon_core.pipeline.reproduce import Plan
+from neon_core.pipeline.rows import Grid, Row
+from neon_core.prepared import training_data
+from neon_core.selftrain import self_train
+from neon_core.synthetic import generate_set
+
+CPU = torch.device("cpu")
+TRUE_W, TRUE_CONTRAST = 1.0, 1.1
+
+
+class SlowPico(PicoBackbone):
+    """Loads its checkpoint, and waits at every step, so that a test can kill the run in its middle."""
+
+    pause = float(os.environ.get("PICO_PAUSE", 0))
+
+    @classmethod
+    def load(cls, checkpoint, recipe, device):
+        read = read_checkpoint(checkpoint)
+        net = PicoNet(**read.config["kwargs"])
+        load_strict(net, read)
+        return cls(net.eval().requires_grad_(False), device)
+
+    def sample(self, *args, **settings):
+        time.sleep(self.pause)
+        return super().sample(*args, **settings)
+
+    def encode(self, *args):
+        time.sleep(self.pause)
+        return super().encode(*args)
+
+
+def make_files(folder: Path) -> None:
+    """base.safetensors, and statistics of "real" images that Neon can reach: those of theta_base - (theta_syn -
+    theta_base) at contrast 1.1, theta_syn being the first snapshot of the row's own fine-tune."""
+    base = PicoBackbone.fresh(seed=3)
+    write_checkpoint(folder / "base.safetensors", base.net.state_dict(), config=base.network_config())
+    theta_base = {name: value.clone() for name, value in base.net.state_dict().items()}
+    generate_set(base, range(RECIPE.num_synthetic), folder / "set", settings=RECIPE.generate, batch_size=16)
+    snapshots = self_train(base, training_data(base, ImageSet(folder / "set"), CPU), RECIPE.train, folder, device=CPU)
+    true = PicoBackbone.fresh(seed=3)
+    NeonWeights(true.net, theta_base, read_checkpoint(snapshots[80]).state).set(TRUE_W)
+    make = lambda: MetricAccumulator(PixelMoments(), 2000, ("fid",))  # noqa: E731
+    settings = {"contrast": TRUE_CONTRAST}
+    real = evaluate(true, range(10_000, 12_000), make, settings=settings, batch_size=100, progress=False)
+    write_reference(folder / "pico.npz", Reference.from_statistics(real.feature_statistics))
+
+
+def pico_row(folder: Path, guided: bool = True) -> Row:
+    """Guidance is the contrast of the images."""
+    recipe = dataclasses.replace(
+        RECIPE,
+        base=str(folder / "base.safetensors"),
+        fid_stats=str(folder / "pico.npz"),
+        evaluate_seeds="1000-1199",
+    )
+    return Row(
+        id="pico/pico",
+        recipe=recipe,
+        backbone=SlowPico,
+        w_range=(0.0, 3.0),
+        grid=Grid((0.0, 1.0, 2.0), (0.8, 1.0, 1.2) if guided else (None,), num_images=60),
+        base_fid=2.0,
+        neon_fid=1.0,
+        guidance="contrast" if guided else None,
+        guidance_range=(0.5, 1.5) if guided else None,
+        evaluations=lambda settings: 1,
+    )
+
+
+PLAN = Plan(detector=PixelMoments(), batch_size=16, ranking_images=40, deciding_images=80, resamples=10)

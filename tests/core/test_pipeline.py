@@ -1,0 +1,211 @@
+"""A row from its files to its report: what it finds, what it costs, what it keeps, and what a restart does again."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from core.pico import PicoBackbone, PixelMoments
+from core.pico_rows import CPU, PLAN, TRUE_CONTRAST, TRUE_W, SlowPico, make_files, pico_row
+
+from neon_core.errors import UserError
+from neon_core.evaluate import Evaluator
+from neon_core.files.checkpoint import read_checkpoint
+from neon_core.merge import neon_merge
+from neon_core.pipeline.growing import GrowingSweep
+from neon_core.pipeline.ledger import STAGES, Ledger, status
+from neon_core.pipeline.reproduce import Reproduction
+from neon_core.pipeline.sweep import find_checkpoints
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    make_files(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    """(folder, results) of an unbroken run."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, Reproduction(pico_row(files), out, PLAN, CPU, "neon reproduce pico").run()
+
+
+def copied(whole, tmp_path):
+    return shutil.copytree(whole[0], tmp_path / "out")
+
+
+def records(out):
+    return {stage: (out / "stages" / f"{stage}.json").stat().st_mtime_ns for stage in STAGES}
+
+
+def test_the_run_finds_the_planted_optimum_and_the_controls_do_not(whole):
+    _, results = whole
+    best, gain = results["best"], results["intervals"]["gain"]
+    assert gain["low"] > 0, "the difference must be seen through the noise"
+    assert results["final"]["neon"]["fid"] < 0.35 * results["final"]["base"]["fid"]
+    assert best["guidance"] == pytest.approx(TRUE_CONTRAST, abs=0.12)
+    if best["snapshot"] == "snapshot-000000080":
+        assert best["w"] == pytest.approx(TRUE_W, abs=0.5)
+    at = {(p["snapshot"], p["w"]): p["fid"] for p in results["points"]["evaluate"] if p["num_images"] == 80}
+    neon = at[best["snapshot"], best["w"]]
+    assert neon < 0.5 * at["random-direction", best["w"]] and neon < 0.5 * at[best["snapshot"], -1.0]
+
+
+def test_the_written_network_is_the_merge_of_its_files(whole, files):
+    out, results = whole
+    best = results["best"]
+    ends = (
+        read_checkpoint(path).state
+        for path in (files / "base.safetensors", out / f"finetune/{best['snapshot']}.safetensors")
+    )
+    written = read_checkpoint(out / "neon.safetensors").state
+    expected = neon_merge(*ends, best["w"])
+    assert all(torch.equal(written[name], value) for name, value in expected.items())
+
+
+def test_the_ledger_counts_every_image_that_was_sampled(files, tmp_path, monkeypatch):
+    seen = []
+    plain = PicoBackbone.sample
+    monkeypatch.setattr(
+        PicoBackbone, "sample", lambda self, seeds, *a, **k: seen.extend(seeds) or plain(self, seeds, *a, **k)
+    )
+    results = Reproduction(pico_row(files), tmp_path, PLAN, CPU).run()
+    counted = sum(cost.get("images", 0) for cost in results["ledger"])
+    samples = 3 * 24
+    assert counted == len(seen) - samples
+    assert sum(cost.get("network_evaluations", 0) for cost in results["ledger"]) == counted
+    search = next(cost for cost in results["ledger"] if cost["stage"] == "search")
+    on_disk = [
+        torch.load(path, weights_only=True)["seen"].sum() for path in (tmp_path / "search/statistics").glob("*.pt")
+    ]
+    assert search["images"] < sum(on_disk) == counted - 40
+
+
+def test_a_finished_run_does_nothing_again_and_a_change_redoes_what_hangs_on_it(whole, files, tmp_path, monkeypatch):
+    out = copied(whole, tmp_path)
+    before = records(out)
+
+    def never(*args, **kwargs):
+        raise AssertionError("sampled again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlowPico, "sample", never)
+        again = Reproduction(pico_row(files), out, PLAN, CPU).run()
+    assert again == whole[1] and records(out) == before
+    changed = dataclasses.replace(PLAN, resamples=12)
+    Reproduction(pico_row(files), out, changed, CPU).run()
+    after = records(out)
+    assert [stage for stage in STAGES if after[stage] != before[stage]] == ["evaluate", "report"]
+    (out / "neon.safetensors").unlink()
+    Reproduction(pico_row(files), out, changed, CPU).run()
+    assert (out / "neon.safetensors").exists()
+
+
+def test_another_base_file_redoes_everything_or_says_why_not(whole, files, tmp_path):
+    out = copied(whole, tmp_path)
+    other = tmp_path / "other.safetensors"
+    from neon_core.files.checkpoint import write_checkpoint
+
+    base = PicoBackbone.fresh(seed=4)
+    write_checkpoint(other, base.net.state_dict(), config=base.network_config())
+    with pytest.raises(UserError, match="holds a set made with base"):
+        Reproduction(pico_row(files), out, dataclasses.replace(PLAN, base=other), CPU).run()
+
+
+def test_the_grid_is_the_official_one(whole, files, tmp_path):
+    out = copied(whole, tmp_path)
+    results = Reproduction(pico_row(files), out, dataclasses.replace(PLAN, search="grid", controls=False), CPU).run()
+    points = results["points"]["search"]
+    assert {p["num_images"] for p in points} == {60} and {p["w"] for p in points} <= {0.0, 1.0, 2.0}
+    assert {p["snapshot"] for p in points} == {"base", "snapshot-000000080", "snapshot-000000160"}
+    assert results["best"]["w"] in (1.0, 2.0) and results["best"]["guidance"] in (0.8, 1.0, 1.2)
+
+
+def test_a_row_without_guidance(files, tmp_path):
+    plan = dataclasses.replace(PLAN, controls=False, second_block=False)
+    results = Reproduction(pico_row(files, guided=False), tmp_path, plan, CPU).run()
+    assert results["best"]["guidance"] is None and results["second_block"] is None
+    assert results["final"]["neon"]["fid"] < results["final"]["base"]["fid"]
+    assert "Controls" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_report_stands_alone_and_tells_the_numbers(whole):
+    out, results = whole
+    text = (out / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text and "<script" not in text
+    assert text.count("data:image/png;base64,") == 3 * 24 and text.count("<svg") == 2
+    assert "Neon lowers the FID by" in text and "random direction of equal length" in text
+    for name in ("base", "neon"):
+        assert f"{results['final'][name]['fid']:.3g}" in text
+    assert results["provenance"]["neon"]["sha256"] in text
+    assert json.loads((out / "results.json").read_text()) == results
+
+
+def test_status_tells_what_is_done_and_what_is_next(whole, tmp_path):
+    out = copied(whole, tmp_path)
+    assert f"complete: {out / 'report.html'}" in status(out)
+    (out / "stages/search.json").unlink()
+    told = status(out)
+    assert "next: search; go on with: neon reproduce pico" in told
+    assert re.search(r"finetune done", told) and re.search(r"evaluate to do", told)
+    with pytest.raises(UserError, match="neon reproduce"):
+        status(tmp_path)
+
+
+def test_seconds_of_stopped_starts_are_counted(tmp_path):
+    for start in (1, 2):
+        ledger = Ledger(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.run("generate", {"n": 1}, [], lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        clock = json.loads((tmp_path / "stages/.generate.clock").read_text())
+        assert clock["starts"] == start
+    (tmp_path / "stages/.generate.clock").write_text(json.dumps({**clock, "seconds": 100.0}))
+    ledger.run("generate", {"n": 1}, [], dict)
+    record = ledger.record("generate")
+    assert 100 <= record["cost"]["seconds"] < 110 and record["starts"] == 3
+
+
+def sweep(files, whole, out, backbone=None):
+    evaluator = Evaluator(files / "pico.npz", device=CPU, metrics=("fid", "is"), detector=PixelMoments())
+    backbone = backbone or SlowPico.load(files / "base.safetensors", None, CPU)
+    found = find_checkpoints(whole[0] / "finetune")
+    options = {"settings": {"contrast": 1.0}, "batch_size": 16, "identity": {"base": "pico"}}
+    return GrowingSweep(backbone, evaluator, found, out, **options)
+
+
+def test_grown_statistics_are_those_of_one_evaluation_and_no_image_is_made_twice(files, whole, tmp_path, monkeypatch):
+    growing, seeds = sweep(files, whole, tmp_path), range(500, 600)
+    seen = []
+    plain = PicoBackbone.sample
+    monkeypatch.setattr(PicoBackbone, "sample", lambda self, s, *a, **k: seen.extend(s) or plain(self, s, *a, **k))
+    at = lambda count: growing.grown("snapshot-000000160", 0.7, seeds, count, contrast=1.2)  # noqa: E731
+    first, last = at(30), [at(50), at(100)][-1]
+    assert sorted(seen) == list(seeds)
+    assert at(30) == first and "is_mean" not in first, "found, not made again"
+    assert len(seen) == 100
+    direct = growing.measure("snapshot-000000160", 0.7, seeds, contrast=1.2)
+    for name in ("fid", "is_mean", "is_std"):
+        assert last[name] == pytest.approx(direct[name], rel=1e-9)
+    few = at(20)
+    assert few["fid"] == pytest.approx(
+        growing.measure("snapshot-000000160", 0.7, seeds[:20], contrast=1.2)["fid"], rel=1e-9
+    )
+
+
+def test_labels_that_hang_on_the_length_of_the_list_are_refused(files, whole, tmp_path):
+    class InOrder(SlowPico):
+        def assign_labels(self, seeds, **settings):
+            return torch.tensor([i * self.num_classes // len(seeds) for i in range(len(seeds))])
+
+    growing = sweep(files, whole, tmp_path, InOrder.load(files / "base.safetensors", None, CPU))
+    with pytest.raises(UserError, match="number of images"):
+        growing.grown("base", 0.0, range(100), 20)
+
+
+def test_image_counts_that_decrease_are_refused_before_anything_is_done(files, tmp_path):
+    with pytest.raises(UserError, match="deciding_images"):
+        Reproduction(pico_row(files), tmp_path, dataclasses.replace(PLAN, deciding_images=500), CPU)
