@@ -8,7 +8,8 @@ Tokens are in cell order everywhere: cell 2 * (row // 8) + (col // 8), row-major
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class TimeEmbedding(nn.Module):
     def sinusoid(k: Tensor) -> Tensor:
         """[..., 256]: cos(k f_j), then sin(k f_j), f_j = 10000^(-j/128)."""
         j = torch.arange(128, dtype=torch.float32, device=k.device)
-        angles = k.float()[..., None] * torch.exp(-torch.log(torch.tensor(10000.0)).item() * j / 128)  # [..., 128]
+        angles = k.float()[..., None] * torch.exp(-math.log(10000.0) * j / 128)  # [..., 128]
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
     def forward(self, k: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ class Cache:
 
     keys: list[Tensor]
     values: list[Tensor]
-    length: int = field(default=0)
+    length: int = 0
 
 
 class Attention(nn.Module):
