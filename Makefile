@@ -20,7 +20,7 @@ $(READY): pyproject.toml
 quickstart: $(READY)  ## Neon on real images, three seeds, under 5 minutes on 2 cores, no GPU
 	$(BIN)/python edm/quickstart.py --out runs/quickstart
 
-quickstart-fast: $(READY)  ## the same with a smaller network and set, under a minute
+quickstart-fast: $(READY)  ## the same with one seed, a shorter training and a smaller set, under a minute
 	$(BIN)/python edm/quickstart.py --fast --out runs/quickstart-fast
 
 test: $(READY)  ## all tests

@@ -79,11 +79,14 @@ def optimizer_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
 
 def load_optimizer_state(net: nn.Module, optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Put back what `optimizer_state` gave."""
+    fused = optimizer.defaults.get("fused", False)
     for number, parameter in enumerate(net.parameters()):
         for name, value in saved.get(number, {}).items():
-            moment = isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0
-            # the step count stays where the optimizer keeps it: on the CPU
-            optimizer.state[parameter][name] = like(value, parameter).clone() if moment else value
+            if isinstance(value, Tensor) and value.ndim > 0:
+                value = like(value, parameter).clone()
+            elif isinstance(value, Tensor):  # the step count: a fused optimizer keeps it with the parameter
+                value = value.clone().to(parameter.device if fused else "cpu")
+            optimizer.state[parameter][name] = value
 
 
 def network_state(net: nn.Module) -> dict[str, Tensor]:

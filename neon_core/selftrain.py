@@ -33,7 +33,11 @@ from neon_core.prepared import TrainingData
 from neon_core.seeds import derive_seed
 
 MicroBatch = tuple[Tensor, Tensor | None, torch.Generator]  # encoded images, labels, random stream
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+OPTIMIZERS = {  # one kernel for all parameters where there is one
+    "adam": (torch.optim.Adam, {"fused": True}),
+    "adamw": (torch.optim.AdamW, {"fused": True}),
+    "radam": (torch.optim.RAdam, {}),
+}
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -57,8 +61,13 @@ class FineTune:
         if mode == "fsdp":
             parallel.shard(backbone.net, backbone.blocks())
         self.ema = [p.detach().clone() for p in backbone.net.parameters()] if settings.ema else None
-        self.optimizer = OPTIMIZERS[settings.optimizer](
-            backbone.parameter_groups(settings.weight_decay), lr=settings.lr, betas=settings.betas, eps=settings.eps
+        make, extra = OPTIMIZERS[settings.optimizer]
+        self.optimizer = make(
+            backbone.parameter_groups(settings.weight_decay),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            **extra,
         )
         self.scaler = torch.amp.GradScaler(
             device.type,
@@ -185,6 +194,7 @@ def self_train(
     state_minutes: float = 10.0,
     mode: str = "ddp",
     activation_checkpointing: bool = False,
+    progress: bool = True,
 ) -> dict[int, Path]:
     """Fine-tune `backbone` in place and write its snapshots; continue what an earlier run left in `out_dir`.
 
@@ -214,7 +224,9 @@ def self_train(
     if is_main():
         _cut_log(out_dir / "log.jsonl", run.images_seen)
     saved_at = time.monotonic()
-    bar = tqdm(total=plan[-1], initial=run.images_seen, unit="img", desc="fine-tune", disable=not is_main())
+    bar = tqdm(
+        total=plan[-1], initial=run.images_seen, unit="img", desc="fine-tune", disable=not (progress and is_main())
+    )
     first_step = run.images_seen // settings.batch_size
     batches = islice(backbone.data_order(data.num_items, settings.batch_size, seed), first_step, None)
     num_steps = plan[-1] // settings.batch_size

@@ -42,6 +42,7 @@ def generate_set(
     batch_size: int,
     provenance: dict | None = None,
     subfolders: bool = True,
+    progress: bool = True,
 ) -> dict:
     """Make, or finish making, the images of `seeds` under `out_dir`. Returns the manifest.
 
@@ -74,7 +75,7 @@ def generate_set(
     done = gather_objects(done)[0]  # rank 0's view: files may appear while the others look
     mine = deal(len(batches), rank(), world_size(), done)
     bar = tqdm(total=len(seeds), initial=sum(len(batches[b]) for b in done), unit="img", desc="generate",
-               disable=not is_main())  # fmt: skip
+               disable=not (progress and is_main()))  # fmt: skip
     with ThreadPoolExecutor(max_workers=4) as writers:
         pending = []
         for number, b in enumerate(mine):
