@@ -245,9 +245,16 @@ def evaluate(out: Path, name: str) -> None:
                        "inception_style_score": held_out["is_mean"], "distance": weights.distance()}  # fmt: skip
                 rows.append(row)
                 print0(f"B={images_seen} w={w:+.1f}  train {row['train']:.3f}  held out {row['held_out']:.3f}")
-        best = min(rows, key=lambda row: row["train"])
+        best = min((row for row in rows if row["w"] >= 0), key=lambda row: row["train"])
         syn = read_checkpoint(out / "syn" / f"snapshot-{best['B']:09d}.safetensors").state
         weights = NeonWeights(backbone.net, base, syn)
+        # Control: another direction of the same length, parameter by parameter.
+        elsewhere = {name: value + random_like(syn[name] - value) for name, value in base.items()}
+        random_weights = NeonWeights(backbone.net, base, elsewhere)
+        random_weights.set(best["w"])
+        control = {part: judge(backbone, seeds, settings=settings, batch_size=100, progress=False)["fid"]
+                   for (part, judge), seeds in zip(judges.items(), (search, fresh), strict=True)}  # fmt: skip
+        print0(f"random direction, w={best['w']:g}: train {control['train']:.3f}  held out {control['held_out']:.3f}")
         for title, w in (("base", 0.0), ("self-trained", -1.0), (f"Neon w={best['w']:g}", best["w"])):
             weights.set(w)
             seeds = list(fresh[:60])
@@ -257,7 +264,18 @@ def evaluate(out: Path, name: str) -> None:
             grids = {"real": real.images(range(60)), **grids}
             draw(grids, out / "samples.png")
             metadata = read_checkpoint(out / "classifier.safetensors").metadata
-            write_json(out / "results.json", {"run": run, "rows": rows, "best": best, "classifier": metadata})
+            write_json(
+                out / "results.json",
+                {"run": run, "rows": rows, "best": best, "random": control, "classifier": metadata},
+            )
+
+
+def random_like(difference: torch.Tensor) -> torch.Tensor:
+    """A normal draw of the same norm, the same on every rank."""
+    if not difference.is_floating_point():
+        return torch.zeros_like(difference)
+    noise = torch.randn(difference.shape, generator=torch.Generator().manual_seed(difference.numel()))
+    return noise * (difference.norm() / noise.norm().clamp(min=1e-12))
 
 
 def draw(grids: dict[str, torch.Tensor], path: Path, columns: int = 20) -> None:
@@ -280,6 +298,8 @@ def report(out: Path) -> None:
     for row in results["rows"]:
         print(f"{row['B']:6d}  {row['w']:+4.1f}   {row['train']:8.3f}   {row['held_out']:8.3f}")
     best = results["best"]
+    control = results["random"]
+    print(f"random direction of the same length: {control['train']:8.3f}   {control['held_out']:8.3f}")
     base = next(row for row in results["rows"] if row["w"] == 0)
     print(f"w* = {best['w']:g} at B = {best['B']}: held out {base['held_out']:.3f} (base) -> {best['held_out']:.3f}")
 
