@@ -57,9 +57,12 @@ def main() -> None:
         net.compile_blocks()
     backbone = VARBackbone(net.eval().requires_grad_(False), vae, kwargs)
     count = sum(p.numel() for p in net.parameters())
-    print(f"VAR-d{net.depth}, {count:,} parameters, {backbone.img_size} px, {platform.machine()}, {os.cpu_count()} "
-          f"cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.precision}, compile {args.compile}; "
-          f"built in {time.perf_counter() - began:.1f} s ({time.process_time() - cpu_began:.1f} CPU s)")  # fmt: skip
+    built = f"built in {time.perf_counter() - began:.1f} s ({time.process_time() - cpu_began:.1f} CPU s)"
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+    )
+    print(f"VAR-d{net.depth}, {count:,} parameters, {backbone.img_size} px, {args.precision}, compile {args.compile}")
+    print(f"{machine}; {built}")
 
     def batch(number: int) -> torch.Tensor:
         seeds = range(number * args.batch_size, (number + 1) * args.batch_size)
