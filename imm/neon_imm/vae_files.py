@@ -11,6 +11,7 @@ from neon_core.files.checkpoint import load_strict, read_checkpoint, write_check
 from neon_core.kl_vae import AutoencoderKL, to_ldm_names
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
+CHECKOUT = Path(__file__).resolve().parents[2]  # where download_models.sh puts its files
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "model.safetensors")
 
@@ -30,8 +31,8 @@ def load_vae(source: str | Path | None = None) -> AutoencoderKL:
     """The autoencoder at `source`, on the CPU, in eval mode and without gradients.
 
     `source` is a diffusers folder (config.json beside the weights), one weight file, or a hub repository (SD_VAE);
-    `checkpoints/<last part of the name>` is preferred to a download. Latent-diffusion keys and both diffusers
-    spellings are read. Raises UserError where nothing is found, or the hub cannot be reached.
+    `checkpoints/<last part of the name>`, here or in the checkout, is preferred to a download. Latent-diffusion keys
+    and both diffusers spellings are read. Raises UserError where nothing is found, or the hub cannot be reached.
     """
     weights, config = locate_vae(source)
     checkpoint = read_checkpoint(weights)
@@ -55,9 +56,9 @@ def save_vae(path: str | Path, vae: AutoencoderKL) -> None:
 def locate_vae(source: str | Path | None = None) -> tuple[Path, dict | None]:
     """(weight file, diffusers config or None), fetched if need be but not read. Raises UserError."""
     source = str(source or SD_VAE)
-    local = Path(source)
-    if not local.exists():
-        local = Path("checkpoints") / source.rstrip("/").split("/")[-1]
+    name = source.rstrip("/").split("/")[-1]
+    places = [Path(source), *(folder / "checkpoints" / name for folder in (Path(), CHECKOUT))]
+    local = next((place for place in places if place.exists()), places[-1])
     if local.is_file():
         return local, None
     if local.is_dir():

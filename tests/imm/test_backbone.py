@@ -21,7 +21,7 @@ from neon_imm.latents import RgbCodec, VaeCodec
 from neon_imm.options import chosen_seeds, official_arguments, row, sampling_settings
 from neon_imm.precond import IMMPrecond
 from neon_imm.recipes import RECIPES
-from neon_imm.vae_files import SD_VAE, SD_VAE_CONFIG, load_vae
+from neon_imm.vae_files import SD_VAE_CONFIG, load_vae
 
 CPU = torch.device("cpu")
 
@@ -183,8 +183,9 @@ def test_a_vae_that_cannot_be_fetched_is_one_clear_error(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("neon_imm.vae_files.CHECKOUT", tmp_path)
     with pytest.raises(UserError, match=r"sd-vae-ft-ema.*download_models.sh imm"):
-        load_vae(SD_VAE)
+        load_vae()
     with pytest.raises(UserError, match="no such file"):
         load_vae("missing/vae.ckpt")
     (tmp_path / "empty").mkdir()
