@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--fast", action="store_true", help="seconds instead of minutes: shows that everything runs")
     parser.add_argument("--vae_steps", type=int, default=300)
-    parser.add_argument("--base_images", type=int, default=24_000)
+    parser.add_argument("--base_images", type=int, default=36_000)
     parser.add_argument("--synthetic", type=int, default=1000)
     parser.add_argument("--syn_images", type=int, default=4_800)
     parser.add_argument("--syn_lr", type=float, default=5e-4)
@@ -248,11 +248,11 @@ def main() -> None:
         print(f"[{time.monotonic() - began:.0f} s] {script} done", flush=True)
 
     vae = ["--vae_path", out / "vae.safetensors", "--device", "cpu"]
-    train = [*vae, "--batch_size", 32, "--micro_batch_size", 16, "--precision", "fp32"]
+    train = [*vae, "--batch_size", 16, "--micro_batch_size", 8, "--precision", "fp32", "--no_flip"]
     torchrun(
         "xAR/finetune.py", "--model_ckpt", out / "random.safetensors", "--data", out / "digits", "--outdir",
-        out / "base", "--images", args.base_images, "--lr", 2e-3, "--ramp_images", args.base_images // 10,
-        "--ema_decay", 0.99, "--snapshot_images", args.base_images, *train,
+        out / "base", "--images", args.base_images, "--lr", 1.5e-3, "--ramp_images", args.base_images // 10,
+        "--ema_decay", 0.995, "--snapshot_images", args.base_images, *train,
     )  # fmt: skip
     base = ["--model_ckpt", last_snapshot(out / "base")]
     torchrun(

@@ -43,6 +43,7 @@ COUNT = click.IntRange(1)
 @click.option("--clip_norm", "--grad_clip", "clip_norm", type=POSITIVE, help="Limit of the gradient's norm.")
 @click.option("--snapshot_images", "--save_img_interval", "snapshot_images", type=COUNT, help="Between snapshots.")
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), help="Of the forward passes.")
+@click.option("--flip/--no_flip", default=True, show_default=True, help="Every image mirrored half of the time.")
 @click.option("--cached_path", "cache_dir", type=o.FOLDER, help="Of the moments.  [default: <data>.prepared]")
 @click.option("--parallel", "mode", type=click.Choice(MODES), default="ddp", show_default=True, help="fsdp: sharded.")
 @click.option("--activation_checkpointing", is_flag=True, help="Less memory, about a third slower.")
@@ -52,8 +53,8 @@ COUNT = click.IntRange(1)
 @json_option
 def main(
     model, base, vae_path, data, out_dir, images, batch_size, micro_batch_size, lr, ramp_images, ema_decay,
-    weight_decay, clip_norm, snapshot_images, precision, cache_dir, mode, activation_checkpointing, seed, tf32, device,
-    json_path,
+    weight_decay, clip_norm, snapshot_images, precision, flip, cache_dir, mode, activation_checkpointing, seed, tf32,
+    device, json_path,
 ) -> None:  # fmt: skip
     """Train theta_syn."""
     recipe = with_settings(
@@ -81,6 +82,7 @@ def main(
             model=model,
             seed=seed,
             cache_dir=cache_dir,
+            flip=flip,
             mode=mode,
             activation_checkpointing=activation_checkpointing,
         )

@@ -63,6 +63,8 @@ def test_encoding_takes_either_flip_and_scales_a_posterior_sample(backbone):
     assert 0.35 < mirrored < 0.65
     again = backbone.encode(moments, torch.Generator().manual_seed(0))
     assert torch.equal(latents, again)
+    backbone.flip = False
+    assert (backbone.encode(moments, torch.Generator().manual_seed(0)) > 0).all()
 
 
 def test_the_loss_is_a_function_of_the_generator_and_drops_labels(backbone):

@@ -33,16 +33,19 @@ LABEL_RULES = ("balanced", "official")
 
 
 class XARBackbone(Backbone):
-    """`vae_name` says which autoencoder weights prepared moments belong to; nothing reads it but `prepared_key`."""
+    """`vae_name` says which autoencoder weights prepared moments belong to; nothing reads it but `prepared_key`.
 
-    def __init__(self, net: XAR, autoencoder: AutoencoderKL, vae_name: str = "kl16"):
+    `flip`: the fine-tune sees every image mirrored half of the time, as officially.
+    """
+
+    def __init__(self, net: XAR, autoencoder: AutoencoderKL, vae_name: str = "kl16", flip: bool = True):
         if (autoencoder.embed_dim, autoencoder.stride * GRID) != (net.channels, net.img_size):
             raise UserError(
                 f"the autoencoder has {autoencoder.embed_dim} latent channels and stride {autoencoder.stride}, the "
                 f"transformer wants {net.channels} and {net.img_size // GRID}; give the --vae_path that belongs to it"
             )
         self.net, self.autoencoder = net, autoencoder.eval().requires_grad_(False)
-        self.img_size, self.num_classes = net.img_size, net.class_num
+        self.img_size, self.num_classes, self.flip = net.img_size, net.class_num, flip
         self.prepared_key = f"moments-{vae_name}-{net.img_size}"
 
     @classmethod
@@ -55,6 +58,7 @@ class XARBackbone(Backbone):
         vae_path: str | Path = DEFAULT_VAE,
         model: str | None = None,
         compiled: bool = False,
+        flip: bool = True,
     ) -> XARBackbone:
         """Weights of `checkpoint` beside the autoencoder of `vae_path`, in eval mode. Raises UserError.
 
@@ -71,7 +75,7 @@ class XARBackbone(Backbone):
         net = net.to(device).eval().requires_grad_(False)
         if compiled:
             net.compile_blocks()
-        return cls(net, autoencoder, vae_name)
+        return cls(net, autoencoder, vae_name, flip)
 
     @staticmethod
     def find(flag: str, path: str | Path, model: str) -> Path:
@@ -137,9 +141,9 @@ class XARBackbone(Backbone):
         return both_moments(self.autoencoder, images)
 
     def encode(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
-        """Scaled latents [B, z, 16, 16]: either flip with probability 1/2, sampled from its posterior."""
+        """Scaled latents [B, z, 16, 16], from the posterior of the image or, half of the time, its mirror image."""
         B, device = len(prepared), generator.device
-        mirrored = (torch.rand(B, generator=generator, device=device) >= 0.5).long()
+        mirrored = (torch.rand(B, generator=generator, device=device) >= 0.5).long() * self.flip
         moments = prepared[torch.arange(B, device=device), mirrored]
         shape = (B, moments.shape[1] // 2, *moments.shape[2:])
         return scaled_latent(moments, torch.randn(shape, generator=generator, device=device))

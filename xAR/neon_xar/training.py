@@ -43,6 +43,7 @@ def fine_tune(
     model: str | None = None,
     seed: int = 0,
     cache_dir: Path | None = None,
+    flip: bool = True,
     mode: str = "ddp",
     activation_checkpointing: bool = False,
 ) -> dict[int, Path]:
@@ -56,13 +57,14 @@ def fine_tune(
     images = ImageSet(data)
     if not images.has_labels:
         raise UserError(f"{images.path}: no labels; xAR needs a dataset.json, or one folder per class")
-    backbone = XARBackbone.load(base, recipe, device, vae_path=vae_path, model=model)
+    backbone = XARBackbone.load(base, recipe, device, vae_path=vae_path, model=model, flip=flip)
     provenance = {
         "recipe": recipe.name,
         "base": find_file(base).name,
         "base_sha256": sha256_file(find_file(base)),
         "vae_sha256": sha256_file(find_file(vae_path)),
         "set": images.digest,
+        "flip": flip,
     }
     batches = training_data(backbone, images, device, cache_dir=cache_dir)
     return self_train(
