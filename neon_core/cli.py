@@ -155,6 +155,8 @@ def neon() -> None:
 def main() -> None:
     """Entry point of `neon` and `python -m neon_core`."""
     from neon_core.merge import merge_command
+    from neon_core.pipeline.commands import reproduce_command, rows_command, status_command
 
-    neon.add_command(merge_command)
+    for command in (rows_command, reproduce_command, status_command, merge_command):
+        neon.add_command(command)
     run(neon)
