@@ -32,7 +32,7 @@ from neon_var.recipes import RECIPES
 @click.option("--outdir", "--out_dir", "outdir", required=True, type=o.FOLDER, help="Folder of the set.")
 @click.option("--num_images", "--N", "num_images", type=click.IntRange(1), help="In all.  [default: the preset's |S|]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seeds are seed, seed+1, ...")
-@o.batch_option(64)
+@o.batch_option
 @click.option("--cfg", type=float, help="Guidance at the last scale.  [default: 1.25 at 256, 2.0 at 512]")
 @o.sampler_options
 @device_option
@@ -55,7 +55,7 @@ def main(
             range(seed, seed + num_images),
             outdir,
             settings=settings,
-            batch_size=batch_size,
+            batch_size=batch_size or o.BATCH_SIZE[preset],
             provenance={"base": checkpoint.name, "recipe": preset, **digests},
         )
         line = f"{num_images} images | {outdir} | cfg={settings['cfg']:g} | base={checkpoint.name}"

@@ -53,7 +53,7 @@ from neon_var.recipes import RECIPES
 @click.option("--final_images", type=click.IntRange(0), default=50_000, show_default=True,
               help="At the best point, with fresh seeds; 0: none.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seeds are seed, seed+1, ...")
-@o.batch_option(64)
+@o.batch_option
 @metric_options("fid,is", "")
 @click.option("--out_dir", "--outdir", "out_dir", required=True, type=o.FOLDER, help="Where results are kept.")
 @device_option
@@ -65,6 +65,7 @@ def main(
     """Search over snapshots, w and guidance."""
     recipe = RECIPES[preset]
     settings = o.sampler_settings(flags, dict(recipe.evaluate))
+    batch_size = batch_size or o.BATCH_SIZE[preset]
     with session(device) as where, float32_precision(allow_tf32=True):
         base, vae = o.check_files(base or recipe.base, vae_ckpt, "--base")
         if not snapshots and not aux:

@@ -15,6 +15,7 @@ from neon_core.files.atomic import sha256_file
 from neon_core.metrics.detector import float32_precision
 from neon_var.backbone import VARBackbone
 from neon_var.options import (
+    BATCH_SIZE,
     FILE,
     SETTINGS,
     batch_option,
@@ -50,7 +51,7 @@ def calculate_fid(preset: str) -> None:
     @click.option(
         "--num_images", "--N", "num_images", type=click.IntRange(2), default=50_000, show_default=True, help="How many."
     )
-    @batch_option(64 if preset == "imagenet_256" else 32)
+    @batch_option
     @click.option("--img_size", type=int, help="Side in pixels; only checked.")
     @click.option("--cfg", type=float, default=cfg, show_default=True, help="Guidance at the last scale.")
     @sampler_options
@@ -86,7 +87,7 @@ def calculate_fid(preset: str) -> None:
                 backbone,
                 range(seed, seed + num_images),
                 settings=settings,
-                batch_size=batch_size,
+                batch_size=batch_size or BATCH_SIZE[preset],
                 work_dir=work_dir,
                 identity=identity,
                 save_images=save_images,

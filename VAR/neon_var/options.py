@@ -63,9 +63,15 @@ sampler_options = options(
 )
 
 
-def batch_option(default: int | None, help: str = "Images sampled at once by one process.") -> Any:
-    return click.option("--batch_size", "--batch", "batch_size", type=click.IntRange(1), default=default,
-                        show_default=default is not None, help=help)  # fmt: skip
+batch_option = click.option(
+    "--batch_size",
+    "--max_batch_size",
+    "--batch",
+    "batch_size",
+    type=click.IntRange(1),
+    help="Images sampled at once by one process.  [default: 64 at 256, 32 at 512]",
+)
+BATCH_SIZE = {"imagenet_256": 64, "imagenet_512": 32}  # 512: about 60 of 80 GB, most of it keys and values
 
 
 def sampler_settings(flags: dict[str, Any], preset: dict[str, Any]) -> dict[str, Any]:
