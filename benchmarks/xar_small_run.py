@@ -34,6 +34,7 @@ from neon_core.merge import NeonWeights
 from neon_core.metrics.accumulator import extract_features
 from neon_core.metrics.detector import FunctionDetector
 from neon_core.metrics.reference import Reference
+from neon_core.pipeline.sweep import find_checkpoints
 from neon_xar.backbone import XARBackbone
 from neon_xar.evaluate import sweep
 from neon_xar.recipes import RECIPES
@@ -143,8 +144,9 @@ def measure(out: Path, args: argparse.Namespace) -> None:
         seeds = range(2_000_000, 2_000_000 + args.eval_images)
         cfgs = [CFG] if args.fast else [1.0, CFG, 2.5]
         ws = [-1.0, 0.0, 1.0] if args.fast else [-1.0, 0.0, 0.5, 1.0, 2.0]
-        result = sweep(backbone, judge, base, out / "syn", out / "sweep", ws=ws, cfgs=cfgs, seeds=seeds, **options)
-        points = [json.loads(path.read_text()) for path in sorted((out / "sweep").glob("*/cfg=*.json"))]
+        snapshots = find_checkpoints(out / "syn")
+        sweep(backbone, judge, base, snapshots, out / "sweep", ws=ws, cfgs=cfgs, seeds=seeds, **options)
+        points = [json.loads(path.read_text()) for path in sorted((out / "sweep" / "points").glob("*.json"))]
         rows = best_rows(points)
         fresh = range(3_000_000, 3_000_000 + args.final_images)
         for row in rows.values():
@@ -159,7 +161,7 @@ def measure(out: Path, args: argparse.Namespace) -> None:
         own.update(real, range(len(real)))
         floor = own.compute(judge.reference)["fid"]
         if is_main():
-            report(out, rows, points, floor, result, args)
+            report(out, rows, points, floor, args)
 
 
 def last_snapshot(folder: Path) -> Path:
@@ -171,7 +173,7 @@ def best_rows(points: list[dict]) -> dict[str, dict]:
 
     def pick(keep) -> dict:
         best = min((p for p in points if keep(p)), key=lambda p: p["fid"])
-        return {"w": best["w"], "cfg": best["settings"]["cfg"], "images": best["images_seen"], "search": best["fid"]}
+        return {"w": best["w"], "cfg": best["settings"]["cfg"], "snapshot": best["snapshot"], "search": best["fid"]}
 
     return {
         "base": pick(lambda p: p["w"] == 0 and p["settings"]["cfg"] == CFG),
@@ -183,24 +185,22 @@ def best_rows(points: list[dict]) -> dict[str, dict]:
 
 
 def move(backbone: XARBackbone, base: Path, out: Path, row: dict) -> None:
-    theta_base = read_checkpoint(base).state
-    images = row["images"] or max(int(p.stem.split("-")[1]) for p in (out / "syn").glob("snapshot-*"))
-    theta_syn = read_checkpoint(out / "syn" / f"snapshot-{images:09d}.safetensors").state
-    NeonWeights(backbone.net, theta_base, theta_syn).set(row["w"])
+    snapshots = find_checkpoints(out / "syn")
+    theta_syn = read_checkpoint(snapshots.get(row["snapshot"]) or next(iter(snapshots.values()))).state
+    NeonWeights(backbone.net, read_checkpoint(base).state, theta_syn).set(row["w"])
 
 
-def report(out: Path, rows: dict, points: list[dict], floor: float, result: dict, args: argparse.Namespace) -> None:
+def report(out: Path, rows: dict, points: list[dict], floor: float, args: argparse.Namespace) -> None:
     grids = [row.pop("grid") for row in rows.values()]
     gap = np.full((8, 320), 128, dtype=np.uint8)
     PIL.Image.fromarray(np.concatenate([part for grid in grids for part in (grid, gap)][:-1])).save(out / "samples.png")
-    curve = [{"images": p["images_seen"], "w": p["w"], "cfg": p["settings"]["cfg"], "fid": p["fid"]} for p in points]
+    curve = [{"snapshot": p["snapshot"], "w": p["w"], "cfg": p["settings"]["cfg"], "fid": p["fid"]} for p in points]
     (out / "results.json").write_text(
         json.dumps({"rows": rows, "floor": floor, "points": curve, "settings": vars(args)}, indent=1, default=str)
     )
-    print0(f"{'':34s}{'w':>6s}{'cfg':>6s}{'snapshot':>10s}{'search':>9s}{'fresh':>9s}")
+    print0(f"{'':34s}{'w':>6s}{'cfg':>6s}{'snapshot':>20s}{'search':>9s}{'fresh':>9s}")
     for name, row in rows.items():
-        where = str(row["images"] or "-")
-        print0(f"{name:34s}{row['w']:6g}{row['cfg']:6g}{where:>10s}{row['search']:9.3f}{row['fresh']:9.3f}")
+        print0(f"{name:34s}{row['w']:6g}{row['cfg']:6g}{row['snapshot']:>20s}{row['search']:9.3f}{row['fresh']:9.3f}")
     print0(f"{args.final_images} real digits of the training part: {floor:.3f}")
 
 

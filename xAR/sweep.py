@@ -20,7 +20,9 @@ from neon_core.cli import check_writable, device_option, json_option, run, write
 from neon_core.distributed import session
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
+from neon_core.files.checkpoint import find_file
 from neon_core.metrics.detector import float32_precision
+from neon_core.pipeline.sweep import find_checkpoints
 from neon_xar import options as o
 from neon_xar.backbone import XARBackbone
 from neon_xar.evaluate import result_line, sweep
@@ -69,8 +71,11 @@ def main(
     tolerance = official.tolerance if tolerance is None else tolerance
     if math.isnan(tolerance) or tolerance < 0:
         raise UserError(f"--tolerance {tolerance}: a rise of FID is wanted, 0 or more")
+    if not snapshots and not aux:
+        raise UserError("--snapshots is missing: the folder of a fine-tune (or --model_ckpt_aux, its files)")
     check_writable(out_dir, "--out_dir")
     with session(device) as where, float32_precision(tf32):
+        found = {path.stem: find_file(path) for path in aux} if aux else find_checkpoints(snapshots)
         metrics = tuple(dict.fromkeys(("fid", *(name for name in metrics if not (no_isc and name == "is")))))
         evaluator = Evaluator(
             fid_stats or recipe.fid_stats, device=where, metrics=metrics, detector=detector, real_images=real_images
@@ -81,7 +86,7 @@ def main(
             backbone,
             evaluator,
             base,
-            aux or snapshots,
+            found,
             out_dir,
             ws=w or official.ws,
             cfgs=cfgs or ((one_cfg,) if one_cfg is not None else official.cfgs),

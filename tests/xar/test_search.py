@@ -1,7 +1,5 @@
 """The search over w and guidance: the official early stop, kept points, the merged file."""
 
-import math
-
 import pytest
 import torch
 from xar.pico import write_pico
@@ -13,7 +11,7 @@ from neon_core.merge import neon_merge
 from neon_core.metrics.detector import FunctionDetector
 from neon_core.metrics.reference import Reference
 from neon_xar.backbone import XARBackbone
-from neon_xar.evaluate import Sweep, check_model, early_stopped_grid, images_seen, neighbours, result_line, sweep
+from neon_xar.evaluate import check_model, neighbours, result_line, sweep
 from neon_xar.recipes import RECIPES, SEARCHES
 
 CPU = torch.device("cpu")
@@ -40,20 +38,6 @@ def place(tmp_path):
     return backbone, evaluator, base, tmp_path / "run"
 
 
-def test_the_grid_is_left_where_the_official_search_leaves_it():
-    asked = []
-
-    def fid(w, cfg):
-        asked.append((w, cfg))
-        return (w - 1) ** 2 + (cfg - 2) ** 2
-
-    best = early_stopped_grid([0, 1, 2, 3], [1, 2, 3, 4], fid, tolerance=0.02)
-    assert best == (1, 2)
-    assert asked == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]
-    asked.clear()
-    assert early_stopped_grid([0, 1, 2, 3], [1, 2, 3, 4], fid) == (1, 2) and len(asked) == 16
-
-
 def test_neighbours_are_the_eight_around_that_are_positive():
     assert len(neighbours(1.6, 2.7)) == 8 and (1.7, 2.6) in neighbours(1.6, 2.7)
     assert neighbours(0.1, 0.1) == [(0.1, 0.2), (0.2, 0.1), (0.2, 0.2)]
@@ -69,10 +53,12 @@ def test_a_sweep_keeps_its_points_merges_the_best_and_leaves_the_base_in_place(p
     before = {name: value.clone() for name, value in backbone.net.state_dict().items()}
     options = {"seeds": range(20), "settings": {"cfg": 1.0, "flow_steps": 3}, "batch_size": 10}
     out = tmp_path / "sweep"
-    result = sweep(backbone, evaluator, base, run, out, ws=[0.5, 2.0], cfgs=[1.0], **options)
+    snapshots = {"snapshot-000000064": run / "snapshot-000000064.safetensors"}
+    result = sweep(backbone, evaluator, base, snapshots, out, ws=[0.5, 2.0], cfgs=[1.0], **options)
     assert all(torch.equal(a, before[k]) for k, a in backbone.net.state_dict().items())
-    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.json"))
-    assert files == ["64/cfg=1.000_w=0.500_n=20.json", "64/cfg=1.000_w=2.000_n=20.json"]
+    points = {path.name[:-18] for path in out.rglob("points/*.json")}
+    assert points == {f"{name}-cfg1.0-n20" for name in ("snapshot-000000064-w0.5", "snapshot-000000064-w2")}
+    assert set(result["best_of_each"]) == set(snapshots)
     best = result["best"]
     syn = read_checkpoint(run / "snapshot-000000064.safetensors").state
     wanted = neon_merge(read_checkpoint(base).state, syn, best["w"])
@@ -88,22 +74,27 @@ def test_a_sweep_keeps_its_points_merges_the_best_and_leaves_the_base_in_place(p
         raise AssertionError("measured again")
 
     evaluator.__class__ = type("Never", (Evaluator,), {"__call__": never})
-    assert sweep(backbone, evaluator, base, run, out, ws=[0.5, 2.0], cfgs=[1.0], **options)["best"] == best
-    with pytest.raises(UserError, match=r"cfg=1.000_w=0.500_n=20.json: measured with another base"):
-        sweep(backbone, evaluator, base, run, out, ws=[0.5], cfgs=[1.0], **options | {"seeds": range(5, 25)})
+    assert sweep(backbone, evaluator, base, snapshots, out, ws=[0.5, 2.0], cfgs=[1.0], **options)["best"] == best
 
 
-def test_w_zero_is_the_base_and_shared_by_all_snapshots(place, tmp_path):
-    backbone, evaluator, _, run = place
-    options = {"settings": {"cfg": 1.0, "flow_steps": 3}, "batch_size": 10, "identity": {}}
-    runner = Sweep(backbone, evaluator, {64: run / "snapshot-000000064.safetensors"}, tmp_path / "s", **options)
-    found = runner.point(64, 0.0, 1.0, range(8))
-    assert (tmp_path / "s" / "base" / "cfg=1.000_w=0.000_n=8.json").exists() and found["checkpoint"] == "base"
-    plain = evaluator(backbone, range(8), settings=options["settings"], batch_size=10)
-    assert plain["fid"] == found["fid"]
-    for w in (math.nan, math.inf):
-        with pytest.raises(UserError, match="must be a finite number"):
-            runner.point(64, w, 1.0, range(8))
+def test_where_the_base_is_best_no_network_is_written(place, tmp_path):
+    backbone, evaluator, base, run = place
+    snapshots = {"snapshot-000000064": run / "snapshot-000000064.safetensors"}
+    options = {"seeds": range(4), "settings": {"cfg": 1.0, "flow_steps": 3}, "batch_size": 4}
+    result = sweep(backbone, evaluator, base, snapshots, tmp_path / "s", ws=[0.0], cfgs=[1.0], **options)
+    plain = evaluator(backbone, range(4), settings=options["settings"], batch_size=4)
+    assert result["best"]["snapshot"] == "base" and result["best"]["fid"] == plain["fid"]
+    assert "network" not in result and not list(tmp_path.rglob("neon.safetensors"))
+
+
+def test_refining_measures_the_neighbours_of_the_best_point(place, tmp_path):
+    backbone, evaluator, base, run = place
+    snapshots = {"snapshot-000000064": run / "snapshot-000000064.safetensors"}
+    options = {"seeds": range(4), "settings": {"cfg": 1.0, "flow_steps": 3}, "batch_size": 4, "refine": True}
+    result = sweep(backbone, evaluator, base, snapshots, tmp_path / "s", ws=[1.0], cfgs=[1.0], **options)
+    measured = {path.name.split("-n4-")[0] for path in tmp_path.rglob("points/*.json")}
+    assert len(measured) == 9 and "snapshot-000000064-w1.1-cfg0.9" in measured
+    assert result["best"]["fid"] == min(p["fid"] for p in result["best_of_each"].values())
 
 
 def test_flags_that_contradict_the_model_are_refused(place):
@@ -115,10 +106,7 @@ def test_flags_that_contradict_the_model_are_refused(place):
         check_model(backbone, None, 1000)
 
 
-def test_snapshot_names_and_the_result_line(tmp_path):
-    assert images_seen(tmp_path / "checkpoint-checkpoint-250112.pth") == 250112
-    with pytest.raises(UserError, match="must end with the number of images seen"):
-        images_seen(tmp_path / "last.pth")
+def test_the_result_line_is_the_official_one():
     result = {"fid": 1.02, "is_mean": 300.5, "is_std": 2.25, "settings": {"cfg": 2.7, "flow_steps": 50}}
     result |= {"num_images": 50000, "model": "xar_large", "checkpoint": "Neon", "detector_is_official": True}
     line = "FID=1.0200 | IS=300.5000±2.2500 | cfg=2.7 | steps=50 | n=50000 | model=xar_large | ckpt=Neon"

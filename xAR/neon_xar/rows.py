@@ -4,7 +4,10 @@ from neon_core.pipeline.rows import Grid, Row
 from neon_xar.backbone import DEFAULT_VAE, XARBackbone
 from neon_xar.recipes import RECIPES, SEARCHES
 
-CELLS = 4
+
+def _passes(cfg: float) -> int:
+    """Per step, over the four cells: with and, where guidance needs it, without the class. The first never needs it."""
+    return 7 if cfg > 1 else 4
 
 
 def _row(name: str, base_fid: float | None, neon_fid: float | None, cfg_range: tuple[float, float]) -> Row:
@@ -21,7 +24,7 @@ def _row(name: str, base_fid: float | None, neon_fid: float | None, cfg_range: t
         guidance_range=cfg_range,
         tokenizer="vae_path",
         files=(DEFAULT_VAE.name,),
-        evaluations=lambda settings: 2 * CELLS * settings["flow_steps"],  # with and without the class
+        evaluations=lambda settings: _passes(settings["cfg"]) * settings["flow_steps"],
     )
 
 
