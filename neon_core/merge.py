@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from neon_core.errors import UserError
 from neon_core.files.atomic import sha256_file
 from neon_core.files.checkpoint import describe_mismatch, is_finite, open_checkpoint, pack_metadata
-from neon_core.files.safetensors_file import write_safetensors
+from neon_core.files.manifest import find_file
+from neon_core.files.safetensors_file import read_header, write_safetensors
 
 
 def extrapolate(base: Tensor, syn: Tensor, w: float) -> Tensor:
@@ -200,19 +201,47 @@ def merge_files(base: str | Path, syn: str | Path, w: float, out: str | Path, ru
         side: {"file": end.path.name, "sha256": sha256_file(end.path), "metadata": end.metadata}
         for side, end in (("base", theta_base), ("synthetic", theta_syn))
     }
-    metadata = pack_metadata(theta_base.config, {**theta_base.metadata, "neon": {"w": w, "rule": rule, **inputs}})
+    record = {"neon": {"w": w, "rule": rule, **inputs}}
+    if theta_base.container == "safetensors":  # entries as they are: other libraries look for some
+        metadata = {**read_header(theta_base.path)[1], **pack_metadata(None, record)}
+    else:
+        metadata = pack_metadata(theta_base.config, {**theta_base.metadata, **record})
     with torch.no_grad():
         write_safetensors(out, layout, merged, metadata)
     return out
 
 
+def merge_paths(base: Path, syn: Path, w: float, out: Path, rule: str = "neon") -> None:
+    """`merge_files`, or its counterpart for two folders or two LoRA adapters, as the inputs are."""
+    from neon_core.files import folders  # which imports this module
+
+    if base.is_dir() or syn.is_dir():
+        merge = folders.merge_folders
+    else:
+        base, syn = find_file(base), find_file(syn)
+        if not any(map(folders.is_adapter_file, (base, syn))):
+            merge_files(base, syn, w, out, rule)
+            return
+        merge = folders.merge_adapter_files
+    if rule != "neon":
+        raise UserError(f"--rule {rule}: only for two checkpoint files, not for folders and LoRA adapters")
+    merge(base, syn, w, out)
+
+
 @click.command("merge")
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("syn", type=click.Path(path_type=Path))
+@click.argument("base", type=click.Path(path_type=Path), required=False)
+@click.argument("syn", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--lora",
+    type=click.Path(path_type=Path),
+    help="Instead of BASE and SYN: a LoRA adapter trained on synthetic data, file or folder; reversed.",
+)
 @click.option(
     "-w", "--w", type=float, required=True, help="Merge weight; 0 gives BASE, -1 gives SYN, the paper's rows use w > 0."
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Safetensors file to write.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Safetensors file to write; folder for folders."
+)
 @click.option(
     "--rule",
     type=click.Choice(list(RULES)),
@@ -220,9 +249,25 @@ def merge_files(base: str | Path, syn: str | Path, w: float, out: str | Path, ru
     show_default=True,
     help="Ours, or that of an official script.",
 )
-def merge_command(base: Path, syn: Path, w: float, out: Path, rule: str) -> None:
-    """BASE and SYN, checkpoints of one network in any published container -> base - w (syn - base)."""
-    merge_files(base, syn, w, out, rule)
+def merge_command(base: Path | None, syn: Path | None, lora: Path | None, w: float, out: Path, rule: str) -> None:
+    """BASE and SYN, checkpoints of one network -> base - w (syn - base).
+
+    Files in any published container; folders (diffusers pipelines, sharded checkpoints): every weight file is merged,
+    everything else copied; LoRA adapters: the products up @ down are merged.
+    """
+    if lora is not None:
+        from neon_core.files.folders import reverse_adapter
+
+        if base is not None or rule != "neon":
+            raise UserError("--lora: takes the place of BASE and SYN, and knows no --rule")
+        check_w(w)
+        reverse_adapter(lora, w, out)
+        click.echo(f"{out} | w={w:g} | lora={lora.name}")
+        return
+    if base is None or syn is None:
+        raise click.UsageError("BASE and SYN are needed, two files or two folders; or --lora ADAPTER")
+    check_w(w)
+    merge_paths(base, syn, w, out, rule)
     click.echo(f"{out} | w={w:g} | rule={rule} | base={base.name} | syn={syn.name}")
 
 

@@ -1,0 +1,245 @@
+"""The reverse merge of adapters equals the dense merge of the networks that they make."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from neon_core.errors import UserError
+from neon_core.files.lora import CONFIG, is_lora, merge_lora, read_adapter, reverse_lora
+from neon_core.merge import merge_command, neon_merge
+
+SPELLINGS = {
+    "peft": "base_model.model.{}.lora_A.weight base_model.model.{}.lora_B.weight",
+    "peft, named": "base_model.model.{}.lora_A.default.weight base_model.model.{}.lora_B.default.weight",
+    "diffusers": "unet.{}.lora.down.weight unet.{}.lora.up.weight",
+    "diffusers, processor": "unet.{}_lora.down.weight unet.{}_lora.up.weight",
+    "kohya": "lora_unet_{}.lora_down.weight lora_unet_{}.lora_up.weight",
+    "peft, embedding": "base_model.model.{}.lora_embedding_A base_model.model.{}.lora_embedding_B",
+}
+SHAPES = {"q": (6, 5), "conv": (4, 3, 3, 3)}
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def factors(module: str, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    out, *into = SHAPES[module]
+    return random(seed, rank, *into), random(seed + 1, out, rank, *(1 for _ in into[1:]))
+
+
+def adapter_state(spelling: str, ranks: dict, seed: int, alpha: float | None = None, dtype=torch.float32) -> dict:
+    state = {}
+    for number, (module, rank) in enumerate(ranks.items()):
+        names = [name.format(module) for name in SPELLINGS[spelling].split()]
+        state |= zip(names, (f.to(dtype) for f in factors(module, rank, seed + 10 * number)), strict=True)
+        if alpha is not None:
+            state[f"lora_unet_{module}.alpha"] = torch.tensor(alpha)
+    return state
+
+
+def dense(state: dict, scales=None, config=None, header=None) -> dict[str, torch.Tensor]:
+    """Module -> scale * up @ down as a weight in double precision, the definition of an adapter."""
+    found = {}
+    for module, pair in read_adapter("adapter", state, config, header).pairs.items():
+        scale = pair.scale if scales is None else scales
+        product = scale * pair.up.double().flatten(1) @ pair.down.double().flatten(1)
+        found[module] = product.reshape(pair.up.shape[0], *pair.down.shape[1:])
+    return found
+
+
+def networks(*adapters: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """theta_0 with each adapter's products added."""
+    names = sorted({name for adapter in adapters for name in adapter})
+    shape = {name: next(adapter[name].shape for adapter in adapters if name in adapter) for name in names}
+    theta = {name: random(100 + number, *shape[name]).double() for number, name in enumerate(names)}
+    return [theta] + [{n: theta[n] + adapter.get(n, 0) for n in names} for adapter in adapters]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_reversed_adapter_is_the_dense_merge(spelling, dtype):
+    alpha = 3.0 if spelling == "kohya" else None
+    state = adapter_state(spelling, {"q": 2, "conv": 4}, 1, alpha, dtype)
+    theta_base, theta_syn = networks(dense(state))
+    for w in (1.5, 0.3, -1.0):
+        merged = reverse_lora(state, w)
+        assert list(merged) == list(state)
+        theta_neon = networks(dense(merged))[1]
+        assert_close(theta_neon, neon_merge(theta_base, theta_syn, w), rtol=0, atol=1e-6)
+
+
+def test_reversed_adapter_keeps_its_alpha_positive_and_its_down_factors():
+    state = adapter_state("kohya", {"q": 2}, 1, alpha=1.0)
+    merged = reverse_lora(state, 1.5)
+    assert merged["lora_unet_q.alpha"] == 1.0
+    assert torch.equal(merged["lora_unet_q.lora_down.weight"], state["lora_unet_q.lora_down.weight"])
+    assert torch.equal(merged["lora_unet_q.lora_up.weight"], -1.5 * state["lora_unet_q.lora_up.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("w", [1.5, 0.4, 0.0, -1.0])
+@pytest.mark.parametrize("spelling", ["peft", "kohya", "diffusers", "peft, embedding"])
+def test_two_adapters_of_different_rank_merge_by_their_products(spelling, w, dtype):
+    alphas = (1.0, 6.0) if spelling == "kohya" else (None, None)
+    base = adapter_state(spelling, {"q": 2, "conv": 3}, 1, alphas[0], dtype)
+    syn = adapter_state(spelling, {"q": 4, "conv": 1}, 7, alphas[1], dtype)
+    merged, rank = merge_lora(read_adapter("a", base), read_adapter("b", syn), w)
+    _, theta_base, theta_syn, theta_neon = networks(dense(base), dense(syn), dense(merged))
+    assert_close(theta_neon, neon_merge(theta_base, theta_syn, w), rtol=0, atol=2e-6)
+    assert rank == {0.0: 3, -1.0: 4}.get(w, 6)  # concatenated, all modules alike
+    assert {pair.down.shape[0] for pair in read_adapter("c", merged).pairs.values()} == {rank}
+
+
+def test_merging_the_factors_would_be_wrong():
+    base, syn = (adapter_state("peft", {"q": 2}, seed) for seed in (1, 7))
+    theta_base, theta_syn, wrong = networks(dense(base), dense(syn), dense(neon_merge(base, syn, 1.5)))[1:]
+    right = neon_merge(theta_base, theta_syn, 1.5)
+    assert max((wrong[name] - right[name]).abs().max() for name in right) > 0.1
+
+
+def test_module_of_one_side_only_counts_as_zero_in_the_other():
+    base, syn = adapter_state("peft", {"q": 2, "conv": 2}, 1), adapter_state("peft", {"q": 2}, 7)
+    merged, _ = merge_lora(read_adapter("a", base), read_adapter("b", syn), 1.5)
+    _, theta_base, theta_syn, theta_neon = networks(dense(base), dense(syn), dense(merged))
+    assert_close(theta_neon, neon_merge(theta_base, theta_syn, 1.5), rtol=0, atol=2e-6)
+
+
+def test_whole_tensors_saved_with_two_adapters_are_merged_as_such():
+    base, syn = (adapter_state("peft", {"q": 2}, seed) | {"head.weight": random(seed, 3, 3)} for seed in (1, 7))
+    merged, _ = merge_lora(read_adapter("a", base), read_adapter("b", syn), 1.5)
+    expected = neon_merge({"h": base["head.weight"]}, {"h": syn["head.weight"]}, 1.5)["h"]
+    assert torch.equal(merged["head.weight"], expected)
+    with pytest.raises(UserError, match=r"head\.weight is a whole tensor, whose value in the base"):
+        reverse_lora(syn, 1.5)
+
+
+def test_scales_of_peft_settings():
+    state = adapter_state("peft", {"q": 4, "conv": 4}, 1)
+    for config, scales in (
+        ({"lora_alpha": 8, "r": 4}, (2, 2)),
+        ({"lora_alpha": 8, "r": 4, "use_rslora": True}, (4, 4)),
+        ({"lora_alpha": 8, "r": 4, "alpha_pattern": {"q": 2}}, (0.5, 2)),
+    ):
+        pairs = read_adapter("a", state, config).pairs
+        assert tuple(pairs[f"base_model.model.{module}"].scale for module in ("q", "conv")) == scales
+    header = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 12})}
+    assert read_adapter("a", adapter_state("diffusers", {"q": 4}, 1), None, header).pairs["unet.q"].scale == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({"x.lora_magnitude_vector": torch.ones(1)}, None, "more than a plain LoRA"),
+        ({"x.hada_w1_a": torch.ones(1)}, None, "more than a plain LoRA"),
+        ({"base_model.model.q.lora_B.bias": torch.ones(1)}, None, "more than a plain LoRA"),
+        ({"base_model.model.v.lora_A.weight": torch.ones(2, 3)}, None, r"v\.lora_B\.weight is missing"),
+        ({"base_model.model.v.lora_B.weight": torch.ones(2, 3)}, None, "has no other factor"),
+        ({"base_model.model.q.lora_A.weight": torch.ones(3, 5)}, None, "not of one rank"),
+        ({"base_model.model.q.lora_A.weight": torch.full((2, 5), torch.nan)}, None, "not finite"),
+        ({}, {"peft_type": "LOHA"}, "no plain LoRA"),
+        ({}, {"use_dora": True}, "no plain LoRA"),
+        ({}, {"init_lora_weights": "pissa_niter_4"}, "also moves the frozen weights"),
+    ],
+)
+def test_what_is_not_a_plain_lora_is_refused(change, config, message):
+    with pytest.raises(UserError, match=message):
+        read_adapter("a", adapter_state("peft", {"q": 2}, 1) | change, config)
+
+
+def test_adapters_of_two_networks_are_refused():
+    peft, kohya = adapter_state("peft", {"q": 2}, 1), adapter_state("kohya", {"q": 2}, 1)
+    with pytest.raises(UserError, match="adapt no module in common"):
+        merge_lora(read_adapter("a", peft), read_adapter("b", kohya), 1.0)
+    other = {name: value[..., :3] if "lora_A" in name else value for name, value in peft.items()}
+    with pytest.raises(UserError, match="another shape in the two adapters"):
+        merge_lora(read_adapter("a", peft), read_adapter("b", other), 1.0)
+    assert is_lora(kohya) and not is_lora({"floral.weight", "lora_mlp.weight"})
+
+
+# Files and the command
+
+
+def command(*arguments) -> tuple[int, str]:
+    result = CliRunner().invoke(merge_command, [str(argument) for argument in arguments])
+    assert "Traceback" not in result.output and not isinstance(result.exception, AssertionError), result.exception
+    return result.exit_code, result.output
+
+
+def test_command_reverses_a_file(tmp_path):
+    state = adapter_state("kohya", {"q": 2}, 1, 1.0, torch.bfloat16)
+    save_file(state, tmp_path / "syn.safetensors", {"format": "pt", "ss_network_dim": "2"})
+    code, output = command("--lora", tmp_path / "syn.safetensors", "-w", "1.5", "-o", tmp_path / "out.safetensors")
+    assert code == 0 and "w=1.5" in output
+    assert_close(load_file(tmp_path / "out.safetensors"), reverse_lora(state, 1.5), rtol=0, atol=0)
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt" and json.loads(file.metadata()["neon"])["w"] == 1.5
+
+
+def test_command_merges_two_files_that_are_adapters(tmp_path):
+    states = [adapter_state("kohya", {"q": rank}, rank, 1.0) for rank in (2, 3)]
+    for name, state in zip("ab", states, strict=True):
+        save_file(state, tmp_path / name, {"ss_network_dim": "2", "ss_network_alpha": "1.0"})
+    assert command(tmp_path / "a", tmp_path / "b", "-w", "2", "-o", tmp_path / "out")[0] == 0
+    merged = load_file(tmp_path / "out")
+    theta_base, theta_syn, theta_neon = networks(*map(dense, (*states, merged)))[1:]
+    assert_close(theta_neon, neon_merge(theta_base, theta_syn, 2.0), rtol=0, atol=2e-6)
+    with safe_open(tmp_path / "out", "pt") as file:
+        assert (file.metadata()["ss_network_dim"], file.metadata()["ss_network_alpha"]) == ("5", "5.0")
+
+
+def peft_folder(folder, state: dict, **config):
+    folder.mkdir()
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q"], **config}))
+    (folder / "README.md").write_text("card")
+    return folder
+
+
+def test_peft_folders_get_settings_that_fit_the_concatenated_rank(tmp_path):
+    states = adapter_state("peft", {"q": 2}, 1), adapter_state("peft", {"q": 4, "conv": 2}, 7)
+    base = peft_folder(tmp_path / "base", states[0], r=2, lora_alpha=8, rank_pattern={"q": 2})
+    syn = peft_folder(tmp_path / "syn", states[1], r=4, lora_alpha=4, use_rslora=True)
+    assert command(base, syn, "-w", "0.7", "-o", tmp_path / "out")[0] == 0
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (6, 6, {})
+    assert config["target_modules"] == ["conv", "q"] and (tmp_path / "out/README.md").read_text() == "card"
+    merged = load_file(tmp_path / "out/adapter_model.safetensors")
+    configs = [json.loads((folder / CONFIG).read_text()) for folder in (base, syn)]
+    products = [dense(state, config=one) for state, one in zip(states, configs, strict=True)]
+    theta_base, theta_syn, theta_neon = networks(*products, dense(merged, config=config))[1:]
+    assert_close(theta_neon, neon_merge(theta_base, theta_syn, 0.7), rtol=0, atol=2e-6)
+
+
+def test_peft_folder_is_reversed_with_its_settings_unchanged(tmp_path):
+    state = adapter_state("peft", {"q": 2}, 1)
+    syn = peft_folder(tmp_path / "syn", state, r=2, lora_alpha=8)
+    assert command("--lora", syn, "-w", "1.2", "-o", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / CONFIG).read_bytes() == (syn / CONFIG).read_bytes()
+    merged = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert_close(dense(merged), {name: -1.2 * product for name, product in dense(state).items()}, rtol=0, atol=1e-6)
+
+
+def test_wrong_use_is_told(tmp_path):
+    folder = peft_folder(tmp_path / "syn", adapter_state("peft", {"q": 2}, 1), r=2, lora_alpha=8)
+    adapter, plain, out = folder / "adapter_model.safetensors", tmp_path / "plain", tmp_path / "out"
+    save_file({"q.weight": torch.ones(2)}, plain)
+    for arguments, message in (
+        (["--lora", plain], "holds no LoRA factors"),
+        (["--lora", tmp_path / "none"], "does not exist"),
+        (["--lora", adapter, plain, plain], "takes the place of BASE and SYN"),
+        ([adapter, adapter], "give the two folders"),
+        ([plain, adapter], "is no LoRA adapter"),
+        ([adapter, adapter, "--rule", "official-edm"], "only for two checkpoint files"),
+        ([plain], "BASE and SYN are needed"),
+        (["--lora", folder, "-w", "nan"], "must be a finite number"),
+        (["--lora", folder, "-w", "1e39"], "beyond the range of torch.float32"),
+    ):
+        code, output = command(*(["-w", "1"] if "-w" not in arguments else []), *arguments, "-o", out)
+        assert code == 2 and message in output, output
+        assert not out.exists()
