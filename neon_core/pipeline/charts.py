@@ -13,6 +13,7 @@ import numpy as np
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 340, 62, 18, 16, 48
 SCALE = ((253, 231, 37), (94, 201, 98), (33, 145, 140), (59, 82, 139), (68, 1, 84))  # low FID bright, high FID dark
 CELLS = 48
+CAP = 2.5  # height of the plot of FID over w, in units of what lies between the best point and the base
 
 
 class Frame:
@@ -67,21 +68,25 @@ def curve_over_w(
     """`curve`: (w, FID) at Neon's guidance; `searched`: the search's points, at other n and guidance; `base`: FID at
     w = 0 and its own best guidance, as a line."""
     curve = sorted(curve)
-    values = [fid for _, fid in curve] + [base]
-    highest = max(values) + 0.05 * (max(values) - min(values))
-    shown = [(w, fid) for w, fid in searched if min(values) * 0.9 <= fid <= highest]
-    everything = values + [fid for _, fid in shown]
-    ws = [w for w, _ in curve] + [w for w, _ in shown]
-    frame = Frame((min(ws), max(ws)), (min(everything), max(everything)), "w", "FID")
+    lowest = min(fid for _, fid in curve)
+    near = [fid for w, fid in curve if w >= 0] + [base]
+    cap = lowest + CAP * (max(near) - lowest)  # far worse points would press the rest flat
+    shown = [(w, fid) for w, fid in searched if fid <= cap]
+    values = [min(fid, cap) for _, fid in [*curve, *shown]] + [base]
+    ws = [w for w, _ in [*curve, *shown]]
+    frame = Frame((min(ws), max(ws)), (min(values), max(values)), "w", "FID")
     body = [_line(frame, (frame.x[0], base), (frame.x[1], base), "base")]
     _, py = frame.at(frame.x[0], base)
     body.append(f'<text class="note" x="{WIDTH - RIGHT - 6}" y="{py - 6:.1f}" text-anchor="end">base, re-tuned</text>')
     body += [_dot(frame, w, fid, 3, "searched", f"search: w {w:g}, FID {fid:.4g}") for w, fid in shown]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.at(*point) for point in curve))
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.at(w, min(fid, cap)) for w, fid in curve))
     body.append(f'<polyline class="curve" points="{path}"/>')
     for w, fid in curve:
         kind = "best" if math.isclose(w, best) else "measured"
-        body.append(_dot(frame, w, fid, 6 if kind == "best" else 4.5, kind, f"w {w:g}, FID {fid:.4g}"))
+        body.append(_dot(frame, w, min(fid, cap), 6 if kind == "best" else 4.5, kind, f"w {w:g}, FID {fid:.4g}"))
+        if fid > cap:
+            x, y = frame.at(w, cap)
+            body.append(f'<text class="note" x="{x + 9:.1f}" y="{y + 4:.1f}">↑ {fid:.3g}</text>')
     return frame.svg(body, title="FID over w")
 
 
@@ -92,8 +97,8 @@ def surface(points: Sequence[Mapping[str, Any]], best: tuple[float, float], name
     if len(xyz) < 3 or np.ptp(xyz[:, 1]) == 0 or np.ptp(xyz[:, 0]) == 0:
         return None
     frame = Frame((xyz[:, 0].min(), xyz[:, 0].max()), (xyz[:, 1].min(), xyz[:, 1].max()), "w", name)
-    low, high = xyz[:, 2].min(), np.quantile(xyz[:, 2], 0.9) if len(xyz) > 9 else xyz[:, 2].max()
-    colour = lambda fid: _colour((fid - low) / max(high - low, 1e-12))  # noqa: E731
+    low, high = xyz[:, 2].min(), xyz[:, 2].max()
+    colour = lambda fid: _colour(max(fid - low, 0.0) / max(high - low, 1e-12))  # noqa: E731
     under = _fitted_cells(frame, xyz, colour) if len(xyz) >= 6 else []
     body = []
     for w, guidance, fid in xyz:
@@ -108,12 +113,10 @@ def surface(points: Sequence[Mapping[str, Any]], best: tuple[float, float], name
 
 
 def colour_bar(low: float, high: float) -> str:
-    """The legend of `surface`."""
-    stops = ", ".join(_colour(i / 8) for i in range(9))
-    return (
-        f'<div class="bar"><span>{low:.4g}</span><i style="background:linear-gradient(90deg,{stops})"></i>'
-        f"<span>{high:.4g}</span></div>"
-    )
+    """The legend of `surface`, whose colours follow the square root of the height above the lowest point."""
+    stops = ", ".join(_colour((i / 8) ** 2) for i in range(9))
+    marks = "".join(f"<span>{low + part * (high - low):.3g}</span>" for part in (0, 0.25, 1))
+    return f'<div class="bar"><i style="background:linear-gradient(90deg,{stops})"></i><div>{marks}</div></div>'
 
 
 def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
@@ -160,7 +163,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 
 def _colour(part: float) -> str:
-    place = min(max(float(part), 0.0), 1.0) * (len(SCALE) - 1)
+    place = min(max(float(part), 0.0), 1.0) ** 0.5 * (len(SCALE) - 1)
     i = min(int(place), len(SCALE) - 2)
     mixed = [round(a + (b - a) * (place - i)) for a, b in zip(SCALE[i], SCALE[i + 1], strict=True)]
     return "#{:02x}{:02x}{:02x}".format(*mixed)

@@ -29,8 +29,8 @@ svg .best { fill: var(--warm); stroke: #fff; stroke-width: 1.5; } svg .searched 
 svg .base { stroke: var(--soft); stroke-dasharray: 5 4; } svg .note { font-size: 12px; }
 svg .fit { opacity: 0.55; } svg .point { stroke: #fff; stroke-width: 1.5; }
 svg .ring { fill: none; stroke: var(--warm); stroke-width: 3; }
-.bar { display: flex; gap: 10px; align-items: center; font-size: 13px; color: var(--soft); margin: 2px 18px 6px 62px; }
-.bar i { flex: 1; height: 10px; border-radius: 3px; }
+.bar { font-size: 12px; color: var(--soft); margin: 2px 18px 6px 62px; }
+.bar i { display: block; height: 10px; border-radius: 3px; } .bar div { display: flex; justify-content: space-between; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 24px; }
 .grid-of-images { display: grid; grid-template-columns: repeat(6, 1fr); gap: 3px; }
 .grid-of-images img { width: 100%; display: block; image-rendering: pixelated; }
