@@ -1,0 +1,305 @@
+"""Folders: every weight file merged as the dense state dict would be, everything else copied, all of it or nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from neon_core.errors import UserError
+from neon_core.files.atomic import sha256_file
+from neon_core.files.folders import PROVENANCE, atomic_folder, merge_folders
+from neon_core.merge import merge_command, merge_files, neon_merge
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def random_state(seed: int, dtype=torch.float32) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"embed.weight": (9, 4), "block.0.weight": (4, 4), "block.1.weight": (4, 4), "head.bias": (3,)}
+    state = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return state | {"steps": torch.tensor(seed)}
+
+
+def save_sharded(folder: Path, state: dict, count: int, stem: str = "model", suffix: str = ".safetensors") -> None:
+    """As the hub's libraries do: shards in numbers, and an index that says where each tensor is."""
+    names, weight_map = list(state), {}
+    for i in range(count):
+        file = f"{stem}-{i + 1:05d}-of-{count:05d}{suffix}"
+        part = {name: state[name] for name in names[i::count]}
+        weight_map |= dict.fromkeys(part, file)
+        if suffix == ".safetensors":
+            save_file(part, folder / file, {"format": "pt"})
+        else:
+            torch.save(part, folder / file)
+    total = sum(value.numel() * value.element_size() for value in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+
+
+def load_sharded(folder: Path, stem: str = "model", suffix: str = ".safetensors") -> dict:
+    """Through the index, as a loader does."""
+    index = json.loads((folder / f"{stem}{suffix}.index.json").read_text())
+    load = load_file if suffix == ".safetensors" else lambda path: torch.load(path, weights_only=True)
+    return {name: load(folder / file)[name] for name, file in index["weight_map"].items()}
+
+
+def pipeline(folder: Path, seed: int, dtype=torch.float32, unet_shards: int = 2) -> Path:
+    """A diffusers pipeline: a network in shards, a frozen autoencoder, a tokenizer, settings."""
+    for part in ("unet", "vae", "tokenizer"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps({"part": part}))
+    save_sharded(folder / "unet", random_state(seed, dtype), unet_shards, "diffusion_pytorch_model")
+    save_file(random_state(0), folder / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (folder / "model_index.json").write_text('{"_class_name": "Pipeline"}')
+    (folder / "tokenizer" / "vocab.bin.txt").write_bytes(b"\0words")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("w", [1.5, 0.0, -1.0])
+def test_pipeline_equals_the_dense_merge(tmp_path, w, dtype):
+    base, syn = pipeline(tmp_path / "base", 1, dtype), pipeline(tmp_path / "syn", 2, dtype, unet_shards=3)
+    (syn / "model_index.json").write_text("another one")
+    out = merge_folders(base, syn, w, tmp_path / "new" / "out")
+    merged = load_sharded(out / "unet", "diffusion_pytorch_model")
+    expected = neon_merge(random_state(1, dtype), random_state(2, dtype), w)
+    assert_close(merged, expected, rtol=0, atol=1e-6)
+    assert {name: value.dtype for name, value in merged.items()} == {k: v.dtype for k, v in expected.items()}
+
+    files = {p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file()}
+    assert {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} == files | {PROVENANCE}
+    for name in files:  # copied: all but the network
+        assert name.startswith("unet/d") or (out / name).read_bytes() == (base / name).read_bytes()
+    assert os.listdir(tmp_path / "new") == ["out"]
+
+
+def test_headers_and_provenance(tmp_path):
+    base, syn = pipeline(tmp_path / "base", 1), pipeline(tmp_path / "syn", 2)
+    out = merge_folders(base, syn, 1.5, tmp_path / "out")
+    shard = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
+    with safe_open(out / shard, "pt") as file:
+        header = file.metadata()
+    assert header["format"] == "pt" and json.loads(header["neon"])["w"] == 1.5  # loaders refuse another "format"
+    record = json.loads((out / PROVENANCE).read_text())
+    assert record["w"] == 1.5 and record["base"][shard] == sha256_file(base / shard)
+    assert record["synthetic"][shard] == sha256_file(syn / shard)
+    assert not any(name.startswith("vae") for name in record["base"])
+
+
+@pytest.mark.parametrize("shards", [(1, 3), (3, 1), (2, 3)])
+def test_two_ways_of_cutting_and_two_containers(tmp_path, shards):
+    base, syn = tmp_path / "base", tmp_path / "syn"
+    base.mkdir()
+    syn.mkdir()
+    save_sharded(base, random_state(1), shards[0])
+    save_sharded(syn, random_state(2), shards[1], "pytorch_model", ".bin")
+    there = merge_folders(base, syn, 1.5, tmp_path / "there")
+    assert_close(load_sharded(there), neon_merge(random_state(1), random_state(2), 1.5), rtol=0, atol=0)
+    back = merge_folders(syn, base, 1.5, tmp_path / "back")
+    merged = load_sharded(back, "pytorch_model", ".bin")
+    assert_close(merged, neon_merge(random_state(2), random_state(1), 1.5), rtol=0, atol=0)
+
+
+def tied_state(seed: int) -> dict:
+    state = random_state(seed)
+    return state | {"lm_head.weight": state["embed.weight"]}
+
+
+@pytest.mark.parametrize("base_stores", ["both", "one", "named"])
+@pytest.mark.parametrize("syn_stores", ["both", "one", "named"])
+def test_tied_weights_however_each_side_stores_them(tmp_path, base_stores, syn_stores):
+    def save(folder: Path, seed: int, stores: str) -> Path:
+        folder.mkdir()
+        if stores == "both":
+            torch.save(tied_state(seed), folder / "pytorch_model.bin")
+        else:
+            header = {"lm_head.weight": "embed.weight"} if stores == "named" else {}
+            save_file(random_state(seed), folder / "model.safetensors", {"format": "pt", **header})
+        return folder
+
+    ends = save(tmp_path / "base", 1, base_stores), save(tmp_path / "syn", 2, syn_stores)
+    out = merge_folders(*ends, 1.5, tmp_path / "out")
+    expected = neon_merge(random_state(1), random_state(2), 1.5)
+    if base_stores == "both":
+        merged = torch.load(out / "pytorch_model.bin", weights_only=True)
+        assert merged["lm_head.weight"].data_ptr() == merged["embed.weight"].data_ptr()
+        expected["lm_head.weight"] = expected["embed.weight"]
+    else:
+        merged = load_file(out / "model.safetensors")
+    assert_close(merged, expected, rtol=0, atol=0)
+
+
+def test_weights_untied_by_the_fine_tune_are_not_tied_again(tmp_path):
+    for name in ("base", "syn", "other"):
+        (tmp_path / name).mkdir()
+    torch.save(tied_state(1), tmp_path / "base" / "pytorch_model.bin")
+    syn = tied_state(2) | {"lm_head.weight": random_state(3)["embed.weight"]}
+    torch.save(syn, tmp_path / "syn" / "pytorch_model.bin")
+    out = merge_folders(tmp_path / "base", tmp_path / "syn", 1.5, tmp_path / "out")
+    merged = torch.load(out / "pytorch_model.bin", weights_only=True)
+    assert_close(merged, neon_merge(tied_state(1), syn, 1.5), rtol=0, atol=0)
+    save_file(random_state(1), tmp_path / "other" / "model.safetensors", {"lm_head.weight": "embed.weight"})
+    with pytest.raises(UserError, match=r"1 keys only in the synthetic checkpoint \(lm_head\.weight\)"):
+        merge_folders(tmp_path / "other", tmp_path / "syn", 1.5, tmp_path / "none")
+
+
+def test_names_and_headers_are_those_of_the_file(tmp_path):
+    """A prefix that a single checkpoint would lose is part of the names that an index or another library knows."""
+    for folder, seed in (("base", 1), ("syn", 2)):
+        (tmp_path / folder).mkdir()
+        state = {f"module.{name}": value for name, value in random_state(seed).items()}
+        save_sharded(tmp_path / folder, state, 2)
+    merged = load_sharded(merge_folders(tmp_path / "base", tmp_path / "syn", 1.5, tmp_path / "out"))
+    expected = neon_merge(random_state(1), random_state(2), 1.5)
+    assert_close(merged, {f"module.{name}": value for name, value in expected.items()}, rtol=0, atol=0)
+
+
+def test_single_safetensors_file_keeps_the_header_that_loaders_look_for(tmp_path):
+    for name, seed in (("base", 1), ("syn", 2)):
+        save_file(random_state(seed), tmp_path / name, {"format": "pt"})
+    with safe_open(merge_files(tmp_path / "base", tmp_path / "syn", 1.0, tmp_path / "out"), "pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+def test_links_of_a_hub_cache_are_followed_and_inputs_untouched(tmp_path):
+    blobs, base = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    base.mkdir()
+    save_file(random_state(1), blobs / "abc")
+    (base / "model.safetensors").symlink_to(blobs / "abc")
+    (tmp_path / "syn").mkdir()
+    save_file(random_state(2), tmp_path / "syn" / "model.safetensors")
+    before = sha256_file(blobs / "abc")
+    out = merge_folders(base, tmp_path / "syn", 1.5, tmp_path / "out")
+    assert not (out / "model.safetensors").is_symlink() and sha256_file(blobs / "abc") == before
+
+
+def test_state_of_training_is_copied_not_read(tmp_path):
+    base, syn = pipeline(tmp_path / "base", 1), pipeline(tmp_path / "syn", 2)
+    for name in ("optimizer.bin", "training_args.bin", "random_states_0.pkl", "scheduler.pt"):
+        (base / name).write_bytes(b"not to be opened")
+    out = merge_folders(base, syn, 1.5, tmp_path / "out")
+    assert (out / "optimizer.bin").read_bytes() == b"not to be opened"
+
+
+def spoil(base: Path, syn: Path, how: str) -> None:
+    unet = "unet/diffusion_pytorch_model-00001-of-00002.safetensors"
+    if how == "shard missing":
+        (base / unet).unlink()
+    elif how == "component missing":
+        for path in (syn / "vae").iterdir():
+            path.unlink()
+    elif how == "other network":
+        save_file({"x": torch.ones(2)}, syn / unet)
+    elif how == "twice":
+        (syn / "unet/diffusion_pytorch_model.safetensors").write_bytes((syn / unet).read_bytes())
+    elif how == "format":
+        (base / "flax_model.msgpack").write_bytes(b"\0")
+    elif how == "cut short":
+        (syn / unet).write_bytes((syn / unet).read_bytes()[:-4])
+    elif how == "nan":
+        save_file(load_file(syn / unet) | {"embed.weight": torch.full((9, 4), torch.nan)}, syn / unet)
+    elif how == "broken link":
+        (base / "link").symlink_to(base / "nowhere")
+    elif how == "circle":
+        (base / "again").symlink_to(base, target_is_directory=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("shard missing", "keys only in the synthetic checkpoint"),
+        ("component missing", r"diffusion_pytorch_model\.safetensors: .* has no weights in its place"),
+        ("other network", "not of one network"),
+        ("twice", "is also in another file of its folder"),
+        ("format", "flax_model.msgpack: weights in a format that is not merged"),
+        ("cut short", "not a whole safetensors file"),
+        ("nan", r"embed\.weight: not finite in the synthetic checkpoint"),
+        ("broken link", "a broken link"),
+        ("circle", "leads round in a circle"),
+    ],
+)
+def test_broken_inputs_are_named_and_leave_nothing(tmp_path, how, message):
+    base, syn = pipeline(tmp_path / "base", 1), pipeline(tmp_path / "syn", 2)
+    spoil(base, syn, how)
+    with pytest.raises(UserError, match=message):
+        merge_folders(base, syn, 1.5, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["base", "syn"]
+
+
+def test_places_where_nothing_may_be_written(tmp_path):
+    base, syn = pipeline(tmp_path / "base", 1), pipeline(tmp_path / "syn", 2)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for out, message in (
+        (kept, "is there already"),
+        (tmp_path / "file", "is there already"),
+        (base / "o", "lies within"),
+    ):
+        with pytest.raises(UserError, match=message):
+            merge_folders(base, syn, 1.5, out)
+    with pytest.raises(UserError, match="is a file, the other one a folder"):
+        merge_folders(base, tmp_path / "file", 1.5, tmp_path / "out")
+    with pytest.raises(UserError, match="nothing to merge"):
+        merge_folders(base, base, 1.5, tmp_path / "out")
+    assert (kept / "mine").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert merge_folders(base, syn, 1.5, tmp_path / "empty").is_dir()
+
+
+def test_one_process_at_a_time(tmp_path):
+    with (
+        atomic_folder(tmp_path / "out"),
+        pytest.raises(UserError, match="another process is writing it"),
+        atomic_folder(tmp_path / "out"),
+    ):
+        pass
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_command(tmp_path):
+    base, syn, out = pipeline(tmp_path / "base", 1), pipeline(tmp_path / "syn", 2), tmp_path / "out"
+    arguments = [str(base), str(syn), "-w", "1", "-o", str(out)]
+    refused = CliRunner().invoke(merge_command, [*arguments, "--rule", "official-edm"])
+    assert refused.exit_code == 2 and "only for two checkpoint files" in refused.output
+    result = CliRunner().invoke(merge_command, arguments)
+    assert result.exit_code == 0 and result.stdout == f"{out} | w=1 | rule=neon | base=base | syn=syn\n"
+
+
+SLOW_MERGE = """
+import sys, time
+from neon_core.files import folders, weight_file
+rule = weight_file.neon_rule
+def slow(name, *ends):
+    if name == "head.bias":
+        print("merging", flush=True)
+        time.sleep(600)
+    return rule(name, *ends)
+weight_file.neon_rule = slow
+folders.merge_folders(sys.argv[1], sys.argv[2], 1.5, sys.argv[3])
+"""
+
+
+def test_killed_merge_leaves_no_final_folder_and_the_next_run_cleans_up(tmp_path):
+    base, syn = pipeline(tmp_path / "base", 1), pipeline(tmp_path / "syn", 2)
+    command = [sys.executable, "-c", SLOW_MERGE, str(base), str(syn), str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "merging\n"
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.part").is_dir()
+    merge_folders(base, syn, 1.5, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["base", "out", "syn"]
+    merged = load_sharded(tmp_path / "out" / "unet", "diffusion_pytorch_model")
+    assert_close(merged, neon_merge(random_state(1), random_state(2), 1.5), rtol=0, atol=0)
