@@ -13,6 +13,7 @@ from torch import Tensor
 
 from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, broadcast_object, is_main, print0
+from neon_core.errors import UserError
 from neon_core.files.checkpoint import read_checkpoint, write_checkpoint
 from neon_core.merge import NeonWeights
 from neon_core.pipeline.controls import random_direction
@@ -52,7 +53,7 @@ def find(row: Row, plan: Any, sweep: GrowingSweep, seeds: Sequence[int]) -> dict
         base_guidance = min(bases, key=lambda found: found[0])[1]
     else:
         budget = Budget(ranking_images=plan.ranking_images, deciding_images=plan.deciding_images)
-        lengths = {name: _step_length(sweep, name) for name in evenly(names, plan.snapshots)[::-1]}
+        lengths = _step_lengths(sweep, evenly(names, plan.snapshots)[::-1])
         w_axis = _axis(row.w_range, row.recipe.w)
         g_axis = _axis(row.guidance_range, guidance_start) if row.guidance else None
         found = search(measured, lengths, w_axis, g_axis, budget).best
@@ -130,9 +131,16 @@ def _axis(limits: tuple[float, float], start: float) -> Axis:
     return Axis(low, high, float(min(max(start, low), high)), (high - low) / STEPS_PER_RANGE)
 
 
-def _step_length(sweep: GrowingSweep, name: str) -> float:
-    theta_syn = read_checkpoint(sweep.snapshots[name]).state
-    return NeonWeights(sweep.backbone.net, sweep.theta_base, theta_syn).distance()
+def _step_lengths(sweep: GrowingSweep, names: Sequence[str]) -> dict[str, float]:
+    """|theta_syn - theta_base| of each snapshot that has moved; UserError where none has."""
+    lengths = {}
+    for name in names:
+        theta_syn = read_checkpoint(sweep.snapshots[name]).state
+        lengths[name] = NeonWeights(sweep.backbone.net, sweep.theta_base, theta_syn).distance()
+    moved = {name: length for name, length in lengths.items() if length > 0}
+    if not moved:
+        raise UserError(f"{', '.join(names)}: equal to the base, so there is no direction to search; train for longer")
+    return moved
 
 
 def _point(snapshot: str, w: float, guidance: float | None, count: int, fid: float) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def _headline(results: Mapping[str, Any]) -> str:
     difference = f"{_fid_text(gain['value'])} ± {_fid_text(1.96 * gain['standard_error'])}"
     verdict = (
         f"Neon lowers the FID by {difference}."
-        if gain["low"] > 0
+        if gain["low"] > 1e-9 * base["value"]  # more than rounding
         else f"No improvement is shown: the FID falls by {difference}."
     )
     stated = "" if paper["neon_fid"] is None else f" In the paper: {_or_dash(paper['base_fid'])} → {paper['neon_fid']}."

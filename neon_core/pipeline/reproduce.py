@@ -90,8 +90,10 @@ class Reproduction:
     def fetch(self) -> dict[str, dict]:
         """Base, reference, tokenizer and detector, on this machine and known by their hashes."""
         wanted = {"base": self.plan.base or self.recipe.base, "reference": self.plan.reference or self.recipe.fid_stats}
-        for name in self.row.files:
-            wanted[name] = self.plan.tokenizer if len(self.row.files) == 1 and self.plan.tokenizer else name
+        if self.plan.tokenizer:
+            wanted["tokenizer"] = self.plan.tokenizer
+        else:
+            wanted |= {name: name for name in self.row.files}
         if self.plan.detector is None:
             wanted["detector"] = WEIGHTS_NAME
         elif isinstance(self.plan.detector, str | Path):
