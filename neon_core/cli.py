@@ -154,9 +154,12 @@ def neon() -> None:
 
 def main() -> None:
     """Entry point of `neon` and `python -m neon_core`."""
+    from neon_core.files.downloads import main as download_command
     from neon_core.merge import merge_command
     from neon_core.pipeline.commands import reproduce_command, rows_command, status_command
+    from neon_core.pipeline.push import push_command
 
-    for command in (rows_command, reproduce_command, status_command, merge_command):
+    for command in (rows_command, reproduce_command, status_command, merge_command, push_command):
         neon.add_command(command)
+    neon.add_command(download_command, "download")
     run(neon)
