@@ -64,7 +64,7 @@ RUNS = {
             "img_resolution": 6, "img_channels": 4, "label_dim": 10, "num_classes": 10, "model_type": "DiT",
             "patch_size": 2, "hidden_size": 96, "depth": 3, "num_heads": 4, "temb_type": "stride",
         },
-        "sampler": {"num_steps": 2, "cfg": 1.5},
+        "sampler": {"num_steps": 2, "cfg": 2.5},
         "base_images": 128_000,
         "tune_images": 19_200,
     },
@@ -164,7 +164,8 @@ def prepare(out: Path, run: dict) -> None:
             save_vae(out / "vae.safetensors", train_vae(images))
         vae = load_vae(out / "vae.safetensors")
         with torch.no_grad():
-            z = posterior(vae.encode(images[:1000].float().expand(-1, 3, -1, -1) / 127.5 - 1)).mean
+            gaussian = posterior(vae.encode(images[:1000].float().expand(-1, 3, -1, -1) / 127.5 - 1))
+            z = gaussian.sample(torch.randn(gaussian.mean.shape, generator=torch.Generator().manual_seed(0)))
         mean, std = z.mean(dim=(0, 2, 3)).tolist(), z.std(dim=(0, 2, 3)).tolist()
         codec = {"kind": "vae", "raw_mean": mean, "raw_std": std, "final_mean": 0.0, "final_std": 0.5}
     if not (out / "fresh.safetensors").exists():

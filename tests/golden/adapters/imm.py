@@ -268,7 +268,7 @@ def kernel_weight(case: Case) -> dict:
 
 def sample_trs(case: Case) -> dict:
     net = case.config["net"]
-    schedule = NoiseSchedule(net["noise_schedule"], net["eps"], net["T"])
+    schedule = NoiseSchedule(net.get("noise_schedule", "fm"), net.get("eps", 0.0), net.get("T", 0.994))
     times = loss_settings(case.config["loss"]).sample_times(schedule, case.tensor("u_t"), case.tensor("u_s"))
     return dict(zip(("t", "r", "s"), times, strict=True))
 
@@ -505,7 +505,7 @@ def merged_forward(case: Case) -> dict:
     for name in case.expected:
         state = neon_merge(base.state, aux.state, float(name.removeprefix("w")), rule="official-imm")
         net = build(dataclasses.replace(base, state=state))
-        steps = re.search(r"(\d+) uniform steps, cfg_scale ([\d.]+)", case.spec["what"])
+        steps = re.search(r"(\d+) uniform steps, cfg_scale ([\d.]+)", case.spec["what"])  # stated nowhere else
         grid = time_grid(net.schedule, "uniform", int(steps[1]))
         out[name] = pushforward(net, case.tensor("latents"), grid, maybe(case, "labels"), float(steps[2]))
     return out
