@@ -1,6 +1,8 @@
 """A file server on the loopback address that answers like the hub and like a plain file host, and can misbehave."""
 
+import base64
 import hashlib
+import json
 import re
 import threading
 import time
@@ -29,6 +31,10 @@ class Loopback:
         self.head_status = 200  # of the hub's HEAD
         self.stalled = threading.Event()
         self.cdn_host = "localhost"  # where the hub redirects to
+        self.pushed: dict[str, dict[str, bytes]] = {}  # repository -> what commits put there
+        self.private: dict[str, bool] = {}
+        self.stored: dict[str, bytes] = {}  # large files by sha256, on their way into a commit
+        self.push_status = 0  # instead of an answer to any request that sends something
 
     def __enter__(self):
         outer = self
@@ -44,6 +50,12 @@ class Loopback:
 
             def do_GET(self):
                 outer.answer(self, body=True)
+
+            def do_POST(self):
+                outer.take(self)
+
+            def do_PUT(self):
+                outer.take(self)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
@@ -81,6 +93,59 @@ class Loopback:
             self._end(handler, 404)
         else:
             self._bytes(handler, name, content, body)
+
+    def take(self, handler: BaseHTTPRequestHandler) -> None:
+        """What a client sends to push: the repository, the large files, the commit."""
+        self.requests.append((handler.command, handler.path, {k.title(): v for k, v in handler.headers.items()}))
+        sent = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        path = handler.path.split("?")[0]
+        if handler.command == "PUT":
+            self.stored[path.rsplit("/", 1)[-1]] = sent
+            return self._end(handler, 200)
+        if self.push_status or "Authorization" not in handler.headers:
+            return self._json(handler, {"error": "refused"}, self.push_status or 401)
+        lines = [json.loads(line) for line in sent.splitlines()]
+        commit = re.fullmatch(r"/api/models/(.+)/commit/main", path)
+        if path == "/api/repos/create":
+            repo = f"{lines[0]['organization']}/{lines[0]['name']}"
+            is_new = repo not in self.pushed
+            self.pushed.setdefault(repo, {})
+            if is_new:
+                self.private[repo] = lines[0].get("visibility") == "private" or lines[0].get("private") is True
+            return self._json(handler, {"url": f"{self.url}/{repo}"}, 200 if is_new else 409)
+        if path == "/api/validate-yaml":
+            return self._json(handler, {"errors": [], "warnings": []})
+        if "/preupload/" in path:
+            modes = {True: "lfs", False: "regular"}
+            files = [
+                {"path": f["path"], "uploadMode": modes[f["path"].endswith(".safetensors")], "shouldIgnore": False}
+                for f in lines[0]["files"]
+            ]
+            return self._json(handler, {"files": files})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{self.url}/lfs/{o['oid']}"}}} for o in lines[0]["objects"]
+            ]
+            return self._json(handler, {"transfer": "basic", "objects": objects})
+        if not commit:
+            return self._json(handler, {"error": "unknown"}, 404)
+        there = self.pushed[commit[1]]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                there[value["path"]] = base64.b64decode(value["content"])
+            if line["key"] == "lfsFile":
+                there[value["path"]] = self.stored[value["oid"]]
+        self.files |= {name: content for name, content in there.items() if "/" not in name}  # to be fetched again
+        return self._json(handler, {"commitUrl": f"{self.url}/{commit[1]}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def _json(self, handler, value, status: int = 200) -> None:
+        content = json.dumps(value).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
 
     def _end(self, handler, status: int, **headers) -> None:
         handler.send_response(status)
