@@ -24,7 +24,7 @@ from neon_core.pipeline.search import Axis, Budget, search
 from neon_core.pipeline.sweep import BASE, early_stopped_grid
 
 STEPS_PER_RANGE = 6  # a first step of the search is this part of the paper's range
-RANDOM = "random-direction"
+RANDOM, REAL = "random-direction", "real-data"  # snapshots that are controls
 SAMPLES = 24  # images in each grid of samples
 MAX_SAMPLE_SIDE = 192  # pixels in the report
 
@@ -104,7 +104,10 @@ def final(
             path = _write_random(sweep, best["snapshot"], plan.seed, out_dir / "controls")
             sweep.snapshots[RANDOM] = path
             at(RANDOM, w_best, best["guidance"], seeds, count)
+    if REAL in sweep.snapshots:
+        at(REAL, -1.0, best["guidance"], seeds, count)
     _write_samples(row, sweep, seeds, best, out_dir / "samples")
+    out["file_differs_by"] = _difference_of_file(sweep, best, out_dir / "neon.safetensors")
     own = [{k: v for k, v in point.items() if k != "block"} for point in points if point["block"] == "first"]
     others = [point for point in points if point["block"] == "second"]
     grown = images_of([*found["points"], *own]) - found["images"]
@@ -167,6 +170,16 @@ def _intervals(row, plan, sweep, seeds, ends, whole) -> dict[str, Any]:
         gain = whole["base"]["fid"] - whole["neon"]["fid"]
         out["gain"] = interval(gain, drawn["base"] - drawn["neon"])
     return broadcast_object(out)
+
+
+def _difference_of_file(sweep: GrowingSweep, best: Mapping[str, Any], path: Path) -> float:
+    """The largest difference of any weight between the merged file and the network that was measured."""
+    sweep.move(best["snapshot"], best["w"])
+    written, worst = read_checkpoint(path).state, 0.0
+    for name, value in sweep.backbone.net.named_parameters():
+        worst = max(worst, float((written[name].double() - value.detach().cpu().double()).abs().max()))
+    sweep.restore()
+    return worst
 
 
 def _write_random(sweep: GrowingSweep, snapshot: str, seed: int, folder: Path) -> Path:

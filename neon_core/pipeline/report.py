@@ -12,7 +12,7 @@ from typing import Any
 from neon_core.files.atomic import atomic_path, write_json
 from neon_core.pipeline import charts
 from neon_core.pipeline.ledger import STAGES, Ledger
-from neon_core.pipeline.measure import RANDOM
+from neon_core.pipeline.measure import RANDOM, REAL
 from neon_core.pipeline.rows import Row
 from neon_core.pipeline.style import STYLE
 from neon_core.pipeline.sweep import BASE
@@ -46,7 +46,7 @@ def collect(row: Row, ledger: Ledger, versions: Mapping[str, str]) -> dict[str, 
         "ledger": [_cost(records[stage]) for stage in STAGES[:-1]],
         "provenance": {
             "files": records["fetch"]["outputs"],
-            "neon": records["merge"]["outputs"],
+            "neon": records["merge"]["outputs"] | {"differs_from_measured_by": measured["file_differs_by"]},
             "snapshots": records["finetune"]["outputs"]["snapshots"],
             "generate": records["generate"]["settings"],
             "train": records["finetune"]["settings"]["train"],
@@ -167,6 +167,7 @@ def _controls(results: Mapping[str, Any]) -> str:
         ("base, at Neon's guidance", BASE, 0.0, best["guidance"]),
         ("self-trained (w = -1)", best["snapshot"], -1.0, best["guidance"]),
         ("random direction of equal length", RANDOM, best["w"], best["guidance"]),
+        ("as much more training on real data", REAL, -1.0, best["guidance"]),
         (f"Neon (w = {best['w']:.4g})", best["snapshot"], best["w"], best["guidance"]),
     )
     base = _fid(measured, *wanted[0][1:])

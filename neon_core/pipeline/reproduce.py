@@ -33,7 +33,7 @@ from neon_core.pipeline.rows import Row
 from neon_core.pipeline.sweep import find_checkpoints
 from neon_core.prepared import training_data
 from neon_core.seeds import parse_seeds
-from neon_core.selftrain import self_train
+from neon_core.selftrain import find_snapshots, self_train
 from neon_core.synthetic import generate_set
 
 
@@ -54,6 +54,7 @@ class Plan:
     deciding_images: int = 10_000
     second_block: bool = True  # base and Neon once more, on other seeds
     controls: bool = True
+    real_training: str | Path | None = None  # a training set: the control of as much more training on real data
     resamples: int = 50
 
 
@@ -192,16 +193,39 @@ class Reproduction:
         what = {
             "second_block": self.plan.second_block,
             "controls": self.plan.controls,
+            "real_training": self.plan.real_training,
             "resamples": self.plan.resamples,
             "seed": self.plan.seed,
             **self.measured_with,
         }
 
         def work() -> dict:
+            trained = {}
+            if self.plan.real_training:
+                path = self.train_on_real(found["best"]["snapshot"])
+                self.sweep.snapshots[measure.REAL] = path
+                trained["training_images"] = max(find_snapshots(path.parent))
             measured = measure.final(self.row, self.plan, self.sweep, self.seeds, found, self.out_dir)
-            return {"outputs": measured, **self.cost(measured["images"], self.recipe.evaluate)}
+            return {"outputs": measured, **self.cost(measured["images"], self.recipe.evaluate), **trained}
 
         return self.ledger.run("evaluate", what, ["search", "merge"], work)
+
+    def train_on_real(self, snapshot: str) -> Path:
+        """The base trained on real images as long, and in the same way, as `snapshot` was on synthetic ones."""
+        self.__dict__.pop("sweep", None)  # one network in memory at a time
+        length = {path.stem: seen for seen, path in find_snapshots(self.out_dir / "finetune").items()}[snapshot]
+        backbone = self.load()
+        images = ImageSet(self.plan.real_training, use_labels=backbone.num_classes > 0)
+        made = self_train(
+            backbone,
+            training_data(backbone, images, self.device, cache_dir=self.out_dir / "controls" / "prepared"),
+            dataclasses.replace(self.recipe.train, images=length),
+            self.out_dir / "controls" / "real-data",
+            seed=self.plan.seed,
+            device=self.device,
+            provenance={**self.provenance, "set": images.digest},
+        )
+        return made[max(made)]
 
     def report(self) -> dict:
         versions = {

@@ -65,6 +65,19 @@ def test_the_written_network_is_the_merge_of_its_files(whole, files):
     written = read_checkpoint(out / "neon.safetensors").state
     expected = neon_merge(*ends, best["w"])
     assert all(torch.equal(written[name], value) for name, value in expected.items())
+    assert results["provenance"]["neon"]["differs_from_measured_by"] == 0
+
+
+def test_more_training_on_real_data_is_a_control(whole, files, tmp_path):
+    out = copied(whole, tmp_path)
+    plan = dataclasses.replace(PLAN, real_training=files / "set", second_block=False)
+    results = Reproduction(pico_row(files), out, plan, CPU).run()
+    at = {(p["snapshot"], p["w"]): p["fid"] for p in results["points"]["evaluate"] if p["num_images"] == 80}
+    # given S itself for real data, it must be plain self-training
+    assert at["real-data", -1.0] == pytest.approx(at[results["best"]["snapshot"], -1.0], rel=1e-3)
+    assert "as much more training on real data" in (out / "report.html").read_text()
+    cost = next(cost for cost in results["ledger"] if cost["stage"] == "evaluate")
+    assert cost["training_images"] == int(results["best"]["snapshot"].split("-")[1])
 
 
 def test_the_ledger_counts_every_image_that_was_sampled(files, tmp_path, monkeypatch):
