@@ -12,10 +12,10 @@ out, on fresh seeds. Every stage's result is kept in --out and found again. Writ
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,9 +27,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from neon_core.distributed import print0, session
+from neon_core.distributed import is_main, print0, session
 from neon_core.evaluate import Evaluator
+from neon_core.evaluate import evaluate as sample
 from neon_core.files.checkpoint import read_checkpoint, write_checkpoint
+from neon_core.metrics.accumulator import MetricAccumulator
 from neon_core.metrics.detector import FunctionDetector
 from neon_core.metrics.reference import Reference
 from neon_core.metrics.statistics import FeatureStatistics
@@ -37,6 +39,7 @@ from neon_core.pipeline.sweep import Sweep
 from neon_var.backbone import VARBackbone
 from neon_var.preprocessing import enlarge_batch, random_crops, to_unit_range
 from neon_var.recipes import RECIPES
+from neon_var.sampler import to_uint8
 from neon_var.var import VAR
 from neon_var.vqvae import VQVAE, PixelAttention, ResBlock
 
@@ -80,19 +83,22 @@ def log(path: Path, text: str) -> None:
 
 
 def train_vqvae(out: Path, large: Tensor, images: int, batch: int = 32) -> VQVAE:
-    """An autoencoder, then codes by k-means on what each scale leaves over, then the decoder on quantized features."""
+    """Encoder and decoder meet at the principal components of the digits, which both learn from the first step (jointly
+    they need far longer to leave the mean image); then codes by k-means on what each scale leaves over, and the
+    decoder on quantized features."""
     torch.manual_seed(0)
     vae = VQVAE(**VAE_KWARGS, test_mode=False)
-    with torch.no_grad():  # start near a plain stack of convolutions: far fewer steps to leave the mean image
+    with torch.no_grad():  # start near a plain stack of convolutions
         for module in vae.modules():
             if isinstance(module, ResBlock):
                 module.conv2.weight.mul_(0.1)
             elif isinstance(module, PixelAttention):
                 module.proj_out.weight.zero_()
     generator = torch.Generator().manual_seed(1)
+    project = principal_components(grey(random_crops(large, SIDE, generator)), VAE_KWARGS["z_channels"])
     steps, began, recent = images // batch, time.process_time(), []
     quantized_from = steps * 3 // 4
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     for step in range(steps):
         if step == quantized_from:
             fit_codes(vae, to_unit_range(random_crops(large, SIDE, generator)), generator)
@@ -100,23 +106,37 @@ def train_vqvae(out: Path, large: Tensor, images: int, batch: int = 32) -> VQVAE
             vae.quant_conv.requires_grad_(False)
             vae.quantize.requires_grad_(False)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min((step + 1) / 10, 1) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = 2e-3 * min((step + 1) / 10, 1) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         picked = torch.randint(len(large), (batch,), generator=generator)
         x = to_unit_range(random_crops(large[picked], SIDE, generator))
-        f = vae.features(x)
-        if step >= quantized_from:
+        f, feature_error = vae.features(x), x.new_zeros([])
+        if step < quantized_from:
+            target = project(x.mean(dim=1, keepdim=True))
+            f, feature_error = target, F.mse_loss(f, target)
+        else:
             with torch.no_grad():
                 *_, (_, f) = vae.quantize.scales(f)
         loss = F.mse_loss(vae.decoder(vae.post_quant_conv(f)), x)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + feature_error).backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        recent.append(loss.item())
+        recent.append((loss.item(), feature_error.item()))
         if step % 25 == 24:
-            log(out, f"vqvae {(step + 1) * batch} images, squared error {np.mean(recent[-25:]):.4f}, "
-                     f"{time.process_time() - began:.0f} CPU s")  # fmt: skip
+            errors = np.mean(recent[-25:], axis=0)
+            log(out, f"vqvae {(step + 1) * batch} images, squared error of pixels {errors[0]:.4f}, of features "
+                     f"{errors[1]:.4f}, {time.process_time() - began:.0f} CPU s")  # fmt: skip
     return vae.eval().requires_grad_(False)
+
+
+def principal_components(images: Tensor, number: int) -> Callable[[Tensor], Tensor]:
+    """[B, 1, 16, 16] -> [B, number, 1, 1]: coordinates of mean square 1, large components shrunk by their root."""
+    flat = images.flatten(1)
+    mean = flat.mean(dim=0)
+    _, spread, directions = torch.pca_lowrank(flat, q=number, niter=4)
+    directions = directions / spread.sqrt()
+    directions = directions / ((flat - mean) @ directions).square().mean().sqrt()
+    return lambda x: ((x.flatten(1) - mean) @ directions)[:, :, None, None]
 
 
 @torch.no_grad()
@@ -220,52 +240,60 @@ def evaluate(out: Path, num_images: int) -> None:
     with session("cpu") as device:
         images, _ = digits()
         found = detector(out)
+        recipe = RECIPES["imagenet_256"]
+        backbone = VARBackbone.load(out / "base.safetensors", recipe, device, vae_ckpt=out / "vae.safetensors")
         train, held_out = crops(images[:4000], 10), crops(images[4000:], 11)
-        backbone = VARBackbone.load(
-            out / "base.safetensors", RECIPES["imagenet_256"], device, vae_ckpt=out / "vae.safetensors"
-        )
+        references = {  # the second: what a perfect transformer would give behind this tokenizer
+            "held-out digits": reference(found, held_out, "held-out digits"),
+            "the same through the tokenizer": reference(found, through_tokenizer(backbone, held_out), "tokenizer"),
+        }
         snapshots = {"self-trained": sorted(out.glob("finetune/snapshot-*"))[-1], "random": out / "random.safetensors"}
+        judge = Evaluator(reference(found, train, "train"), device=device, metrics=("fid", "is"), detector=found)
+        grid = Sweep(backbone, judge, snapshots, out / "sweep", settings=SETTINGS, batch_size=100, identity={})
 
-        def grid(real: Tensor, name: str) -> Sweep:
-            evaluator = Evaluator(reference(found, real, name), device=device, metrics=("fid", "is"), detector=found)
-            return Sweep(backbone, evaluator, snapshots, out / f"sweep-{name}", settings=SETTINGS, batch_size=100,
-                         identity={})  # fmt: skip
-
-        search, final = grid(train, "train"), grid(held_out, "heldout")
-        curve = {w: search.measure("self-trained", w, range(num_images))["fid"] for w in WEIGHTS}
+        curve = {w: grid.measure("self-trained", w, range(num_images))["fid"] for w in WEIGHTS}
         best = min(curve, key=curve.get)
-        rows = {}
-        for block in range(2):
-            fresh = range((block + 1) * 100_000, (block + 1) * 100_000 + num_images)
-            for name, snapshot, w in (
-                ("base", "self-trained", 0.0),
-                ("self-trained", "self-trained", -1.0),
-                (f"Neon w={best:g}", "self-trained", best),
-                (f"random direction w={best:g}", "random", best),
-            ):
-                rows.setdefault(name, []).append(final.measure(snapshot, w, fresh))
-        floor = [Evaluator(reference(found, held_out, "h"), device=device, metrics=("fid",), detector=found)]
-        real = floor[0].new_accumulator(len(train))
-        real.update(train, torch.arange(len(train)))
-        table = {"real training digits": {"distance": [real.compute(floor[0].reference)["fid"]]}}
-        for name, results in rows.items():
-            table[name] = {"distance": [r["fid"] for r in results], "is": [r["is_mean"] for r in results]}
-        grids = []
-        seeds = list(range(500_000, 500_060))
-        labels = torch.arange(60) % 10
+        table = {"real training digits": [distances(judge, [train], references)]}
+        for name, snapshot, w in (
+            ("base", "self-trained", 0.0),
+            ("self-trained", "self-trained", -1.0),
+            ("Neon w=1", "self-trained", 1.0),
+            (f"Neon w={best:g}, chosen", "self-trained", best),
+            (f"random direction w={best:g}", "random", best),
+        ):
+            grid.move(snapshot, w)
+            for block in (1, 2):
+                seeds = range(block * 100_000, block * 100_000 + num_images)
+                make = lambda: judge.new_accumulator(num_images)  # noqa: E731
+                total = sample(backbone, seeds, make, settings=SETTINGS, batch_size=100, progress=False)
+                table.setdefault(name, []).append({k: total.compute(r)["fid"] for k, r in references.items()})
+        grids = [crops(images[4000:4060], 12)]
         for w in (0.0, -1.0, best):
-            search.move("self-trained", w)
-            grids.append(backbone.sample(seeds, labels, **SETTINGS))
-        if device.type == "cpu" and int(os.environ.get("RANK", 0)) == 0:
-            picture([crops(images[4000:4060], 12), *grids], out / "samples.png")
+            grid.move("self-trained", w)
+            grids.append(backbone.sample(range(500_000, 500_060), torch.arange(60) % 10, **SETTINGS))
+        if is_main():
+            picture(grids, out / "samples.png")
             result = {"curve": curve, "w": best, "table": table, "settings": SETTINGS, "num_images": num_images}
             (out / "results.json").write_text(json.dumps(result, indent=1))
-        print0("w    distance to the training digits")
+        print0(f"w      distance of {num_images} images to the training digits")
         for w, distance in curve.items():
             print0(f"{w:5.2f} {distance:8.3f}")
-        print0("distance to the held-out digits, two blocks of fresh seeds")
-        for name, row in table.items():
-            print0(f"{name:28s} {np.mean(row['distance']):8.3f} +- {np.std(row['distance']):.3f}")
+        print0(f"distance of 2 x {num_images} fresh images to: {', '.join(references)}")
+        for name, blocks in table.items():
+            told = [np.array([block[k] for block in blocks]) for k in references]
+            print0(f"{name:28s} " + "   ".join(f"{values.mean():8.3f} +- {np.ptp(values) / 2:.3f}" for values in told))
+
+
+def through_tokenizer(backbone: VARBackbone, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        parts = [backbone.vae.reconstruct(to_unit_range(part))[-1] for part in images.split(100)]
+    return to_uint8((torch.cat(parts) + 1) * 0.5)
+
+
+def distances(judge: Evaluator, batches: list[Tensor], references: dict[str, Reference]) -> dict[str, float]:
+    total = MetricAccumulator(judge.detector, sum(map(len, batches)), ("fid",))
+    total.update(torch.cat(batches), torch.arange(total.num_images))
+    return {name: total.compute(real)["fid"] for name, real in references.items()}
 
 
 def picture(groups: list[Tensor], path: Path, scale: int = 3) -> None:
@@ -286,10 +314,10 @@ def torchrun(*command: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--vae_images", type=int, default=19_200)
-    parser.add_argument("--var_images", type=int, default=64_000)
+    parser.add_argument("--vae_images", type=int, default=16_000)
+    parser.add_argument("--var_images", type=int, default=48_000)
     parser.add_argument("--num_synthetic", type=int, default=2000)
-    parser.add_argument("--tune_images", type=int, default=8192)
+    parser.add_argument("--tune_images", type=int, default=6400)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--num_images", type=int, default=1000, help="Per evaluation.")
     parser.add_argument("--evaluate", action="store_true", help=argparse.SUPPRESS)

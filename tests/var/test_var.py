@@ -1,5 +1,7 @@
 """The transformer: one network, read all at once in training and scale by scale with a cache in sampling."""
 
+import shutil
+
 import pytest
 import torch
 from var.tiny import PATCH_NUMS, random_tokens, tiny_vae, tiny_var
@@ -48,10 +50,21 @@ def test_half_precision_autocast_stays_close_to_float32():
         assert (trained - exact).abs().max() < 2 * limit * exact.abs().max()
 
 
+NO_COMPILER = not any(map(shutil.which, ("c++", "g++", "clang++")))
+
+
 @torch.no_grad()
-def test_compiled_blocks_give_the_same_logits_and_keep_their_names():
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # the graphs alone
+        # with generated kernels: a C++ compiler runs for tens of seconds
+        pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")]),
+    ],
+)
+def test_compiled_blocks_give_the_same_logits_and_keep_their_names(backend):
     plain, compiled = tiny_var(depth=2), tiny_var(depth=2)
-    compiled.compile_blocks()
+    compiled.compile_blocks(backend)
     assert list(compiled.state_dict()) == list(plain.state_dict())
     labels, tokens = torch.tensor([3, 5]), random_tokens(2)
     torch.testing.assert_close(
