@@ -1,5 +1,7 @@
 """xAR behind the contract: labels, prepared moments, loading and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -148,6 +150,12 @@ def test_weights_of_another_size_name_the_size_that_fits(tmp_path):
     write_checkpoint(tmp_path / "x.pth", {"a": torch.zeros(1)}, {"class": "VAR", "kwargs": {}})
     with pytest.raises(UserError, match="holds a VAR, not an xAR transformer"):
         load(tmp_path / "x.pth", vae)
+
+
+def test_a_recipe_of_another_name_runs_a_checkpoint_that_says_what_it_is(tmp_path):
+    base, vae = write_pico(tmp_path)
+    mine = dataclasses.replace(RECIPES["xar_base"], name="mine")
+    assert XARBackbone.load(base, mine, CPU, vae_path=vae).net.class_num == 10
 
 
 def test_recipes_hold_the_papers_settings():

@@ -66,7 +66,6 @@ class XARBackbone(Backbone):
         recipe's name.
         """
         name = model or recipe.name
-        check_model_name(name)
         checkpoint, vae_path = cls.find("checkpoint", checkpoint, name), cls.find("--vae_path", vae_path, name)
         weights = read_checkpoint(checkpoint)
         net = _empty_net(weights, name)
@@ -85,7 +84,7 @@ class XARBackbone(Backbone):
         except UserError as error:
             if Path(path).exists():
                 raise
-            advice = f"fetch it with `bash download_models.sh {FETCH[model]}`, or name another file"
+            advice = f"fetch it with `bash download_models.sh {FETCH.get(model, '--list')}`, or name another file"
             raise UserError(f"{flag} {path}: does not exist; {advice}") from error
 
     def network_config(self) -> dict[str, Any]:
@@ -226,6 +225,7 @@ def _empty_net(weights: Checkpoint, name: str) -> XAR:
         if weights.config["class"] != "XAR":
             raise UserError(f"{weights.path}: holds a {weights.config['class']}, not an xAR transformer")
         return _from_config(XAR, weights)
+    check_model_name(name)
     table = weights.state.get("encoder_pos_embed_learned")
     if table is not None and table.shape[-1] != SIZES[name]["width"]:
         fits = [size for size, numbers in SIZES.items() if numbers["width"] == table.shape[-1]]
