@@ -77,7 +77,7 @@ def status_command(out_dir: Path) -> None:
 @click.option("--controls/--no_controls", default=True, show_default=True,
               help="Curve over w, self-trained and a random direction.")  # fmt: skip
 @click.option("--real_training", metavar="PATH", help="Training set: adds the control of more training on real data.")
-@click.option("--resamples", type=COUNT, default=50, show_default=True, help="Of the bootstrap.")
+@click.option("--resamples", type=COUNT, default=30, show_default=True, help="Of the bootstrap.")
 @cli.batch_option
 @cli.seed_option
 @cli.device_option

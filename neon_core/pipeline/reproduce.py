@@ -55,7 +55,7 @@ class Plan:
     second_block: bool = True  # base and Neon once more, on other seeds
     controls: bool = True
     real_training: str | Path | None = None  # a training set: the control of as much more training on real data
-    resamples: int = 50
+    resamples: int = 30
 
 
 class Reproduction:
@@ -253,6 +253,7 @@ class Reproduction:
         made = Evaluator(self.files["reference"], metrics=metrics, **options)
         if getattr(made.detector, "num_classes", 0):
             made.metrics = (*made.metrics, "is")
+        made.new_accumulator(len(self.seeds))  # raises where the images are too few for one of the metrics
         return made
 
     @cached_property

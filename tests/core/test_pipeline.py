@@ -18,6 +18,7 @@ from neon_core.pipeline.growing import GrowingSweep
 from neon_core.pipeline.ledger import STAGES, Ledger, status
 from neon_core.pipeline.reproduce import Reproduction
 from neon_core.pipeline.sweep import find_checkpoints
+from neon_core.synthetic import generate_set
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,20 @@ def test_the_report_stands_alone_and_tells_the_numbers(whole):
         assert f"{results['final'][name]['fid']:.3g}" in text
     assert results["provenance"]["neon"]["sha256"] in text
     assert json.loads((out / "results.json").read_text()) == results
+
+
+def test_real_images_add_their_metrics_and_too_few_seeds_for_them_are_refused_at_once(files, tmp_path):
+    generate_set(PicoBackbone.fresh(seed=3), range(5000, 6000), tmp_path / "real", settings={}, batch_size=200)
+    plan = dataclasses.replace(PLAN, real_images=tmp_path / "real", controls=False, second_block=False, batch_size=200)
+    row = pico_row(files)
+    with pytest.raises(UserError, match="KID with subsets of 1000"):
+        Reproduction(row, tmp_path / "few", plan, CPU).run()
+    assert not (tmp_path / "few/synthetic").exists()
+    row = dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, evaluate_seeds="1000-1999"))
+    results = Reproduction(row, tmp_path / "out", plan, CPU).run()
+    for name in ("base", "neon"):
+        assert {"kid_mean", "precision", "recall", "density", "coverage"} <= set(results["final"][name])
+    assert "KID x 1000" in (tmp_path / "out/report.html").read_text()
 
 
 def test_status_tells_what_is_done_and_what_is_next(whole, tmp_path):

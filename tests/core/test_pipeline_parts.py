@@ -9,10 +9,11 @@ from core.pico import PicoBackbone
 from neon_core.errors import UserError
 from neon_core.metrics.reference import Reference
 from neon_core.metrics.scores import fid_from_features
+from neon_core.metrics.statistics import FeatureStatistics
 from neon_core.pipeline import commands
 from neon_core.pipeline.charts import curve_over_w, surface, ticks
 from neon_core.pipeline.controls import random_direction
-from neon_core.pipeline.interval import block_statistics, bootstrap_fids, interval
+from neon_core.pipeline.interval import _drawn, block_statistics, bootstrap_fids, interval
 from neon_core.pipeline.measure import evenly, images_of
 from neon_core.pipeline.rows import find_row, find_rows
 from neon_core.seeds import parse_seeds
@@ -86,6 +87,16 @@ def test_blocks_hold_every_image_once_and_whole_batches():
     blocks = block_statistics(torch.randn(1003, 3), batch_size=16)
     assert len(blocks) == 40 and sum(block.count for block in blocks) == 1003
     assert all(block.count % 16 == 0 for block in blocks[:-1])
+
+
+def test_a_drawn_block_counts_like_its_images_repeated():
+    x = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
+    blocks = block_statistics(x, batch_size=16)
+    drawn = _drawn(blocks, [2, 0, 1])
+    direct = FeatureStatistics(3).update(torch.cat([x[:16], x[:16], x[32:]]))
+    assert drawn.count == 48
+    torch.testing.assert_close(drawn.mean, direct.mean)
+    torch.testing.assert_close(drawn.covariance(), direct.covariance())
 
 
 def test_what_grows_costs_its_largest_count():
