@@ -68,7 +68,7 @@ def test_the_core_names_no_backbone():
 def test_backbones_have_the_same_files():
     for package in set(PACKAGES) - {"neon_core"}:
         names = {file.name for file in PACKAGES[package].glob("*.py")}
-        assert {"__init__.py", "backbone.py", "recipes.py", "sampler.py", "loss.py"} <= names, package
+        assert {"__init__.py", "backbone.py", "recipes.py", "rows.py", "sampler.py", "loss.py"} <= names, package
     for folder in ("VAR", "xAR", "edm", "imm"):
         assert {"generate.py", "finetune.py", "sweep.py"} <= {p.name for p in (ROOT / folder).glob("*.py")}
         assert list((ROOT / folder).rglob("calculate_fid.py"))
