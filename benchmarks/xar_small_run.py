@@ -4,7 +4,8 @@
 
 autoencoder -> base (xAR/finetune.py from random weights, on the real digits) -> S (xAR/generate.py) -> theta_syn
 (xAR/finetune.py) -> distances of theta_base - w (theta_syn - theta_base) over w and guidance (the sweep of neon_xar),
-all under torchrun with gloo. Distances are Frechet distances between features of a small digit classifier, against
+all under torchrun with gloo. Takes about 40
+minutes on two busy cores. Distances are Frechet distances between features of a small digit classifier, against
 digits that nothing was trained on: they compare rows of this table with each other and with nothing else. Prints the
 table as it is; writes results.json and samples.png. Finished stages are kept.
 """
@@ -193,7 +194,8 @@ def move(backbone: XARBackbone, base: Path, out: Path, row: dict) -> None:
 def report(out: Path, rows: dict, points: list[dict], floor: float, args: argparse.Namespace) -> None:
     grids = [row.pop("grid") for row in rows.values()]
     gap = np.full((8, 320), 128, dtype=np.uint8)
-    PIL.Image.fromarray(np.concatenate([part for grid in grids for part in (grid, gap)][:-1])).save(out / "samples.png")
+    picture = PIL.Image.fromarray(np.concatenate([part for grid in grids for part in (grid, gap)][:-1]))
+    picture.resize((2 * picture.width, 2 * picture.height), PIL.Image.Resampling.NEAREST).save(out / "samples.png")
     curve = [{"snapshot": p["snapshot"], "w": p["w"], "cfg": p["settings"]["cfg"], "fid": p["fid"]} for p in points]
     (out / "results.json").write_text(
         json.dumps({"rows": rows, "floor": floor, "points": curve, "settings": vars(args)}, indent=1, default=str)
