@@ -4,7 +4,7 @@
 
 autoencoder -> base (xAR/finetune.py from random weights, on the real digits) -> S (xAR/generate.py) -> theta_syn
 (xAR/finetune.py) -> distances of theta_base - w (theta_syn - theta_base) over w and guidance (the sweep of neon_xar),
-all under torchrun with gloo. Takes about 40
+all under torchrun with gloo. Takes about 50
 minutes on two busy cores. Distances are Frechet distances between features of a small digit classifier, against
 digits that nothing was trained on: they compare rows of this table with each other and with nothing else. Prints the
 table as it is; writes results.json and samples.png. Finished stages are kept.
