@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,9 @@ RUNS = {
         "sampler": {"discretization": "uniform", "num_steps": 2},
         "base_images": 76_800,
         "tune_images": 12_800,
+        "snapshots": (6_400, 12_800),
+        "ws": (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0),
+        "cfgs": (None,),
     },
     "latent": {
         "preset": "imagenet_256",
@@ -67,9 +71,11 @@ RUNS = {
         "sampler": {"num_steps": 2, "cfg": 2.5},
         "base_images": 128_000,
         "tune_images": 19_200,
+        "snapshots": (19_200,),
+        "ws": (-1.0, 0.0, 0.25, 0.5, 1.0, 1.5),
+        "cfgs": (1.25, 1.5, 2.0, 2.5),  # the base at its own best guidance is what w has to beat
     },
 }  # fmt: skip
-WS = (-1.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 NUM_SYNTHETIC, NUM_EVALUATED, BATCH = 2000, 1000, 64
 
 
@@ -216,8 +222,22 @@ def stages(out: Path, run: dict) -> dict[str, float]:
     return seconds
 
 
+def snapshot(out: Path, images_seen: int) -> Path:
+    return out / "syn" / f"snapshot-{images_seen:09d}.safetensors"
+
+
+def distance(judge: Evaluator, backbone: IMMBackbone, seeds: Sequence[int], settings: dict) -> float:
+    """The Fréchet distance of the images of `seeds`."""
+    return judge(backbone, seeds, settings=settings, batch_size=100, progress=False)["fid"]
+
+
+def row_text(row: dict) -> str:
+    guidance = "none" if row["cfg"] is None else f"{row['cfg']:.2f}"
+    return f"{row['B']:6d}  {row['w']:+5.2f}  {guidance:>5}   {row['train']:8.3f}   {row['held_out']:8.3f}"
+
+
 def evaluate(out: Path, name: str) -> None:
-    """Distances over w and snapshots, on the ranks of torchrun; then the picture and results.json."""
+    """Distances over snapshots, w and guidance, on the ranks of torchrun; then the picture and results.json."""
     run = RUNS[name]
     settings = {**run["sampler"], "label_rule": "balanced"}
     with session("cpu") as device:
@@ -225,7 +245,7 @@ def evaluate(out: Path, name: str) -> None:
         for part in ("train", "held_out"):
             images = ImageSet(out / part)
             judges[part] = Evaluator(
-                reference(out, images.images(range(len(images))), part), device=device, metrics=["fid", "is"],
+                reference(out, images.images(range(len(images))), part), device=device, metrics=["fid"],
                 detector=detector(out),
             )  # fmt: skip
         base_path = out / "base" / f"snapshot-{run['base_images']:09d}.safetensors"
@@ -234,32 +254,29 @@ def evaluate(out: Path, name: str) -> None:
         base = read_checkpoint(base_path).state
         search, fresh = range(NUM_EVALUATED), range(50_000, 50_000 + NUM_EVALUATED)
         rows, grids = [], {}
-        for images_seen in (run["tune_images"] // 2, run["tune_images"]):
-            syn = read_checkpoint(out / "syn" / f"snapshot-{images_seen:09d}.safetensors").state
-            weights = NeonWeights(backbone.net, base, syn)
-            for w in WS:
+        for images_seen in run["snapshots"]:
+            weights = NeonWeights(backbone.net, base, read_checkpoint(snapshot(out, images_seen)).state)
+            for w in run["ws"]:
                 weights.set(w)
-                options = {"settings": settings, "batch_size": 100, "progress": False}
-                found = judges["train"](backbone, search, **options)
-                held_out = judges["held_out"](backbone, fresh, **options)
-                row = {"B": images_seen, "w": w, "train": found["fid"], "held_out": held_out["fid"],
-                       "inception_style_score": held_out["is_mean"], "distance": weights.distance()}  # fmt: skip
-                rows.append(row)
-                print0(f"B={images_seen} w={w:+.1f}  train {row['train']:.3f}  held out {row['held_out']:.3f}")
+                for cfg in run["cfgs"]:
+                    row = {"B": images_seen, "w": w, "cfg": cfg}
+                    for part, seeds in (("train", search), ("held_out", fresh)):
+                        row[part] = distance(judges[part], backbone, seeds, {**settings, "cfg": cfg})
+                    rows.append(row)
+                    print0(row_text(row))
         best = min((row for row in rows if row["w"] >= 0), key=lambda row: row["train"])
-        syn = read_checkpoint(out / "syn" / f"snapshot-{best['B']:09d}.safetensors").state
-        weights = NeonWeights(backbone.net, base, syn)
+        syn = read_checkpoint(snapshot(out, best["B"])).state
+        chosen = {**settings, "cfg": best["cfg"]}
         # Control: another direction of the same length, parameter by parameter.
         elsewhere = {name: value + random_like(syn[name] - value) for name, value in base.items()}
-        random_weights = NeonWeights(backbone.net, base, elsewhere)
-        random_weights.set(best["w"])
-        control = {part: judge(backbone, seeds, settings=settings, batch_size=100, progress=False)["fid"]
-                   for (part, judge), seeds in zip(judges.items(), (search, fresh), strict=True)}  # fmt: skip
-        print0(f"random direction, w={best['w']:g}: train {control['train']:.3f}  held out {control['held_out']:.3f}")
-        for title, w in (("base", 0.0), ("self-trained", -1.0), (f"Neon w={best['w']:g}", best["w"])):
+        NeonWeights(backbone.net, base, elsewhere).set(best["w"])
+        control = {"train": distance(judges["train"], backbone, search, chosen),
+                   "held_out": distance(judges["held_out"], backbone, fresh, chosen)}  # fmt: skip
+        weights = NeonWeights(backbone.net, base, syn)
+        for title, w in (("base", 0.0), ("self-trained", -1.0), ("Neon", best["w"])):
             weights.set(w)
             seeds = list(fresh[:60])
-            grids[title] = backbone.sample(seeds, backbone.assign_labels(seeds, **settings), **settings).cpu()
+            grids[title] = backbone.sample(seeds, backbone.assign_labels(seeds, **chosen), **chosen).cpu()
         if is_main():
             real = ImageSet(out / "held_out")
             grids = {"real": real.images(range(60)), **grids}
@@ -295,14 +312,14 @@ def draw(grids: dict[str, torch.Tensor], path: Path, columns: int = 20) -> None:
 def report(out: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     print(f"classifier accuracy on held-out digits: {results['classifier']['accuracy']:.3f}")
-    print("   B      w   to train   to held out (fresh seeds)")
+    print("     B      w    cfg   to train   to held out (fresh seeds)")
     for row in results["rows"]:
-        print(f"{row['B']:6d}  {row['w']:+4.1f}   {row['train']:8.3f}   {row['held_out']:8.3f}")
-    best = results["best"]
-    control = results["random"]
-    print(f"random direction of the same length: {control['train']:8.3f}   {control['held_out']:8.3f}")
-    base = next(row for row in results["rows"] if row["w"] == 0)
-    print(f"w* = {best['w']:g} at B = {best['B']}: held out {base['held_out']:.3f} (base) -> {best['held_out']:.3f}")
+        print(row_text(row))
+    control, best = results["random"], results["best"]
+    print(f"random direction of the length of the best: {control['train']:.3f}   {control['held_out']:.3f}")
+    base = min((row for row in results["rows"] if row["w"] == 0), key=lambda row: row["train"])
+    print(f"base at its best guidance {base['cfg']}: held out {base['held_out']:.3f}; Neon at w* = {best['w']:g}, "
+          f"guidance {best['cfg']}, B = {best['B']}: {best['held_out']:.3f}")  # fmt: skip
 
 
 def main() -> None:
