@@ -9,6 +9,7 @@ Shapes: B batch, C channels, R resolution, K classes, A augment labels.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -62,14 +63,14 @@ def loss_map(
 
 
 @dataclass(frozen=True)
-class Loss:
+class Loss(ABC):
     """The part that the three share."""
 
     level_draw: ClassVar[str] = "rand"  # which kind of number becomes the noise level
 
+    @abstractmethod
     def sigma(self, draw: Tensor) -> Tensor:
         """The noise level of a draw."""
-        raise NotImplementedError
 
     def weight(self, sigma: Tensor) -> Tensor:
         """lambda(sigma)."""

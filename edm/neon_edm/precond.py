@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from neon_edm.networks import DhariwalUNet, SongUNet
 UNETS: dict[str, type[nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
-class Precond(nn.Module):
+class Precond(nn.Module, ABC):
     """The parts that the four share. Subclasses give the scalings, the range of sigma and its rounding."""
 
     sigma_min: float
@@ -52,9 +53,9 @@ class Precond(nn.Module):
             **unet_kwargs,
         )
 
+    @abstractmethod
     def scalings(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor | float, Tensor]:
         """c_skip, c_out, c_in, c_noise of float32 `sigma` [B, 1, 1, 1] or [1, 1, 1, 1]."""
-        raise NotImplementedError
 
     def round_sigma(self, sigma: float | Tensor) -> Tensor:
         """The noise level nearest to `sigma` that the network knows."""
