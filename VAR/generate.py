@@ -16,10 +16,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 import click
 
 from neon_core.cli import check_writable, device_option, json_option, run, write_result
-from neon_core.distributed import session
-from neon_core.files.atomic import sha256_file
+from neon_core.distributed import file_hash, session
 from neon_core.metrics.detector import float32_precision
-from neon_core.synthetic import generate_set
+from neon_core.synthetic import generate_set, origin
 from neon_var import options as o
 from neon_var.backbone import VARBackbone
 from neon_var.recipes import RECIPES
@@ -49,14 +48,13 @@ def main(
         check_writable(outdir, "--outdir")
         backbone = VARBackbone.load(checkpoint, recipe, where, vae_ckpt=vae, model_depth=model_depth, compiled=compiled)
         backbone.check_settings(**settings)
-        digests = {"base_sha256": sha256_file(checkpoint), "vae_sha256": sha256_file(vae)}
         manifest = generate_set(
             backbone,
             range(seed, seed + num_images),
             outdir,
             settings=settings,
             batch_size=batch_size or o.BATCH_SIZE[preset],
-            provenance={"base": checkpoint.name, "recipe": preset, **digests},
+            provenance={**origin(preset, checkpoint), "vae_sha256": file_hash(vae)},
         )
         line = f"{num_images} images | {outdir} | cfg={settings['cfg']:g} | base={checkpoint.name}"
         write_result({"outdir": str(outdir), **manifest}, line, json_path)

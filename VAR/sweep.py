@@ -24,10 +24,9 @@ from neon_core.cli import (
     run,
     write_result,
 )
-from neon_core.distributed import session
+from neon_core.distributed import file_hash, session
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
-from neon_core.files.atomic import sha256_file
 from neon_core.files.checkpoint import find_file
 from neon_core.metrics.detector import float32_precision
 from neon_core.pipeline.sweep import Sweep, early_stopped_grid, find_checkpoints
@@ -77,7 +76,7 @@ def main(
         )
         backbone = VARBackbone.load(base, recipe, where, vae_ckpt=vae, model_depth=model_depth, compiled=compiled)
         backbone.check_settings(**settings)
-        identity = {"base_sha256": sha256_file(base), "vae_sha256": sha256_file(vae)}
+        identity = {"base_sha256": file_hash(base), "vae_sha256": file_hash(vae)}
         grid = Sweep(backbone, evaluator, found, out_dir, settings=settings, batch_size=batch_size, identity=identity)
         seeds = range(seed, seed + num_images)
 

@@ -15,9 +15,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 import click
 
 from neon_core.cli import batch_option, device_option, json_option, metric_options, run, work_options, write_result
-from neon_core.distributed import session
+from neon_core.distributed import file_hash, session
 from neon_core.evaluate import Evaluator
-from neon_core.files.atomic import sha256_file
 from neon_core.files.downloads import fetch
 from neon_core.metrics.detector import float32_precision
 from neon_edm import options as o
@@ -45,7 +44,7 @@ def main(
         evaluator = Evaluator(reference, device=where, metrics=metrics, detector=detector, real_images=real_images)
         path = fetch(network)
         backbone = EDMBackbone.load(path, None, where)
-        identity = {"sha256": sha256_file(path)}
+        identity = {"sha256": file_hash(path)}
         options = {"work_dir": work_dir, "identity": identity, "save_images": save_images}
         result = evaluator(backbone, seeds, settings=settings, batch_size=batch_size, **options)
         result |= {"network": str(path), "network_sha256": identity["sha256"], "tf32": tf32}

@@ -16,10 +16,9 @@ import click
 
 from neon_core.cli import batch_option, check_writable, device_option, json_option, run, write_result
 from neon_core.distributed import session
-from neon_core.files.atomic import sha256_file
 from neon_core.files.downloads import fetch
 from neon_core.metrics.detector import float32_precision
-from neon_core.synthetic import generate_set
+from neon_core.synthetic import generate_set, origin
 from neon_edm import options as o
 from neon_edm.backbone import EDMBackbone
 from neon_edm.recipes import RECIPES
@@ -46,14 +45,13 @@ def main(preset, network, outdir, seeds, subdirs, batch_size, tf32, device, json
         path = fetch(network)
         backbone = EDMBackbone.load(path, None, where)
         check_writable(outdir, "--outdir")
-        provenance = {"base": path.name, "base_sha256": sha256_file(path), "recipe": preset}
         manifest = generate_set(
             backbone,
             seeds,
             outdir,
             settings=settings,
             batch_size=batch_size,
-            provenance=provenance,
+            provenance=origin(preset, path),
             subfolders=subdirs,
         )
         line = f"{len(seeds)} images | {outdir} | steps={settings['num_steps']} | base={path.name}"

@@ -16,9 +16,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 import click
 
 from neon_core import cli
-from neon_core.distributed import session
+from neon_core.distributed import file_hash, session
 from neon_core.evaluate import Evaluator
-from neon_core.files.atomic import sha256_file
 from neon_core.files.downloads import fetch
 from neon_core.metrics.detector import float32_precision
 from neon_core.pipeline.sweep import BASE, Sweep, early_stopped_grid, find_checkpoints
@@ -64,7 +63,7 @@ def main(
         base = fetch(network)
         backbone = EDMBackbone.load(base, None, where)
         cli.check_writable(out_dir, "--out_dir")
-        identity = {"base_sha256": sha256_file(base), "tf32": tf32}
+        identity = {"base_sha256": file_hash(base), "tf32": tf32}
         grid = Sweep(backbone, evaluator, found, out_dir, settings=settings, batch_size=batch_size, identity=identity)
         measure = lambda snapshot, w, _: grid.measure(snapshot, w, seeds_test)["fid"]  # noqa: E731
         snapshot, w, _ = early_stopped_grid(found, ws, [None], measure, tolerance)

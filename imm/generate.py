@@ -18,9 +18,9 @@ from neon_core.cli import batch_option, check_writable, json_option, run, write_
 from neon_core.distributed import session
 from neon_core.files.checkpoint import find_file
 from neon_core.metrics.detector import float32_precision
-from neon_core.synthetic import generate_set
+from neon_core.synthetic import generate_set, origin
 from neon_imm import options as o
-from neon_imm.evaluate import file_hash, load_backbone
+from neon_imm.evaluate import load_backbone
 
 
 @click.command(**o.SETTINGS)
@@ -44,7 +44,7 @@ def main(
         backbone = load_backbone(base, recipe, where, vae, compiled)
         backbone.check_settings(**settings)
         seeds = o.chosen_seeds(recipe.num_synthetic, backbone.num_classes, num_images, per_class_count, seeds)
-        provenance = {"base": base.name, "base_sha256": file_hash(base), "recipe": recipe.name}
+        provenance = origin(recipe.name, base)
         made = generate_set(backbone, seeds, outdir, settings=settings, batch_size=batch_size, provenance=provenance)
         write_result(made, f"{outdir} | images={len(seeds)} | {settings} | base={base.name}", json_path)
 

@@ -8,12 +8,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import click
 import torch
 import torch.distributed as dist
 
 from neon_core.errors import UserError
+from neon_core.files.atomic import sha256_file
 
 TIMEOUT = timedelta(hours=1)  # of one collective: longer than any stage in which ranks wait for each other
 
@@ -66,6 +68,11 @@ def gather_objects(value) -> list:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file, computed once for all ranks. Every rank calls it."""
+    return broadcast_object(sha256_file(path) if is_main() else "")
 
 
 def pick_device(name: str) -> torch.device:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neon_core.backbone import Backbone
-from neon_core.distributed import barrier, gather_objects, is_main, rank, world_size
+from neon_core.distributed import barrier, file_hash, gather_objects, is_main, rank, world_size
 from neon_core.errors import UserError
 from neon_core.files.atomic import atomic_path
 from neon_core.seeds import deal, format_seeds, global_batches
@@ -31,6 +31,11 @@ def image_name(seed: int, label: int | None, subfolders: bool = True) -> str:
     """ "005000/005999_label7.png": the official naming."""
     name = f"{seed:06d}.png" if label is None else f"{seed:06d}_label{label}.png"
     return f"{seed - seed % 1000:06d}/{name}" if subfolders else name
+
+
+def origin(recipe: str | None, base: Path) -> dict[str, str | None]:
+    """What a set, and a fine-tune on it, say of theta_base: the row's name, the file's name, its hash."""
+    return {"recipe": recipe, "base": base.name, "base_sha256": file_hash(base)}
 
 
 def generate_set(
@@ -46,7 +51,7 @@ def generate_set(
 ) -> dict:
     """Make, or finish making, the images of `seeds` under `out_dir`. Returns the manifest.
 
-    `settings` go to `backbone.sample`; `provenance` (base file, hash, recipe) is recorded. Every rank calls it.
+    `settings` go to `backbone.sample`; `provenance` (`origin` and the like) is recorded. Every rank calls it.
     Raises UserError where the folder holds another set, or a seed twice.
     """
     out_dir = Path(out_dir)

@@ -17,9 +17,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 import click
 
 from neon_core.cli import device_option, json_option, run, write_result
-from neon_core.distributed import print0, session
+from neon_core.distributed import file_hash, print0, session
 from neon_core.evaluate import Evaluator
-from neon_core.files.atomic import sha256_file
 from neon_core.files.checkpoint import find_file
 from neon_core.metrics.detector import float32_precision
 from neon_xar import options as o
@@ -66,7 +65,7 @@ def main(
         evaluator = Evaluator(reference, device=where, metrics=metrics, detector=detector, real_images=real_images)
         backbone = XARBackbone.load(checkpoint, recipe, where, vae_path=vae_path, model=model, compiled=compiled)
         check_model(backbone, img_size, class_num)
-        identity = {"sha256": sha256_file(checkpoint), "vae_sha256": sha256_file(find_file(vae_path))}
+        identity = {"sha256": file_hash(checkpoint), "vae_sha256": file_hash(find_file(vae_path))}
         kept = {"work_dir": work_dir, "identity": identity, "save_images": save_images}
         result = evaluator(backbone, chosen, settings=settings, batch_size=batch_size, **kept)
         result |= {

@@ -16,9 +16,8 @@ import click
 
 from neon_core.cli import check_writable, device_option, json_option, run, write_result
 from neon_core.distributed import session
-from neon_core.files.atomic import sha256_file
 from neon_core.metrics.detector import float32_precision
-from neon_core.synthetic import generate_set
+from neon_core.synthetic import generate_set, origin
 from neon_xar import options as o
 from neon_xar.backbone import XARBackbone
 from neon_xar.evaluate import check_model
@@ -54,14 +53,13 @@ def main(
         backbone = XARBackbone.load(base, recipe, where, vae_path=vae_path, model=model, compiled=compiled)
         check_model(backbone, img_size, class_num)
         count = per_class * backbone.num_classes if per_class else num_images or recipe.num_synthetic
-        provenance = {"base": base.name, "base_sha256": sha256_file(base), "recipe": recipe.name}
         manifest = generate_set(
             backbone,
             o.chosen_seeds(count, seed, seeds),
             out_dir,
             settings=settings,
             batch_size=batch_size,
-            provenance=provenance,
+            provenance=origin(recipe.name, base),
         )
         line = f"{manifest['num_images']} images | {out_dir} | cfg={settings['cfg']:g} | steps={settings['flow_steps']}"
         write_result({"outdir": str(out_dir), **manifest}, f"{line} | base={base.name}", json_path)

@@ -9,9 +9,8 @@ from typing import Any
 import click
 
 from neon_core.cli import device_option, json_option, metric_options, run, work_options, write_result
-from neon_core.distributed import print0, session
+from neon_core.distributed import file_hash, print0, session
 from neon_core.evaluate import Evaluator
-from neon_core.files.atomic import sha256_file
 from neon_core.metrics.detector import float32_precision
 from neon_var.backbone import VARBackbone
 from neon_var.options import (
@@ -82,7 +81,7 @@ def calculate_fid(preset: str) -> None:
             )
             check_img_size(img_size, backbone.img_size)
             backbone.check_settings(**settings)
-            identity = {"checkpoint_sha256": sha256_file(checkpoint), "vae_sha256": sha256_file(vae)}
+            identity = {"checkpoint_sha256": file_hash(checkpoint), "vae_sha256": file_hash(vae)}
             result = evaluator(
                 backbone,
                 range(seed, seed + num_images),

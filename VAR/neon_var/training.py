@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from neon_core.backbone import Recipe
+from neon_core.distributed import file_hash
 from neon_core.errors import UserError
-from neon_core.files.atomic import sha256_file
-from neon_core.files.image_set import ImageSet
-from neon_core.prepared import training_data
+from neon_core.finetune import need_labels, open_set, train_on
 from neon_core.schedules import LinearRamp
-from neon_core.selftrain import self_train
-from neon_core.synthetic import read_manifest
+from neon_core.synthetic import origin
 from neon_var.backbone import VARBackbone
 
 
@@ -36,42 +35,20 @@ def fine_tune(
     recipe: Recipe,
     out_dir: Path,
     *,
-    seed: int = 0,
     device: torch.device,
     model_depth: int | None = None,
     token_crops: int = 0,
-    mode: str = "ddp",
-    activation_checkpointing: bool = False,
+    **options: Any,
 ) -> dict[int, Path]:
     """Images seen -> snapshot of theta_syn. Every rank calls it; an earlier run in `out_dir` is continued.
 
-    Raises UserError, before anything is trained, where the set is unfinished or does not fit the network.
+    `options` (seed, mode, activation_checkpointing) go to `self_train`. Raises UserError, before anything is trained,
+    where the set is unfinished or does not fit the network.
     """
-    if Path(data).is_dir():
-        read_manifest(data)
-    images = ImageSet(data)
+    images = open_set(data)
+    need_labels(images, "VAR")
     backbone = VARBackbone.load(base, recipe, device, vae_ckpt=vae, model_depth=model_depth, token_crops=token_crops)
-    if not images.has_labels:
-        raise UserError(f"{images.path}: no labels; VAR needs a dataset.json, or one folder per class")
     if min(images.shape[1:]) < 16:
         raise UserError(f"{images.path}: images of shape {images.shape} are too small for the tokenizer")
-    provenance = {
-        "recipe": recipe.name,
-        "base": base.name,
-        "base_sha256": sha256_file(base),
-        "vae_sha256": sha256_file(vae),
-        "set": images.digest,
-        "token_crops": token_crops,
-    }
-    batches = training_data(backbone, images, device)
-    return self_train(
-        backbone,
-        batches,
-        recipe.train,
-        out_dir,
-        seed=seed,
-        device=device,
-        provenance=provenance,
-        mode=mode,
-        activation_checkpointing=activation_checkpointing,
-    )
+    provenance = {**origin(recipe.name, base), "vae_sha256": file_hash(vae), "token_crops": token_crops}
+    return train_on(images, backbone, recipe.train, out_dir, device=device, provenance=provenance, **options)

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 
 from neon_core.errors import UserError
-from neon_core.files.atomic import sha256_file
 from neon_core.files.downloads import fetch
 from neon_core.files.image_set import ImageSet
-from neon_core.prepared import training_data
-from neon_core.selftrain import self_train
-from neon_core.synthetic import read_manifest
+from neon_core.finetune import train_on
+from neon_core.synthetic import origin, read_manifest
 from neon_edm.backbone import EDMBackbone
 from neon_edm.layers import FourierEmbedding
 from neon_edm.networks import SongUNet
@@ -26,33 +24,24 @@ def fine_tune(
     recipe: EDMRecipe,
     out_dir: str | Path,
     *,
-    seed: int = 0,
     xflip: bool = False,
     claims: dict[str, Any] | None = None,
     device: torch.device,
+    **options: Any,
 ) -> dict[int, Path]:
     """Images seen -> snapshot of theta_syn. Every rank calls it; an earlier run in `out_dir` is continued.
 
-    `claims` are what the official train.py's flags say about the network. Raises UserError, before anything is trained,
-    where they are wrong, or the set is unfinished or does not fit the network.
+    `claims` are what the official train.py's flags say about the network; `options` (seed) go to `self_train`. Raises
+    UserError, before anything is trained, where they are wrong, or the set is unfinished or does not fit the network.
     """
-    if Path(data).is_dir():
-        read_manifest(data)
+    read_manifest(data)
     path = fetch(base)
     backbone = EDMBackbone.load(path, recipe, device)
     check_claims(claims or {}, backbone, path)
     images = ImageSet(data, use_labels=backbone.num_classes > 0, xflip=xflip)
     check_fits(images, backbone, path)
-    provenance = {
-        "recipe": recipe.name,
-        "augment": recipe.augment,
-        "dropout": recipe.dropout,
-        "base": path.name,
-        "base_sha256": sha256_file(path),
-        "set": images.digest,
-    }
-    batches = training_data(backbone, images, device)
-    return self_train(backbone, batches, recipe.train, out_dir, seed=seed, device=device, provenance=provenance)
+    provenance = {**origin(recipe.name, path), "augment": recipe.augment, "dropout": recipe.dropout}
+    return train_on(images, backbone, recipe.train, out_dir, device=device, provenance=provenance, **options)
 
 
 def check_claims(claims: dict[str, Any], backbone: EDMBackbone, network: Path) -> None:

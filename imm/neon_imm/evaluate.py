@@ -9,19 +9,13 @@ from typing import Any
 
 import torch
 
-from neon_core.distributed import broadcast_object, is_main, print0
+from neon_core.distributed import file_hash, print0
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
-from neon_core.files.atomic import sha256_file
 from neon_core.files.checkpoint import read_checkpoint
 from neon_core.merge import NeonWeights
 from neon_imm.backbone import IMMBackbone
 from neon_imm.recipes import IMMRecipe
-
-
-def file_hash(path: Path) -> str:
-    """sha256, computed once for all ranks."""
-    return broadcast_object(sha256_file(path) if is_main() else "")
 
 
 def load_backbone(

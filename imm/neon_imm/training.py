@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from neon_core.errors import UserError
-from neon_core.files.image_set import ImageSet
-from neon_core.prepared import training_data
+from neon_core.finetune import need_labels, open_set, train_on
 from neon_core.schedules import Ema
-from neon_core.selftrain import self_train
-from neon_core.synthetic import read_manifest
-from neon_imm.evaluate import file_hash, load_backbone
+from neon_core.synthetic import origin
+from neon_imm.evaluate import load_backbone
 from neon_imm.recipes import IMMRecipe
 
 
@@ -46,43 +45,24 @@ def fine_tune(
     loss: dict[str, float | None] | None = None,
     xflip: bool = False,
     max_size: int | None = None,
-    mode: str = "ddp",
-    activation_checkpointing: bool = False,
+    **options: Any,
 ) -> dict[int, Path]:
     """Images seen -> snapshot of theta_syn. Every rank calls it; an earlier run in `out_dir` is continued.
 
     `data`: images, or the zip of their moments. `loss`: settings of `IMMLoss` to change, None leaves one alone.
-    Raises UserError, before anything is trained, where the set is unfinished or does not fit the network.
+    `options` (mode, activation_checkpointing) go to `self_train`. Raises UserError, before anything is trained, where
+    the set is unfinished or does not fit the network.
     """
-    if data.is_dir():
-        read_manifest(data)
-    images = ImageSet(data, max_size=max_size, xflip=xflip, random_seed=seed)
+    images = open_set(data, max_size=max_size, xflip=xflip, random_seed=seed)
     backbone = load_backbone(base, recipe, device, vae, compiled)
     backbone.use(images)
     backbone.change_loss(**(loss or {}))
-    if backbone.num_classes and not images.has_labels:
-        raise UserError(f"{data}: no labels; this model needs a dataset.json, or one folder per class")
+    if backbone.num_classes:
+        need_labels(images, "this model")
     if recipe.train.micro_batch_size % backbone.loss.matrix_size:
         raise UserError(
             f"--micro_batch_size {recipe.train.micro_batch_size}: must be a multiple of the loss's matrix_size "
             f"{backbone.loss.matrix_size}"
         )
-    provenance = {
-        "recipe": recipe.name,
-        "base": base.name,
-        "base_sha256": file_hash(base),
-        "set": images.digest,
-        "loss": backbone.config["loss"],
-    }
-    data_to_train = training_data(backbone, images, device)
-    return self_train(
-        backbone,
-        data_to_train,
-        recipe.train,
-        out_dir,
-        seed=seed,
-        device=device,
-        provenance=provenance,
-        mode=mode,
-        activation_checkpointing=activation_checkpointing,
-    )
+    provenance = {**origin(recipe.name, base), "loss": backbone.config["loss"]}
+    return train_on(images, backbone, recipe.train, out_dir, device=device, provenance=provenance, seed=seed, **options)

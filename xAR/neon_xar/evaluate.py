@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from neon_core.distributed import file_hash
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
-from neon_core.files.atomic import sha256_file
 from neon_core.pipeline.sweep import BASE, Sweep, early_stopped_grid
 from neon_xar.backbone import XARBackbone
 
@@ -66,7 +66,7 @@ def sweep(
     Searched as officially: for each snapshot the early-stopped grid, then, with `refine`, the neighbours of its best
     point. `backbone` holds theta_base and does so again afterwards. Every rank calls it.
     """
-    identity = {"base_sha256": sha256_file(base), "autoencoder": backbone.prepared_key}
+    identity = {"base_sha256": file_hash(base), "autoencoder": backbone.prepared_key}
     runner = Sweep(backbone, evaluator, snapshots, out_dir, settings=settings, batch_size=batch_size, identity=identity)
     bests = []
     for snapshot in snapshots:

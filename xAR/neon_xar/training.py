@@ -9,14 +9,11 @@ from typing import Any
 import torch
 
 from neon_core.backbone import Recipe
-from neon_core.errors import UserError
-from neon_core.files.atomic import sha256_file
+from neon_core.distributed import file_hash
 from neon_core.files.checkpoint import find_file
-from neon_core.files.image_set import ImageSet
-from neon_core.prepared import training_data
+from neon_core.finetune import need_labels, open_set, train_on
 from neon_core.schedules import Ema, LinearRamp
-from neon_core.selftrain import self_train
-from neon_core.synthetic import read_manifest
+from neon_core.synthetic import origin
 from neon_xar.backbone import XARBackbone
 
 
@@ -41,40 +38,18 @@ def fine_tune(
     *,
     device: torch.device,
     model: str | None = None,
-    seed: int = 0,
-    cache_dir: Path | None = None,
     flip: bool = True,
-    mode: str = "ddp",
-    activation_checkpointing: bool = False,
+    **options: Any,
 ) -> dict[int, Path]:
     """Images seen -> snapshot of theta_syn. Every rank calls it; an earlier run in `out_dir` is continued.
 
     The moments of every image and its mirror image are computed once and kept beside the set, or in `cache_dir`.
-    Raises UserError, before anything is trained, where the set is unfinished or does not fit the network.
+    `options` (cache_dir, seed, mode, activation_checkpointing) go to `train_on`. Raises UserError, before anything is
+    trained, where the set is unfinished or does not fit the network.
     """
-    if Path(data).is_dir():
-        read_manifest(data)
-    images = ImageSet(data)
-    if not images.has_labels:
-        raise UserError(f"{images.path}: no labels; xAR needs a dataset.json, or one folder per class")
+    images = open_set(data)
+    need_labels(images, "xAR")
     backbone = XARBackbone.load(base, recipe, device, vae_path=vae_path, model=model, flip=flip)
-    provenance = {
-        "recipe": recipe.name,
-        "base": find_file(base).name,
-        "base_sha256": sha256_file(find_file(base)),
-        "vae_sha256": sha256_file(find_file(vae_path)),
-        "set": images.digest,
-        "flip": flip,
-    }
-    batches = training_data(backbone, images, device, cache_dir=cache_dir)
-    return self_train(
-        backbone,
-        batches,
-        recipe.train,
-        out_dir,
-        seed=seed,
-        device=device,
-        provenance=provenance,
-        mode=mode,
-        activation_checkpointing=activation_checkpointing,
-    )
+    hashes = {"vae_sha256": file_hash(find_file(vae_path))}
+    provenance = {**origin(recipe.name, find_file(base)), **hashes, "flip": flip}
+    return train_on(images, backbone, recipe.train, out_dir, device=device, provenance=provenance, **options)

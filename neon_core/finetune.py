@@ -1,0 +1,50 @@
+"""A fine-tune from the files of a set to the snapshots: what every finetune.py ends in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neon_core.backbone import Backbone, TrainSettings
+from neon_core.errors import UserError
+from neon_core.files.image_set import ImageSet
+from neon_core.prepared import training_data
+from neon_core.selftrain import self_train
+from neon_core.synthetic import read_manifest
+
+
+def open_set(data: str | Path, **options: Any) -> ImageSet:
+    """The images of a set, with `options` of ImageSet. UserError also where its generation was not finished."""
+    read_manifest(data)
+    return ImageSet(data, **options)
+
+
+def need_labels(images: ImageSet, reader: str) -> None:
+    """UserError where the set has no labels, saying that `reader` needs them."""
+    if not images.has_labels:
+        raise UserError(f"{images.path}: no labels; {reader} needs a dataset.json, or one folder per class")
+
+
+def train_on(
+    images: ImageSet,
+    backbone: Backbone,
+    settings: TrainSettings,
+    out_dir: str | Path,
+    *,
+    device: torch.device,
+    provenance: dict[str, Any],
+    cache_dir: Path | None = None,
+    **options: Any,
+) -> dict[int, Path]:
+    """Images seen -> snapshot of `backbone`, trained on `images` in place. Every rank calls it; an earlier run in
+    `out_dir` is continued.
+
+    `provenance` (`synthetic.origin`, and what else the weights depend on) goes into the snapshots, with the digest of
+    the set. `cache_dir`: see `training_data`; `options` (seed, mode, activation_checkpointing): see `self_train`.
+    Raises UserError.
+    """
+    provenance = {**provenance, "set": images.digest}
+    data = training_data(backbone, images, device, cache_dir=cache_dir)
+    return self_train(backbone, data, settings, out_dir, device=device, provenance=provenance, **options)
