@@ -17,7 +17,7 @@ import click
 
 from neon_core.cli import check_writable, device_option, json_option, run, write_result
 from neon_core.distributed import file_hash, session
-from neon_core.metrics.detector import float32_precision
+from neon_core.precision import float32_precision
 from neon_core.synthetic import generate_set, origin
 from neon_var import options as o
 from neon_var.backbone import VARBackbone

@@ -28,8 +28,8 @@ from neon_core.distributed import file_hash, session
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
 from neon_core.files.checkpoint import find_file
-from neon_core.metrics.detector import float32_precision
 from neon_core.pipeline.sweep import Sweep, early_stopped_grid, find_checkpoints
+from neon_core.precision import float32_precision
 from neon_var import options as o
 from neon_var.backbone import VARBackbone
 from neon_var.evaluate import result_line

@@ -18,7 +18,7 @@ from neon_core.cli import batch_option, device_option, json_option, metric_optio
 from neon_core.distributed import file_hash, session
 from neon_core.evaluate import Evaluator
 from neon_core.files.downloads import fetch
-from neon_core.metrics.detector import float32_precision
+from neon_core.precision import float32_precision
 from neon_edm import options as o
 from neon_edm.backbone import EDMBackbone
 from neon_edm.report import result_line

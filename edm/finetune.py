@@ -16,7 +16,7 @@ import click
 
 from neon_core.cli import device_option, json_option, run, seed_option, write_result
 from neon_core.distributed import session
-from neon_core.metrics.detector import float32_precision
+from neon_core.precision import float32_precision
 from neon_edm import official
 from neon_edm import options as o
 from neon_edm.recipes import RECIPES

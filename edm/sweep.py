@@ -19,8 +19,8 @@ from neon_core import cli
 from neon_core.distributed import file_hash, session
 from neon_core.evaluate import Evaluator
 from neon_core.files.downloads import fetch
-from neon_core.metrics.detector import float32_precision
 from neon_core.pipeline.sweep import BASE, Sweep, early_stopped_grid, find_checkpoints
+from neon_core.precision import float32_precision
 from neon_core.seeds import parse_seeds
 from neon_edm import options as o
 from neon_edm.backbone import EDMBackbone

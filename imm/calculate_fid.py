@@ -20,7 +20,7 @@ from neon_core.distributed import session
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
 from neon_core.files.checkpoint import find_file
-from neon_core.metrics.detector import float32_precision
+from neon_core.precision import float32_precision
 from neon_imm import options as o
 from neon_imm.evaluate import evaluate, load_backbone, merge_in_place, result_line
 

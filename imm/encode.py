@@ -13,7 +13,7 @@ import click
 
 from neon_core.cli import batch_option, device_option, run
 from neon_core.distributed import pick_device
-from neon_core.metrics.detector import float32_precision
+from neon_core.precision import float32_precision
 from neon_imm import options as o
 from neon_imm.labels import create_labels
 from neon_imm.latent_set import encode_images

@@ -20,8 +20,8 @@ from neon_core.distributed import file_hash, session
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
 from neon_core.files.checkpoint import find_file
-from neon_core.metrics.detector import float32_precision
 from neon_core.pipeline.sweep import Sweep, early_stopped_grid, find_checkpoints
+from neon_core.precision import float32_precision
 from neon_imm import options as o
 from neon_imm.evaluate import load_backbone, result_line
 from neon_imm.recipes import cfg_grid, w_grid

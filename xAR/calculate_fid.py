@@ -20,7 +20,7 @@ from neon_core.cli import device_option, json_option, run, write_result
 from neon_core.distributed import file_hash, print0, session
 from neon_core.evaluate import Evaluator
 from neon_core.files.checkpoint import find_file
-from neon_core.metrics.detector import float32_precision
+from neon_core.precision import float32_precision
 from neon_xar import options as o
 from neon_xar.backbone import XARBackbone
 from neon_xar.evaluate import check_model, result_line

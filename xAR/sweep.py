@@ -21,8 +21,8 @@ from neon_core.distributed import session
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
 from neon_core.files.checkpoint import find_file
-from neon_core.metrics.detector import float32_precision
 from neon_core.pipeline.sweep import find_checkpoints
+from neon_core.precision import float32_precision
 from neon_xar import options as o
 from neon_xar.backbone import XARBackbone
 from neon_xar.evaluate import result_line, sweep

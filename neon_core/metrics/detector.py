@@ -6,9 +6,7 @@ A detector maps uint8 images [B, C, H, W] to {"features": [B, D], "logits": [B, 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -16,8 +14,10 @@ import torch
 from torch import Tensor
 
 from neon_core.errors import UserError
+from neon_core.files.atomic import sha256_file
 from neon_core.files.checkpoint import load_strict, read_checkpoint
 from neon_core.metrics.inception import NUM_CLASSES, NUM_FEATURES, InceptionV3, folded, normalise, resize_tf1
+from neon_core.precision import float32_precision
 
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -101,25 +101,6 @@ class InceptionDetector:
         return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
-@contextmanager
-def float32_precision(allow_tf32: bool) -> Iterator[None]:
-    """Full float32 (or TF32) in cuDNN's convolutions and cuBLAS' products inside the block."""
-    backends = torch.backends
-    if hasattr(backends.cudnn, "conv"):  # torch >= 2.9, which objects where the older flags are mixed in
-        places, name = (backends.cudnn.conv, backends.cuda.matmul), "fp32_precision"
-        value = "tf32" if allow_tf32 else "ieee"
-    else:
-        places, name, value = (backends.cudnn, backends.cuda.matmul), "allow_tf32", allow_tf32
-    before = [getattr(place, name) for place in places]
-    try:
-        for place in places:
-            setattr(place, name, value)
-        yield
-    finally:
-        for place, old in zip(places, before, strict=True):
-            setattr(place, name, old)
-
-
 # ----------------------------------------------------------------------------------------------------- the weight file
 
 
@@ -138,7 +119,7 @@ def find_inception_weights() -> Path:
     places = default_weight_paths()
     for path in places:
         if path.is_file():
-            digest = sha256(path)
+            digest = sha256_file(path)
             if digest != WEIGHTS_SHA256:
                 raise UserError(
                     f"{path}: sha256 is {digest}, not {WEIGHTS_SHA256}, so the file is damaged or another one; "
@@ -168,7 +149,7 @@ def load_inception(
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such file; the published Inception weights come with `{FETCH_COMMAND}`")
-        digest = sha256(path)
+        digest = sha256_file(path)
     official = digest == WEIGHTS_SHA256
     name = "inception-v3-compat" if official else f"inception-v3-compat, unofficial weights {digest[:8]}"
     net = _read_network(path)
@@ -189,12 +170,3 @@ def _read_network(path: Path) -> InceptionV3:
     if bad:
         raise UserError(f"{path}: not finite: {', '.join(bad[:3])} ({len(bad)} tensors); fetch the file again")
     return net
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

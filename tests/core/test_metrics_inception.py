@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from golden.fill import fill
 from neon_core.errors import UserError
+from neon_core.files.atomic import sha256_file
 from neon_core.metrics import FunctionDetector, InceptionDetector, load_inception
 from neon_core.metrics import detector as detector_module
 from neon_core.metrics.inception import FEATURES, InceptionV3, normalise, resize_tf1
@@ -95,20 +96,6 @@ def test_resize_keeps_an_image_of_the_target_size_and_never_averages():
     assert torch.equal(resize_tf1(images, (6, 17)), images[:, :, ::2].float())  # every other row, no antialiasing
 
 
-def test_precision_flags_are_set_inside_and_restored_after():
-    backend = torch.backends.cudnn
-    where, name = (backend.conv, "fp32_precision") if hasattr(backend, "conv") else (backend, "allow_tf32")
-    before = getattr(where, name)
-    seen = []
-    for allow in (False, True):
-        with detector_module.float32_precision(allow):
-            seen.append(getattr(where, name))
-    assert seen in (["ieee", "tf32"], [False, True])
-    with pytest.raises(RuntimeError, match="inside"), detector_module.float32_precision(True):
-        raise RuntimeError("inside")
-    assert getattr(where, name) == before
-
-
 # ----------------------------------------------------------------------------------------------------- the weight file
 
 
@@ -140,7 +127,7 @@ def test_damaged_default_weights_are_refused(nowhere):
 def test_only_the_published_digest_is_official(nowhere, weights, monkeypatch):
     other = load_inception(weights)
     assert not other.official and "unofficial" in other.name
-    monkeypatch.setattr(detector_module, "WEIGHTS_SHA256", detector_module.sha256(weights))
+    monkeypatch.setattr(detector_module, "WEIGHTS_SHA256", sha256_file(weights))
     (nowhere).mkdir(parents=True)
     (nowhere / detector_module.WEIGHTS_NAME).write_bytes(weights.read_bytes())
     official = load_inception()
