@@ -26,6 +26,7 @@ from neon_core.files.image_set import ImageSet
 from neon_core.metrics.accumulator import MetricAccumulator
 from neon_core.metrics.detector import Detector, load_inception
 from neon_core.metrics.reference import Reference, load_reference
+from neon_core.metrics.scores import fid
 from neon_core.seeds import deal, format_seeds, global_batches
 from neon_core.synthetic import image_name, write_images
 
@@ -34,7 +35,8 @@ class Evaluator:
     """Reference, detector and wanted metrics, all checked before a model is built; then called once per setting.
 
     `reference`: .npz path or URL, or a Reference. `detector`: None for the published Inception, a weight file, or any
-    Detector. `metrics`: of fid, is, kid, prdc; the last two need `real_images`, a folder or .zip. Raises UserError.
+    Detector. `metrics`: of fid, is, kid, prdc; the last two need `real_images`, a folder or .zip. `heldout`: a second
+    reference, for `fid_heldout`. Raises UserError.
     """
 
     def __init__(
@@ -45,26 +47,35 @@ class Evaluator:
         metrics: Sequence[str] = ("fid", "is"),
         detector: Detector | str | Path | None = None,
         real_images: str | Path | None = None,
+        heldout: str | Path | Reference | None = None,
     ):
         if {"kid", "prdc"} & set(metrics) and real_images is None:
             raise UserError("--metrics kid and prdc compare with real images; name a folder or .zip as --real_images")
         self.metrics = tuple(metrics)
-        path = None if isinstance(reference, Reference) else fetch(reference)
-        if path is not None:
-            reference = load_reference(path)  # the cheap checks first
-        _ = reference.factor  # a sigma that is no covariance is refused now, not after the sampling
+        self.reference = _checked(reference)  # the cheap checks first
+        self.heldout = None if heldout is None else _checked(heldout)
         if detector is None or isinstance(detector, str | Path):
             detector = load_inception(detector, device)
-        if len(reference.mu) != detector.num_features:
-            raise UserError(
-                f"{reference.name}: made from {len(reference.mu)} features, the detector gives {detector.num_features}"
-            )
-        self.reference, self.detector, self.device = reference, detector, device
+        for found in (self.reference, self.heldout):
+            if found is not None and len(found.mu) != detector.num_features:
+                raise UserError(
+                    f"{found.name}: made from {len(found.mu)} features, the detector gives {detector.num_features}"
+                )
+        self.detector, self.device = detector, device
         self._real_images = ImageSet(real_images, use_labels=False) if real_images is not None else None
         self._real_features: Tensor | None = None
 
     def new_accumulator(self, num_images: int) -> MetricAccumulator:
         return MetricAccumulator(self.detector, num_images, self.metrics)
+
+    def compute(self, total: MetricAccumulator, batch_size: int) -> dict[str, float]:
+        """Every wanted metric of a complete accumulator. Every rank calls it."""
+        values = total.compute(self.reference, self.real_features(batch_size))
+        return {**values, **self.heldout_fid(total)}
+
+    def heldout_fid(self, total: MetricAccumulator) -> dict[str, float]:
+        """{"fid_heldout"} of the images seen so far; {} without a second reference."""
+        return {} if self.heldout is None else {"fid_heldout": fid(total.feature_statistics, self.heldout)}
 
     def real_features(self, batch_size: int) -> Tensor | None:
         """float32 [n, D] of the real images, extracted once, shared out over ranks."""
@@ -91,9 +102,8 @@ class Evaluator:
         began = time.monotonic()
         make = lambda: self.new_accumulator(len(seeds))  # noqa: E731
         total = evaluate(backbone, seeds, make, settings=settings, batch_size=batch_size, **options)
-        values = total.compute(self.reference, self.real_features(batch_size))
         return {
-            **values,
+            **self.compute(total, batch_size),
             "num_images": len(seeds),
             "seeds": format_seeds(seeds),
             "settings": settings,
@@ -106,6 +116,12 @@ class Evaluator:
             "device": str(self.device),
             "torch": torch.__version__,
         }
+
+
+def _checked(reference: str | Path | Reference) -> Reference:
+    found = reference if isinstance(reference, Reference) else load_reference(fetch(reference))
+    _ = found.factor  # a sigma that is no covariance is refused now, not after the sampling
+    return found
 
 
 def evaluate(

@@ -59,6 +59,11 @@ class EDMBackbone(Backbone):
     def num_classes(self) -> int:
         return self.net.label_dim
 
+    @property
+    def unused_parameters(self) -> bool:
+        """Images that are not augmented leave the layer for augmentation labels out."""
+        return self.augment is None and getattr(self.net.model, "map_augment", None) is not None
+
     @classmethod
     def load(cls, checkpoint: str | Path, recipe: Recipe | None, device: torch.device) -> EDMBackbone:
         """The network that `checkpoint` describes: a published pickle or one of our files; its own constructor

@@ -1,7 +1,8 @@
-"""EDM's rows for `neon reproduce`: the recipes with the paper's FIDs and the ranges it searched."""
+"""EDM's rows for `neon reproduce`: the recipes with the paper's FIDs and the ranges it searched; and the digits."""
 
 from neon_core.pipeline.rows import Grid, Row
 from neon_edm.backbone import EDMBackbone
+from neon_edm.quickstart.recipes import DEFAULT as DIGITS
 from neon_edm.recipes import RECIPES
 
 GRID = Grid(ws=tuple(0.25 * i for i in range(9)))  # the default of sweep.py
@@ -20,4 +21,9 @@ def _row(name: str, base_fid: float, neon_fid: float) -> Row:
     )
 
 
-ROWS = (_row("cifar10_cond", 1.78, 1.38), _row("cifar10_uncond", 1.97, 1.38), _row("ffhq64", 2.39, 1.12))
+ROWS = (
+    _row("cifar10_cond", 1.78, 1.38),
+    _row("cifar10_uncond", 1.97, 1.38),
+    _row("ffhq64", 2.39, 1.12),
+    DIGITS.row(),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -30,6 +31,11 @@ class Reference:
     def from_statistics(cls, statistics: FeatureStatistics, name: str = "reference") -> Reference:
         """Of the images that `statistics` has seen."""
         return cls(statistics.mean.cpu().numpy().copy(), statistics.covariance().cpu().numpy(), name)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits of the numbers, wherever they were read from."""
+        return hashlib.sha256(self.mu.tobytes() + self.sigma.tobytes()).hexdigest()[:16]
 
     @cached_property
     def factor(self) -> np.ndarray:

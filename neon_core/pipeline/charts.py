@@ -63,34 +63,40 @@ class Frame:
 
 
 def curve_over_w(
-    curve: Sequence[tuple[float, float]], searched: Sequence[tuple[float, float]], best: float, base: float
+    curve: Sequence[tuple[float, float]],
+    searched: Sequence[tuple[float, float]],
+    best: float,
+    base: tuple[str, float],
+    distance: str = "FID",
 ) -> str:
-    """`curve`: (w, FID) at Neon's guidance; `searched`: the search's points, at other n and guidance; `base`: FID at
-    w = 0 and its own best guidance, as a line."""
-    curve = sorted(curve)
+    """`curve`: (w, FID) at Neon's guidance; `searched`: the search's points, at other n and guidance; `base`: what
+    to call the base, and its FID, which is drawn as a line."""
+    curve, (base_name, base) = sorted(curve), base
     lowest = min(fid for _, fid in curve)
     near = [fid for w, fid in curve if w >= 0] + [base]
     cap = lowest + CAP * (max(near) - lowest)  # far worse points would press the rest flat
     shown = [(w, fid) for w, fid in searched if fid <= cap]
     values = [min(fid, cap) for _, fid in [*curve, *shown]] + [base]
     ws = [w for w, _ in [*curve, *shown]]
-    frame = Frame((min(ws), max(ws)), (min(values), max(values)), "w", "FID")
+    frame = Frame((min(ws), max(ws)), (min(values), max(values)), "w", distance)
     body = [_line(frame, (frame.x[0], base), (frame.x[1], base), "base")]
     _, py = frame.at(frame.x[0], base)
-    body.append(f'<text class="note" x="{WIDTH - RIGHT - 6}" y="{py - 6:.1f}" text-anchor="end">base, re-tuned</text>')
-    body += [_dot(frame, w, fid, 3, "searched", f"search: w {w:g}, FID {fid:.4g}") for w, fid in shown]
+    body.append(f'<text class="note" x="{WIDTH - RIGHT - 6}" y="{py - 6:.1f}" text-anchor="end">{base_name}</text>')
+    body += [_dot(frame, w, fid, 3, "searched", f"search: w {w:g}, {distance} {fid:.4g}") for w, fid in shown]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.at(w, min(fid, cap)) for w, fid in curve))
     body.append(f'<polyline class="curve" points="{path}"/>')
     for w, fid in curve:
         kind = "best" if math.isclose(w, best) else "measured"
-        body.append(_dot(frame, w, min(fid, cap), 6 if kind == "best" else 4.5, kind, f"w {w:g}, FID {fid:.4g}"))
+        body.append(_dot(frame, w, min(fid, cap), 6 if kind == "best" else 4.5, kind, f"w {w:g}, {distance} {fid:.4g}"))
         if fid > cap:
             x, y = frame.at(w, cap)
             body.append(f'<text class="note" x="{x + 9:.1f}" y="{y + 4:.1f}">↑ {fid:.3g}</text>')
-    return frame.svg(body, title="FID over w")
+    return frame.svg(body, title=f"{distance} over w")
 
 
-def surface(points: Sequence[Mapping[str, Any]], best: tuple[float, float], name: str) -> str | None:
+def surface(
+    points: Sequence[Mapping[str, Any]], best: tuple[float, float], name: str, distance: str = "FID"
+) -> str | None:
     """FID over (w, guidance) of one snapshot: the measured points, over the quadratic that fits them where there are
     six of them or more. None where guidance did not vary."""
     xyz = np.array([(p["w"], p["guidance"], p["fid"]) for p in points], dtype=np.float64)
@@ -103,13 +109,13 @@ def surface(points: Sequence[Mapping[str, Any]], best: tuple[float, float], name
     body = []
     for w, guidance, fid in xyz:
         x, y = frame.at(w, guidance)
-        told = escape(f"w {w:g}, {name} {guidance:g}: FID {fid:.4g}")
+        told = escape(f"w {w:g}, {name} {guidance:g}: {distance} {fid:.4g}")
         body.append(
             f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour(fid)}"><title>{told}</title></circle>'
         )
     x, y = frame.at(*best)
     body.append(f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="11"/>')
-    return frame.svg(body, under, f"FID over w and {name}")
+    return frame.svg(body, under, f"{distance} over w and {name}")
 
 
 def colour_bar(low: float, high: float) -> str:

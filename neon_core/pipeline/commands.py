@@ -60,22 +60,26 @@ def status_command(out_dir: Path) -> None:
 @click.option("--out", "out_dir", type=FOLDER, required=True, help="Folder of the run; the same one continues it.")
 @click.option("--base", metavar="PATH|URL", help="theta_base.  [default here and below: the row's]")
 @click.option("--fid_stats", "--ref", "reference", metavar="PATH|URL", help="Reference statistics, .npz.")
+@click.option("--heldout_ref", "heldout", metavar="PATH|URL", help="A second reference, reported beside the first.")
 @click.option("--tokenizer", metavar="FILE", help="Frozen tokenizer, where the row has one.")
 @click.option("--detector", metavar="FILE", help="Inception weights.")
 @click.option("--real_images", metavar="PATH", help="Real images: adds KID, precision, recall, density, coverage.")
 @click.option("--num_synthetic", type=COUNT, help="|S|.")
+@click.option("--synthetic_from", type=click.IntRange(0), default=0, show_default=True, help="The first seed of S.")
 @click.option("--images", type=click.IntRange(1), help="Length of the fine-tune, images.")
 @click.option("--seeds", callback=cli.parse_seed_list, help="Of the evaluation, like 0-49999.")
 @click.option("--search", type=click.Choice(["quick", "grid"]), default="quick", show_default=True,
               help="Ours, or the official early-stopped grid.")  # fmt: skip
 @click.option("--snapshots", type=click.IntRange(1), default=4, show_default=True, help="That the quick search visits.")
-@click.option("--ranking_images", type=COUNT, default=2_500, show_default=True, help="Per setting of the quick search.")
-@click.option("--deciding_images", type=COUNT, default=10_000, show_default=True,
-              help="Of the best two, and of the controls.")  # fmt: skip
+@click.option("--ranking_images", type=COUNT, help="Per setting of the quick search.  [default: the search's]")
+@click.option("--deciding_images", type=COUNT,
+              help="Of the best two, and of the controls.  [default: 10000, or all seeds]")  # fmt: skip
 @click.option("--second_block/--no_second_block", default=True, show_default=True,
               help="Evaluate base and Neon on other seeds too.")  # fmt: skip
 @click.option("--controls/--no_controls", default=True, show_default=True,
               help="Curve over w, self-trained and a random direction.")  # fmt: skip
+@click.option("--curve", callback=cli.parse_numbers, metavar="W,W,...",
+              help="Also measured, for the plot.  [default: parts of the best w]")  # fmt: skip
 @click.option("--real_training", metavar="PATH", help="Training set: adds the control of more training on real data.")
 @click.option("--resamples", type=COUNT, default=30, show_default=True, help="Of the bootstrap.")
 @cli.batch_option

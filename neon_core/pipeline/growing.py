@@ -53,7 +53,7 @@ class GrowingSweep(Sweep):
         if found is None:
             began = time.monotonic()
             total, sampled = self._seen(what, settings, seeds, count, varied)
-            values = self._values(total, len(seeds))
+            values = self._values(total)
             found = broadcast_object(
                 {
                     **what,
@@ -92,10 +92,8 @@ class GrowingSweep(Sweep):
         path = self._statistics_path(what, varied)
         total = self._load(path, len(seeds))
         start = broadcast_object(0 if total is None else total.num_seen)
-        if start == count:
-            return total, 0
-        if start > count:  # sums cannot be undone: these few are made again
-            total, start, path = None, 0, None
+        if start >= count:
+            return self._first(total, count), 0
         self._check_labels(seeds, start, count, settings)
         self.move(what["snapshot"], what["w"])
 
@@ -118,21 +116,30 @@ class GrowingSweep(Sweep):
                 total = part
             else:
                 total.merge(part)
-            if path is not None:
-                with atomic_path(path) as temporary:
-                    torch.save(total.state_dict(), temporary)
+            with atomic_path(path) as temporary:
+                torch.save(total.state_dict(), temporary)
         barrier()
         return total, count - start
 
-    def _values(self, total: MetricAccumulator | None, whole: int) -> dict[str, float]:
+    def _first(self, total: MetricAccumulator | None, count: int) -> MetricAccumulator | None:
+        """The first `count` of the images in `total`, from their features: sums cannot be undone."""
+        if total is None or total.num_seen == count:
+            return total
+        few = MetricAccumulator(self.evaluator.detector, total.num_images, ("fid",), keep_features=True)
+        few.feature_statistics.update(total.features[:count])
+        few.seen[:count] = True
+        return few
+
+    def _values(self, total: MetricAccumulator | None) -> dict[str, float]:
         """FID, and every metric once all images have been seen; on rank 0, {} elsewhere."""
-        complete = broadcast_object(total is not None and total.num_seen == whole)
-        real = self.evaluator.real_features(self.batch_size) if complete else None
+        complete = broadcast_object(total is not None and bool(total.seen.all()))
+        if complete:
+            self.evaluator.real_features(self.batch_size)  # shared out over ranks
         if total is None:
             return {}
         if complete:
-            return total.compute(self.evaluator.reference, real)
-        return {"fid": fid(total.feature_statistics, self.evaluator.reference)}
+            return self.evaluator.compute(total, self.batch_size)
+        return {"fid": fid(total.feature_statistics, self.evaluator.reference), **self.evaluator.heldout_fid(total)}
 
     def _load(self, path: Path, whole: int) -> MetricAccumulator | None:
         if not is_main() or not path.exists():

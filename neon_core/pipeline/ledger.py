@@ -31,8 +31,8 @@ def digest(value: Any) -> str:
 class Ledger:
     """Runs stages at most once. Every rank makes the same calls; rank 0 alone reads and writes the records."""
 
-    def __init__(self, out_dir: str | Path):
-        self.out_dir = Path(out_dir)
+    def __init__(self, out_dir: str | Path, on_stage: Callable[[str], None] = lambda stage: None):
+        self.out_dir, self.on_stage = Path(out_dir), on_stage
         self.keys: dict[str, str] = {}
         self.about: dict[str, Any] = {}
 
@@ -64,6 +64,7 @@ class Ledger:
         settings = json.loads(json.dumps(settings, default=str))
         key = self.keys[stage] = self.key(stage, settings, inputs)
         self._write_about()
+        self.on_stage(stage)
         found = broadcast_object(self._found(stage, key) if is_main() else None)
         if found is not None:
             print0(f"{stage}: done")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,10 @@ from neon_core.pipeline.sweep import BASE, early_stopped_grid
 
 STEPS_PER_RANGE = 6  # a first step of the search is this part of the paper's range
 RANDOM, REAL = "random-direction", "real-data"  # snapshots that are controls
-SAMPLES = 24  # images in each grid of samples
 MAX_SAMPLE_SIDE = 192  # pixels in the report
 
 
-def find(row: Row, plan: Any, sweep: GrowingSweep, seeds: Sequence[int]) -> dict[str, Any]:
+def find(row: Row, plan: Any, counts: Any, sweep: GrowingSweep, seeds: Sequence[int]) -> dict[str, Any]:
     """{"best", "base_best", "points", "images"}: Neon's best setting, and the base's own best guidance.
 
     Every rank calls it. Every point shares its seeds, the first ones of the evaluation, which it can be grown to.
@@ -38,9 +38,9 @@ def find(row: Row, plan: Any, sweep: GrowingSweep, seeds: Sequence[int]) -> dict
 
     def measured(snapshot: str, w: float, guidance: float | None, count: int) -> float:
         varied = {row.guidance: guidance} if row.guidance else {}
-        fid = sweep.grown(snapshot, w, seeds, count, **varied)["fid"]
-        points.append(_point(BASE if w == 0 else snapshot, w, guidance, count, fid))
-        return fid
+        result = sweep.grown(snapshot, w, seeds, count, **varied)
+        points.append(_point(result, guidance))
+        return result["fid"]
 
     names = list(sweep.snapshots)
     guidance_start = row.recipe.evaluate.get(row.guidance) if row.guidance else None
@@ -52,7 +52,7 @@ def find(row: Row, plan: Any, sweep: GrowingSweep, seeds: Sequence[int]) -> dict
         bases = [(measured(BASE, 0.0, g, count), g) for g in grid.guidances]
         base_guidance = min(bases, key=lambda found: found[0])[1]
     else:
-        budget = Budget(ranking_images=plan.ranking_images, deciding_images=plan.deciding_images)
+        budget = Budget(ranking_images=counts.ranking, deciding_images=counts.deciding)
         lengths = _step_lengths(sweep, evenly(names, plan.snapshots)[::-1])
         w_axis = _axis(row.w_range, row.recipe.w)
         g_axis = _axis(row.guidance_range, guidance_start) if row.guidance else None
@@ -60,7 +60,7 @@ def find(row: Row, plan: Any, sweep: GrowingSweep, seeds: Sequence[int]) -> dict
         best = found.snapshot, found.w, found.guidance
         base_guidance = None
         if g_axis is None:
-            measured(BASE, 0.0, None, plan.deciding_images)
+            measured(BASE, 0.0, None, counts.deciding)
         else:  # the same search along one axis, which is the guidance here
             alone = search(lambda _, g, __, n: measured(BASE, 0.0, g, n), {BASE: 1.0}, g_axis, None, budget)
             base_guidance = alone.best.w
@@ -73,40 +73,46 @@ def find(row: Row, plan: Any, sweep: GrowingSweep, seeds: Sequence[int]) -> dict
 
 
 def final(
-    row: Row, plan: Any, sweep: GrowingSweep, seeds: Sequence[int], found: Mapping[str, Any], out_dir: Path
+    row: Row,
+    plan: Any,
+    counts: Any,
+    sweep: GrowingSweep,
+    seeds: Sequence[int],
+    found: Mapping[str, Any],
+    out_dir: Path,
 ) -> dict[str, Any]:
-    """Everything the report shows: base and Neon on all seeds and on a second block, the curve over w, the control,
-    and samples. Every rank calls it; what the search has sampled is grown, not made again."""
+    """Everything the report shows: base and Neon on all seeds and on a second block, which no search has seen; there
+    also the curve over w and the controls (on the first block where there is no second); and samples. Every rank calls
+    it; what has been sampled is grown, not made again."""
     best, base_guidance = found["best"], found["base_best"]["guidance"]
     points: list[dict[str, Any]] = []
 
     def at(snapshot: str, w: float, guidance: float | None, block: Sequence[int], count: int) -> dict[str, Any]:
         varied = {row.guidance: guidance} if row.guidance else {}
         result = sweep.grown(snapshot, w, block, count, **varied)
-        point = _point(result["snapshot"], w, guidance, count, result["fid"])
-        points.append(point | {"block": "first" if block is seeds else "second"})
+        points.append(_point(result, guidance) | {"block": "first" if block is seeds else "second"})
         return result
 
     ends = {"base": (BASE, 0.0, base_guidance), "neon": (best["snapshot"], best["w"], best["guidance"])}
     whole = {name: at(*end, seeds, len(seeds)) for name, end in ends.items()}
     out: dict[str, Any] = {"final": {name: _numbers(result) for name, result in whole.items()}}
     out["intervals"] = _intervals(row, plan, sweep, seeds, ends, whole)
-    if plan.second_block:
-        others = range(max(seeds) + 1, max(seeds) + 1 + len(seeds))
-        out["second_block"] = {name: _numbers(at(*end, others, len(seeds))) for name, end in ends.items()}
-    count, w_best = plan.deciding_images, best["w"]
+    fresh = range(max(seeds) + 1, max(seeds) + 1 + len(seeds)) if plan.second_block else seeds
+    count, w_best = counts.deciding, best["w"]
     if plan.controls:
-        curve = [-1.0, 0.0, *(round(w_best * part, 6) for part in (0.5, 1.0, 1.5))]
-        for w in dict.fromkeys(curve):
-            at(best["snapshot"], w, best["guidance"], seeds, count)
-        at(BASE, 0.0, base_guidance, seeds, count)
+        curve = plan.curve or [round(w_best * part, 6) for part in (0.5, 1.5)]
+        for w in dict.fromkeys([-1.0, 0.0, *curve, w_best]):
+            at(best["snapshot"], w, best["guidance"], fresh, count)
+        at(BASE, 0.0, base_guidance, fresh, count)
         if w_best:
             path = _write_random(sweep, best["snapshot"], plan.seed, out_dir / "controls")
             sweep.snapshots[RANDOM] = path
-            at(RANDOM, w_best, best["guidance"], seeds, count)
+            at(RANDOM, w_best, best["guidance"], fresh, count)
     if REAL in sweep.snapshots:
-        at(REAL, -1.0, best["guidance"], seeds, count)
-    _write_samples(row, sweep, seeds, best, out_dir / "samples")
+        at(REAL, -1.0, best["guidance"], fresh, count)
+    if plan.second_block:
+        out["second_block"] = {name: _numbers(at(*end, fresh, len(seeds))) for name, end in ends.items()}
+    _write_samples(row, sweep, seeds[: math.prod(plan.samples)], best, out_dir / "samples")
     out["file_differs_by"] = _difference_of_file(sweep, best, out_dir / "neon.safetensors")
     own = [{k: v for k, v in point.items() if k != "block"} for point in points if point["block"] == "first"]
     others = [point for point in points if point["block"] == "second"]
@@ -146,12 +152,14 @@ def _step_lengths(sweep: GrowingSweep, names: Sequence[str]) -> dict[str, float]
     return moved
 
 
-def _point(snapshot: str, w: float, guidance: float | None, count: int, fid: float) -> dict[str, Any]:
-    return {"snapshot": snapshot, "w": w, "guidance": guidance, "num_images": count, "fid": fid}
+def _point(result: Mapping[str, Any], guidance: float | None) -> dict[str, Any]:
+    kept = ("snapshot", "w", "num_images", "fid", "fid_heldout")
+    return {name: result[name] for name in kept if name in result} | {"guidance": guidance}
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("fid", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall", "density", "coverage", "seeds")
+    kept = ("fid", "fid_heldout", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall", "density",
+            "coverage", "seeds")  # fmt: skip
     return {name: result[name] for name in kept if name in result}
 
 
@@ -192,9 +200,8 @@ def _write_random(sweep: GrowingSweep, snapshot: str, seed: int, folder: Path) -
     return path
 
 
-def _write_samples(row: Row, sweep: GrowingSweep, seeds: Sequence[int], best: Mapping[str, Any], folder: Path) -> None:
+def _write_samples(row: Row, sweep: GrowingSweep, few: Sequence[int], best: Mapping[str, Any], folder: Path) -> None:
     """The same seeds, labels and guidance with the three networks: <folder>/{base,self-trained,neon}/00.png."""
-    few = seeds[:SAMPLES]
     settings = dict(sweep.settings)
     if row.guidance and best["guidance"] is not None:
         settings[row.guidance] = best["guidance"]

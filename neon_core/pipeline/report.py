@@ -17,7 +17,7 @@ from neon_core.pipeline.rows import Row
 from neon_core.pipeline.style import STYLE
 from neon_core.pipeline.sweep import BASE
 
-LAYOUT = 1  # counts up when a report of the same records would look different
+LAYOUT = 2  # counts up when a report of the same records would look different
 METRICS = {
     "is_mean": ("IS", "{:.2f}"),
     "kid_mean": ("KID x 1000", "{:.3f}"),
@@ -36,6 +36,8 @@ def collect(row: Row, ledger: Ledger, versions: Mapping[str, str]) -> dict[str, 
         "row": row.id,
         "paper": {"base_fid": row.base_fid, "neon_fid": row.neon_fid, "w": row.recipe.w},
         "guidance": row.guidance,
+        "distance": row.distance,
+        "samples": records["evaluate"]["settings"]["samples"],
         "best": search["best"],
         "base_best": search["base_best"],
         "final": measured["final"],
@@ -93,16 +95,21 @@ def _headline(results: Mapping[str, Any]) -> str:
     base, neon, gain = (intervals[name] for name in ("base", "neon", "gain"))
     difference = f"{_fid_text(gain['value'])} ± {_fid_text(1.96 * gain['standard_error'])}"
     verdict = (
-        f"Neon lowers the FID by {difference}."
+        f"Neon lowers the {results['distance']} by {difference}."
         if gain["low"] > 1e-9 * base["value"]  # more than rounding
-        else f"No improvement is shown: the FID falls by {difference}."
+        else f"No improvement is shown: the {results['distance']} falls by {difference}."
     )
+    told = results["second_block"] or results["final"]
+    if "fid_heldout" in told["neon"]:
+        ends = (_fid_text(told[name]["fid_heldout"]) for name in ("base", "neon"))
+        verdict += f" Against held-out images, on which nothing was chosen: {' → '.join(ends)}."
     stated = "" if paper["neon_fid"] is None else f" In the paper: {_or_dash(paper['base_fid'])} → {paper['neon_fid']}."
     guided = "" if best["guidance"] is None else f", {escape(results['guidance'])} = {best['guidance']:.4g}"
+    tuned = ", at its own best guidance" if results["guidance"] else ""
     cards = "".join(
         f'<div class="card {kind}"><b>{_fid_text(value["value"])}</b>'
         f"<span>± {_fid_text(1.96 * value['standard_error'])}</span><em>{label}</em></div>"
-        for kind, label, value in (("", "base, at its own best guidance", base), ("neon", "Neon", neon))
+        for kind, label, value in (("", f"base{tuned}", base), ("neon", "Neon", neon))
     )
     return (
         f"<header><h1>{escape(results['row'])}</h1><p>{verdict}{stated}</p></header>"
@@ -114,18 +121,26 @@ def _headline(results: Mapping[str, Any]) -> str:
 def _final_table(results: Mapping[str, Any]) -> str:
     second, intervals = results["second_block"], results["intervals"]
     columns = [name for name in METRICS if name in results["final"]["neon"]]
-    head = ["", "FID", "95 % interval", *(["FID, other seeds"] if second else []), *(METRICS[c][0] for c in columns)]
+    distance = results["distance"]
+    head = ["", distance, "95 % interval", *([f"{distance}, other seeds"] if second else [])]
+    heldout = (second or results["final"]) if "fid_heldout" in results["final"]["neon"] else None
+    head += ["held out"] if heldout else []
+    head += [METRICS[c][0] for c in columns]
     rows = []
     for name, label in (("base", "base"), ("neon", "Neon")):
         values, between = results["final"][name], intervals[name]
         cells = [label, _fid_text(values["fid"]), f"{_fid_text(between['low'])} to {_fid_text(between['high'])}"]
         cells += [_fid_text(second[name]["fid"])] if second else []
+        cells += [_fid_text(heldout[name]["fid_heldout"])] if heldout else []
         for column in columns:
             factor = 1000 if column == "kid_mean" else 1
             cells.append(METRICS[column][1].format(factor * values[column]))
         rows.append(cells)
     told = f"All of seeds {escape(results['final']['neon']['seeds'])}"
     told += f"; other seeds: {escape(second['neon']['seeds'])}, which no search has seen." if second else "."
+    if heldout:
+        told += " Held out: the same distance to a second reference"
+        told += ", of the other seeds." if second else "."
     note = (
         "The interval is 1.96 standard errors of a bootstrap over blocks of whole batches; base and Neon share seeds, "
         "and the interval of their difference uses that."
@@ -142,28 +157,32 @@ def _plots(results: Mapping[str, Any]) -> str:
     searched = [(p["w"], p["fid"]) for p in results["points"]["search"] if p["snapshot"] in ours]
     figures = []
     if len(curve) > 1:
-        drawn = charts.curve_over_w(list(curve.items()), searched, best["w"], base)
-        told = f"FID of {count:,} images over w at Neon's guidance; small grey dots: the search, on fewer images."
+        tuned = "base, re-tuned" if results["guidance"] else "base"
+        drawn = charts.curve_over_w(list(curve.items()), searched, best["w"], (tuned, base), results["distance"])
+        where = " at Neon's guidance" if results["guidance"] else ""
+        told = f"{results['distance']} of {count:,} {_whose(results)} over w{where}; small grey dots: the search."
         figures.append(f"<figure>{drawn}<figcaption>{told}</figcaption></figure>")
     fewest = min((p["num_images"] for p in results["points"]["search"]), default=0)
     ranked = [p for p in results["points"]["search"] if p["snapshot"] in ours and p["num_images"] == fewest]
     if best["guidance"] is not None:
-        drawn = charts.surface(ranked, (best["w"], best["guidance"]), results["guidance"])
+        drawn = charts.surface(ranked, (best["w"], best["guidance"]), results["guidance"], results["distance"])
         if drawn:
             fids = [p["fid"] for p in ranked]
             told = (
-                f"FID of {fewest:,} images at the points of the search, over the quadratic that fits them; ring: "
-                "chosen. Where the bright valley rises to the right, more w wants more guidance."
+                f"{results['distance']} of {fewest:,} images at the points of the search, over the quadratic that fits "
+                "them; ring: chosen. Where the bright valley rises to the right, more w wants more guidance."
             )
             bar = charts.colour_bar(min(fids), max(fids))
             figures.append(f"<figure>{drawn}{bar}<figcaption>{told}</figcaption></figure>")
-    return f'<section><h2>w and guidance</h2><div class="figures">{"".join(figures)}</div></section>' if figures else ""
+    title = "w and guidance" if results["guidance"] else "The curve over w"
+    return f'<section><h2>{title}</h2><div class="figures">{"".join(figures)}</div></section>' if figures else ""
 
 
 def _controls(results: Mapping[str, Any]) -> str:
     best, measured, count = results["best"], _equal(results), _equal_count(results)
+    tuned = ", at its own best guidance" if results["guidance"] else ""
     wanted = (
-        ("base, at its own best guidance", BASE, 0.0, results["base_best"]["guidance"]),
+        (f"base{tuned}", BASE, 0.0, results["base_best"]["guidance"]),
         ("base, at Neon's guidance", BASE, 0.0, best["guidance"]),
         ("self-trained (w = -1)", best["snapshot"], -1.0, best["guidance"]),
         ("random direction of equal length", RANDOM, best["w"], best["guidance"]),
@@ -175,23 +194,29 @@ def _controls(results: Mapping[str, Any]) -> str:
     for label, *point in wanted:
         fid = _fid(measured, *point)
         if fid is not None and tuple(point) not in told:
-            rows.append([label, _or_dash(point[2]), _fid_text(fid), _signed(fid - base)])
+            other = _fid(measured, *point, "fid_heldout")
+            guided = [_or_dash(point[2])] if results["guidance"] else []
+            heldout = [] if other is None else [_fid_text(other)]
+            rows.append([label, *guided, _fid_text(fid), _signed(fid - base), *heldout])
             told.add(tuple(point))
     if len(rows) < 3:
         return ""
-    head = ["", results["guidance"] or "guidance", f"FID of {count:,}", "against the base"]
-    told = "All with the same seeds and the same number of images, so that bias and noise are shared."
+    head = ["", *([results["guidance"]] if results["guidance"] else [])]
+    head += [f"{results['distance']} of {count:,}", "against the base", *(["held out"] if heldout else [])]
+    told = f"All on the same {_whose(results)}, so that bias and noise are shared."
     return f"<section><h2>Controls</h2>{_table(head, rows)}<p class=small>{told}</p></section>"
 
 
 def _samples(folder: Path, results: Mapping[str, Any]) -> str:
     labels = {"base": "base", "self-trained": "self-trained, w = -1", "neon": f"Neon, w = {results['best']['w']:.4g}"}
+    rows, columns = results["samples"]
     grids = []
     for name, label in labels.items():
-        pictures = sorted((folder / name).glob("*.png"))
+        pictures = sorted((folder / name).glob("*.png"))[: rows * columns]
         coded = (base64.b64encode(path.read_bytes()).decode() for path in pictures)
+        across = f'style="grid-template-columns: repeat({columns}, 1fr)"'
         images = "".join(f'<img alt="" src="data:image/png;base64,{code}">' for code in coded)
-        grids.append(f"<div><h3>{escape(label)}</h3><div class=grid-of-images>{images}</div></div>")
+        grids.append(f"<div><h3>{escape(label)}</h3><div class=grid-of-images {across}>{images}</div></div>")
     told = "Equal places have equal seeds, labels and guidance. Not selected: the first seeds of the evaluation."
     return f'<section><h2>Samples</h2><div class="samples">{"".join(grids)}</div><p class=small>{told}</p></section>'
 
@@ -240,14 +265,20 @@ def _equal_count(results: Mapping[str, Any]) -> int:
 
 
 def _equal(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The points at that number, of the first block of seeds."""
-    count = _equal_count(results)
-    return [p for p in results["points"]["evaluate"] if p["num_images"] == count and p["block"] == "first"]
+    """The points at that number, of the block of seeds that the search has not seen, if there is one."""
+    count, block = _equal_count(results), "second" if results["second_block"] else "first"
+    return [p for p in results["points"]["evaluate"] if p["num_images"] == count and p["block"] == block]
 
 
-def _fid(points: Sequence[Mapping[str, Any]], snapshot: str, w: float, guidance: float | None) -> float | None:
+def _whose(results: Mapping[str, Any]) -> str:
+    return "images of seeds that no search has seen" if results["second_block"] else "images"
+
+
+def _fid(
+    points: Sequence[Mapping[str, Any]], snapshot: str, w: float, guidance: float | None, name: str = "fid"
+) -> float | None:
     snapshot = BASE if w == 0 else snapshot
-    found = [p["fid"] for p in points if (p["snapshot"], p["w"], p["guidance"]) == (snapshot, w, guidance)]
+    found = [p.get(name) for p in points if (p["snapshot"], p["w"], p["guidance"]) == (snapshot, w, guidance)]
     return found[0] if found else None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from neon_core.pipeline import measure, report
 from neon_core.pipeline.growing import GrowingSweep
 from neon_core.pipeline.ledger import Ledger
 from neon_core.pipeline.rows import Row
+from neon_core.pipeline.search import Budget
 from neon_core.pipeline.sweep import find_checkpoints
 from neon_core.prepared import training_data
 from neon_core.seeds import parse_seeds
@@ -43,42 +44,70 @@ class Plan:
 
     base: str | Path | None = None
     reference: str | Path | None = None
+    heldout: str | Path | None = None  # a second reference, told beside the first and searched on by nothing
     tokenizer: str | Path | None = None
     detector: Detector | str | Path | None = None  # None: the published Inception
     real_images: str | Path | None = None  # for KID, precision and recall
     batch_size: int = 64
+    synthetic_from: int = 0  # the first seed of S
     seed: int = 0  # of the fine-tune and of the random control
     search: str = "quick"  # quick | grid
     snapshots: int = 4  # of the fine-tune, evenly spaced, that the quick search looks at
-    ranking_images: int = 2_500
-    deciding_images: int = 10_000
+    ranking_images: int | None = None  # None: the search's own numbers, as far as the evaluation has images
+    deciding_images: int | None = None
     second_block: bool = True  # base and Neon once more, on other seeds
     controls: bool = True
+    curve: Sequence[float] | None = None  # w to be measured for the plot; None: parts of the best one
+    samples: tuple[int, int] = (4, 6)  # rows and columns of each grid of samples
     real_training: str | Path | None = None  # a training set: the control of as much more training on real data
     resamples: int = 30
 
 
-class Reproduction:
-    """The stages of one row in one folder. Every rank makes the same calls."""
+@dataclass(frozen=True)
+class Counts:
+    """Images per setting: while the search ranks, for what it decides on (and the controls), and in the end."""
 
-    def __init__(self, row: Row, out_dir: str | Path, plan: Plan, device: torch.device, command: str = ""):
-        self.row, self.recipe, self.plan, self.device = row, row.recipe, plan, device
-        self.out_dir = Path(out_dir)
-        self.seeds = parse_seeds(row.recipe.evaluate_seeds)
-        counts = (plan.ranking_images, plan.deciding_images, len(self.seeds))
-        if not 2 <= counts[0] <= counts[1] <= counts[2]:
+    ranking: int
+    deciding: int
+    whole: int
+
+    @classmethod
+    def of(cls, plan: Plan, whole: int) -> Counts:
+        """UserError where they decrease."""
+        deciding = min(Budget().deciding_images, whole) if plan.deciding_images is None else plan.deciding_images
+        ranking = min(Budget().ranking_images, deciding) if plan.ranking_images is None else plan.ranking_images
+        if not 2 <= ranking <= deciding <= whole:
             raise UserError(
-                f"--ranking_images {counts[0]}, --deciding_images {counts[1]} and the {counts[2]} seeds of the "
-                "evaluation must not decrease in this order, and begin at 2 or more"
+                f"--ranking_images {ranking}, --deciding_images {deciding} and the {whole} seeds of the evaluation "
+                "must not decrease in this order, and begin at 2 or more"
             )
-        self.ledger = Ledger(self.out_dir)
+        return cls(ranking, deciding, whole)
+
+
+class Reproduction:
+    """The stages of one row in one folder. Every rank makes the same calls. `on_stage` is told each stage's name."""
+
+    def __init__(
+        self,
+        row: Row,
+        out_dir: str | Path,
+        plan: Plan,
+        device: torch.device,
+        command: str = "",
+        on_stage: Callable[[str], None] = lambda stage: None,
+    ):
+        self.row, self.recipe, self.plan, self.device = row, row.recipe, plan, device
+        self.out_dir = Path(out_dir).resolve()
+        self.seeds = parse_seeds(row.recipe.evaluate_seeds)
+        self.counts = Counts.of(plan, len(self.seeds))
+        self.ledger = Ledger(self.out_dir, on_stage)
         self.ledger.begin(row.id, command)
 
     def run(self) -> dict[str, Any]:
         """All stages; returns results.json. Raises UserError."""
         with float32_precision(self.row.tf32):
             files = self.fetch()
-            self.files = {name: Path(entry["path"]) for name, entry in files.items()}
+            self.files = {name: self.out_dir / entry["path"] for name, entry in files.items()}
             self.base_sha256 = files["base"]["sha256"]
             self.generate()
             trained = self.finetune()
@@ -89,22 +118,32 @@ class Reproduction:
         return self.report()
 
     def fetch(self) -> dict[str, dict]:
-        """Base, reference, tokenizer and detector, on this machine and known by their hashes."""
-        wanted = {"base": self.plan.base or self.recipe.base, "reference": self.plan.reference or self.recipe.fid_stats}
-        if self.plan.tokenizer:
-            wanted["tokenizer"] = self.plan.tokenizer
-        else:
-            wanted |= {name: name for name in self.row.files}
-        if self.plan.detector is None:
-            wanted["detector"] = WEIGHTS_NAME
-        elif isinstance(self.plan.detector, str | Path):
-            wanted["detector"] = self.plan.detector
-        paths = {name: obtain(path) for name, path in wanted.items()}
+        """Base, references, tokenizer and detector, on this machine (or made) and known by their hashes."""
+        plan, prepare = self.plan, self.row.prepare
+        wanted = {"base": plan.base, "reference": plan.reference, "heldout": plan.heldout, "tokenizer": plan.tokenizer}
+        wanted["detector"] = plan.detector if isinstance(plan.detector, str | Path) else None
+        if prepare is None:
+            wanted["base"] = plan.base or self.recipe.base
+            wanted["reference"] = plan.reference or self.recipe.fid_stats
+            if plan.detector is None:
+                wanted["detector"] = WEIGHTS_NAME
+            if not plan.tokenizer:
+                wanted |= {name: name for name in self.row.files}
+        paths = {name: obtain(path).resolve() for name, path in wanted.items() if path}
         known = {name: (str(p), p.stat().st_size, p.stat().st_mtime_ns) for name, p in paths.items()}
+        if prepare is not None:
+            known |= {"prepare": dataclasses.asdict(prepare), "seed": plan.seed}
 
         def work() -> dict:
-            hashes = broadcast_object({n: sha256_file(p) for n, p in paths.items()} if is_main() else None)
-            return {"outputs": {n: {"path": str(paths[n]), "sha256": hashes[n]} for n in paths}}
+            made = {} if prepare is None else prepare(self.row, self.out_dir / "prepared", plan.seed)
+            there = {name: Path(path) for name, path in (made | paths).items()}
+            hashes = broadcast_object({n: sha256_file(p) for n, p in there.items()} if is_main() else None)
+            inside = {n: p.relative_to(self.out_dir) if n in made and n not in paths else p for n, p in there.items()}
+            return {
+                "outputs": {n: {"path": str(inside[n]), "sha256": hashes[n]} for n in there},
+                "files": [str(p) for n, p in inside.items() if not p.is_absolute()],
+                **({} if prepare is None else {"training_images": prepare.training_images}),
+            }
 
         return self.ledger.run("fetch", broadcast_object(known), [], work)
 
@@ -126,7 +165,7 @@ class Reproduction:
             _ = self.evaluator  # a reference or detector that cannot be used is refused now, not in two days
             generate_set(
                 self.load(),
-                range(count),
+                range(self.plan.synthetic_from, self.plan.synthetic_from + count),
                 self.out_dir / "synthetic",
                 settings=settings,
                 batch_size=self.plan.batch_size,
@@ -135,6 +174,7 @@ class Reproduction:
             return {"files": ["synthetic/dataset.json"], **self.cost(count, settings)}
 
         what = {"count": count, "settings": settings, "batch_size": self.plan.batch_size}
+        what |= {"from": self.plan.synthetic_from} if self.plan.synthetic_from else {}
         return self.ledger.run("generate", what, ["fetch"], work)
 
     def finetune(self) -> dict:
@@ -163,7 +203,7 @@ class Reproduction:
         what = {
             "kind": self.plan.search,
             "snapshots": self.plan.snapshots,
-            "images": [self.plan.ranking_images, self.plan.deciding_images],
+            "images": [self.counts.ranking, self.counts.deciding],
             "trained": trained["snapshots"],
             "row": [self.row.w_range, self.row.guidance, self.row.guidance_range, self.recipe.w],
             **self.measured_with,
@@ -172,7 +212,7 @@ class Reproduction:
             what["grid"] = self.row.grid
 
         def work() -> dict:
-            found = measure.find(self.row, self.plan, self.sweep, self.seeds)
+            found = measure.find(self.row, self.plan, self.counts, self.sweep, self.seeds)
             return {"outputs": found, **self.cost(found["images"], self.recipe.evaluate)}
 
         return self.ledger.run("search", what, ["finetune"], work)
@@ -190,9 +230,12 @@ class Reproduction:
         return self.ledger.run("merge", {"snapshot": best["snapshot"], "w": best["w"]}, ["search"], work)
 
     def evaluate(self, found: dict) -> dict:
+        real = self.plan.real_training or (self.plan.controls and self.files.get("real_training")) or None
         what = {
             "second_block": self.plan.second_block,
             "controls": self.plan.controls,
+            "curve": self.plan.curve,
+            "samples": self.plan.samples,
             "real_training": self.plan.real_training,
             "resamples": self.plan.resamples,
             "seed": self.plan.seed,
@@ -201,21 +244,21 @@ class Reproduction:
 
         def work() -> dict:
             trained = {}
-            if self.plan.real_training:
-                path = self.train_on_real(found["best"]["snapshot"])
+            if real:
+                path = self.train_on_real(found["best"]["snapshot"], real)
                 self.sweep.snapshots[measure.REAL] = path
                 trained["training_images"] = max(find_snapshots(path.parent))
-            measured = measure.final(self.row, self.plan, self.sweep, self.seeds, found, self.out_dir)
+            measured = measure.final(self.row, self.plan, self.counts, self.sweep, self.seeds, found, self.out_dir)
             return {"outputs": measured, **self.cost(measured["images"], self.recipe.evaluate), **trained}
 
         return self.ledger.run("evaluate", what, ["search", "merge"], work)
 
-    def train_on_real(self, snapshot: str) -> Path:
+    def train_on_real(self, snapshot: str, real: str | Path) -> Path:
         """The base trained on real images as long, and in the same way, as `snapshot` was on synthetic ones."""
         self.__dict__.pop("sweep", None)  # one network in memory at a time
         length = {path.stem: seen for seen, path in find_snapshots(self.out_dir / "finetune").items()}[snapshot]
         backbone = self.load()
-        images = ImageSet(self.plan.real_training, use_labels=backbone.num_classes > 0)
+        images = ImageSet(real, use_labels=backbone.num_classes > 0)
         made = self_train(
             backbone,
             training_data(backbone, images, self.device, cache_dir=self.out_dir / "controls" / "prepared"),
@@ -248,9 +291,17 @@ class Reproduction:
     @cached_property
     def evaluator(self) -> Evaluator:
         detector = self.files.get("detector", self.plan.detector)
+        if self.row.detector and isinstance(detector, Path):
+            detector = self.row.detector(detector, self.device)
         metrics = ["fid", *(["kid", "prdc"] if self.plan.real_images else [])]
-        options = {"device": self.device, "detector": detector, "real_images": self.plan.real_images}
-        made = Evaluator(self.files["reference"], metrics=metrics, **options)
+        made = Evaluator(
+            self.files["reference"],
+            metrics=metrics,
+            device=self.device,
+            detector=detector,
+            real_images=self.plan.real_images,
+            heldout=self.files.get("heldout"),
+        )
         if getattr(made.detector, "num_classes", 0):
             made.metrics = (*made.metrics, "is")
         made.new_accumulator(len(self.seeds))  # raises where the images are too few for one of the metrics

@@ -13,10 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from neon_core.backbone import Backbone, Recipe
 from neon_core.errors import UserError
+from neon_core.metrics.detector import Detector
 
 GROUP = "neon.rows"
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
@@ -30,6 +33,17 @@ class Grid:
     guidances: tuple[float | None, ...] = (None,)
     tolerance: float = 0.03
     num_images: int = 10_000
+
+
+class Prepare(Protocol):
+    """Makes the files of a row for which nothing is published: a frozen dataclass, whose fields are its settings."""
+
+    training_images: int  # of theta_base, for the ledger
+
+    def __call__(self, row: Row, folder: Path, seed: int) -> Mapping[str, Path]:
+        """{"base", "reference"} and, where the row has them, {"detector", "heldout", "real_training"} -> file below
+        `folder`, made now or found; goes on with what a killed call left. Every rank calls it. Raises UserError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,9 @@ class Row:
     files: tuple[str, ...] = ()  # published files that it needs beside base and reference
     tf32: bool = False
     evaluations: Callable[[Mapping[str, Any]], int] | None = None  # network passes per image, guidance counted
+    prepare: Prepare | None = None  # instead of published files
+    detector: Callable[[Path, torch.device], Detector] | None = None  # reads the file "detector"; None: Inception
+    distance: str = "FID"  # what a report calls the distance in that detector's features
 
     def sampler(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {**settings, **self.settings}

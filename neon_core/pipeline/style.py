@@ -32,7 +32,7 @@ svg .ring { fill: none; stroke: var(--warm); stroke-width: 3; }
 .bar { font-size: 12px; color: var(--soft); margin: 2px 18px 6px 62px; }
 .bar i { display: block; height: 10px; border-radius: 3px; } .bar div { display: flex; justify-content: space-between; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 24px; }
-.grid-of-images { display: grid; grid-template-columns: repeat(6, 1fr); gap: 3px; }
+.grid-of-images { display: grid; gap: 3px; }
 .grid-of-images img { width: 100%; display: block; image-rendering: pixelated; }
 pre { font-size: 12px; overflow-x: auto; background: #f4f6f8; padding: 12px; border-radius: 6px; }
 summary { cursor: pointer; color: var(--accent); margin-top: 12px; }

@@ -103,7 +103,8 @@ class Sweep:
         self.identity = {
             **identity,
             "batch_size": batch_size,
-            "reference": evaluator.reference.name,
+            "reference": evaluator.reference.digest,
+            **({"heldout": evaluator.heldout.digest} if evaluator.heldout else {}),
             "detector": evaluator.detector.name,
             "metrics": list(evaluator.metrics),
         }

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
 from neon_core.files.checkpoint import read_checkpoint
 from neon_core.merge import neon_merge
+from neon_core.metrics.reference import Reference, load_reference, write_reference
 from neon_core.pipeline.growing import GrowingSweep
 from neon_core.pipeline.ledger import STAGES, Ledger, status
 from neon_core.pipeline.reproduce import Reproduction
@@ -173,6 +175,60 @@ def test_real_images_add_their_metrics_and_too_few_seeds_for_them_are_refused_at
     assert "KID x 1000" in (tmp_path / "out/report.html").read_text()
 
 
+def test_a_second_reference_is_told_everywhere_and_searched_on_nowhere(whole, files, tmp_path):
+    found = {}
+    for name, heldout in (("mean", 0.0), ("shifted", 0.3)):
+        reference = load_reference(files / "pico.npz")
+        path = tmp_path / f"{name}.npz"
+        write_reference(path, Reference(reference.mu + heldout, reference.sigma))
+        plan = dataclasses.replace(PLAN, heldout=path)
+        found[name] = Reproduction(pico_row(files), tmp_path / name, plan, CPU).run()
+    assert found["mean"]["best"] == found["shifted"]["best"] == whole[1]["best"]
+    for point in found["mean"]["points"]["evaluate"]:
+        assert point["fid_heldout"] == pytest.approx(point["fid"], rel=1e-9)
+    for point in found["shifted"]["points"]["evaluate"]:
+        assert point["fid_heldout"] > point["fid"] + 0.5
+    text = (tmp_path / "shifted" / "report.html").read_text()
+    assert f"{found['shifted']['second_block']['neon']['fid_heldout']:.4f}" in text
+    assert "held out" not in (whole[0] / "report.html").read_text()
+
+
+def test_controls_are_measured_on_seeds_that_the_search_has_not_seen(whole):
+    controls = [p for p in whole[1]["points"]["evaluate"] if p["snapshot"] == "random-direction" or p["w"] == -1]
+    assert len(controls) == 2 and {p["block"] for p in controls} == {"second"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Copied:
+    """A row's files made on the spot: here, copied."""
+
+    source: str
+    training_images: int = 123
+
+    def __call__(self, row, folder, seed):
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {"base": "base.safetensors", "reference": "pico.npz", "heldout": "pico.npz"}
+        made = {key: folder / f"{key}-{name}" for key, name in names.items()}
+        for key, path in made.items():
+            shutil.copy(Path(self.source) / names[key], path)
+        return made
+
+
+def test_a_row_may_make_what_others_fetch(whole, files, tmp_path):
+    row = dataclasses.replace(pico_row(files), prepare=Copied(str(files)))
+    results = Reproduction(row, tmp_path / "out", PLAN, CPU).run()
+    assert results["best"] == whole[1]["best"]
+    assert results["provenance"]["files"]["base"]["path"] == "prepared/base-base.safetensors"
+    assert results["ledger"][0]["training_images"] == 123
+    moved = shutil.move(tmp_path / "out", tmp_path / "moved")
+    (moved / "stages/evaluate.json").unlink()
+    again = Reproduction(row, moved, PLAN, CPU).run()
+    assert again["final"] == results["final"], "a folder may be moved and goes on"
+    (moved / "prepared/heldout-pico.npz").unlink()
+    Reproduction(row, moved, PLAN, CPU).run()
+    assert (moved / "prepared/heldout-pico.npz").exists()
+
+
 def test_status_tells_what_is_done_and_what_is_next(whole, tmp_path):
     out = copied(whole, tmp_path)
     assert f"complete: {out / 'report.html'}" in status(out)
@@ -218,10 +274,11 @@ def test_grown_statistics_are_those_of_one_evaluation_and_no_image_is_made_twice
     direct = growing.measure("snapshot-000000160", 0.7, seeds, contrast=1.2)
     for name in ("fid", "is_mean", "is_std"):
         assert last[name] == pytest.approx(direct[name], rel=1e-9)
+    del seen[:]
     few = at(20)
-    assert few["fid"] == pytest.approx(
-        growing.measure("snapshot-000000160", 0.7, seeds[:20], contrast=1.2)["fid"], rel=1e-9
-    )
+    assert seen == [], "what is kept of 100 images holds the first 20"
+    direct = growing.measure("snapshot-000000160", 0.7, seeds[:20], contrast=1.2)
+    assert few["fid"] == pytest.approx(direct["fid"], rel=1e-9)
 
 
 def test_labels_that_hang_on_the_length_of_the_list_are_refused(files, whole, tmp_path):

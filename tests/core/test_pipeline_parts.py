@@ -24,7 +24,7 @@ def test_every_row_is_found_once_and_fits_its_own_search():
     assert len(rows) >= 12 and all(key == row.id for key, row in rows.items())
     for row in rows.values():
         assert row.w_range[0] <= row.recipe.w <= row.w_range[1], row.id
-        assert len(parse_seeds(row.recipe.evaluate_seeds)) == 50_000
+        assert len(parse_seeds(row.recipe.evaluate_seeds)) == 50_000 or row.prepare
         assert row.evaluations(row.sampler(row.recipe.evaluate)) >= 1
         if row.guidance:
             low, high = row.guidance_range
@@ -113,7 +113,7 @@ def test_snapshots_are_evenly_spaced_and_the_last_is_among_them():
 
 def test_plots_have_round_ticks_and_show_every_point():
     assert ticks(-0.13, 3.2) == [0, 1, 2, 3] or ticks(-0.13, 3.2)[1] - ticks(-0.13, 3.2)[0] in (0.5, 1)
-    drawn = curve_over_w([(-1, 3.0), (0, 2.0), (1, 1.5)], [(0.5, 1.7)], best=1, base=1.9)
+    drawn = curve_over_w([(-1, 3.0), (0, 2.0), (1, 1.5)], [(0.5, 1.7)], best=1, base=("base", 1.9))
     assert drawn.count("<circle") == 4 and 'class="best"' in drawn and drawn.count("<svg") == drawn.count("</svg>") == 1
     points = [{"w": w, "guidance": g, "fid": w * w + (g - w) ** 2} for w in (0, 1, 2) for g in (1, 2, 3)]
     assert surface(points, (0, 1), "cfg").count('class="point"') == 9

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from neon_core.files.checkpoint import write_checkpoint
-from neon_core.merge import neon_merge
+from neon_core.files.image_set import ImageSet
 from neon_edm.quickstart import digits, pictures, report
 from neon_edm.quickstart.backbone import DigitsBackbone
-from neon_edm.quickstart.controls import random_direction
 from neon_edm.quickstart.denoiser import DigitsDenoiser
-from neon_edm.quickstart.features import NUM_FEATURES, accuracy, features_and_pixels, train_features
+from neon_edm.quickstart.features import NUM_FEATURES, DigitsDetector, accuracy, read_detector, train_features
+from neon_edm.quickstart.prepare import write_digits
 from neon_edm.quickstart.recipes import DEFAULT
 
 
@@ -134,30 +134,27 @@ def test_batches_are_drawn_with_replacement_over_the_whole_set():
     assert np.array_equal(batches[0], next(DigitsBackbone.create(0).data_order(50, 128, seed=3)))
 
 
-# ------------------------------------------------------------------------------------------------ features and control
+# ---------------------------------------------------------------------------------------------------- what is prepared
 
 
-def test_the_feature_network_learns_digits_and_measures_both_quantities(split):
+def test_the_feature_network_learns_digits_and_its_file_brings_it_back(split, tmp_path):
     network = train_features(split.train_images, split.train_labels, seed=1, num_steps=120)
     assert accuracy(network, split.heldout_images, split.heldout_labels) > 0.85
-    detector = features_and_pixels(network)
-    found = detector(split.heldout_images[:5])["features"]
-    assert found.shape == (5, detector.num_features) and detector.num_features == NUM_FEATURES + 64
-    assert torch.equal(found[:, :NUM_FEATURES], network(split.heldout_images[:5])["features"])
-    assert torch.equal(found[:, NUM_FEATURES:], digits.to_unit_range(split.heldout_images[:5]).flatten(1))
+    path = tmp_path / "features.safetensors"
+    write_checkpoint(path, network.state_dict())
+    detector, few = read_detector(path, torch.device("cpu")), split.heldout_images[:5]
+    found = detector(few)
+    assert found["features"].shape == (5, NUM_FEATURES) and found["logits"].shape == (5, 10)
+    assert all(torch.equal(found[name], DigitsDetector(network, "")(few)[name]) for name in found)
 
 
-def test_a_random_direction_is_as_long_as_the_real_one_and_leads_elsewhere():
-    base = {"a": torch.randn(20, 30), "b": torch.randn(40), "unchanged": torch.randn(3)}
-    syn = {"a": base["a"] + 0.1 * torch.randn(20, 30), "b": base["b"] + torch.randn(40), "unchanged": base["unchanged"]}
-    moved = random_direction(base, syn, seed=0)
-    for name in base:
-        ours, real = moved[name] - base[name], syn[name] - base[name]
-        assert float(ours.norm()) == pytest.approx(float(real.norm()), rel=1e-4)
-        assert abs(float((ours * real).sum())) <= 0.5 * float(real.norm() ** 2)
-    assert torch.equal(moved["unchanged"], base["unchanged"])
-    neon = neon_merge(base, moved, 2.0)
-    assert float((neon["a"] - base["a"]).norm()) == pytest.approx(2 * float((syn["a"] - base["a"]).norm()), rel=1e-4)
+def test_the_real_digits_survive_their_archive_and_equal_digits_make_equal_files(split, tmp_path):
+    few, labels = split.train_images[:30], split.train_labels[:30]
+    for name in ("one.zip", "two.zip"):
+        write_digits(tmp_path / name, few, labels)
+    read = ImageSet(tmp_path / "one.zip")
+    assert torch.equal(read.images(range(30)), few) and torch.equal(read.class_indices, labels)
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -165,7 +162,7 @@ def test_a_random_direction_is_as_long_as_the_real_one_and_leads_elsewhere():
 
 def a_result(seed=0, base=2.0, self_trained=3.0, neon=1.4, random=2.05, w_star=1.5) -> dict:
     def point(heldout):
-        return {"train": heldout / 2, "heldout": heldout, "pixels": heldout / 4, "variance": 16.0}
+        return {"train": heldout / 2, "heldout": heldout}
 
     values = {"base": base, "self_trained": self_trained, "neon_fixed": 1.5, "neon": neon}
     values |= {"random_direction": random, "real_data": 2.02}
@@ -173,9 +170,10 @@ def a_result(seed=0, base=2.0, self_trained=3.0, neon=1.4, random=2.05, w_star=1
     return {
         "seed": seed,
         "w_star": w_star,
-        "real": point(1.0),
+        "real": {"heldout": 1.0, "pixels": 0.3, "variance": 18.0},
+        "pixels": {place: {"pixels": value / 4, "variance": 16.0} for place, value in values.items()},
         "report": {place: point(value) for place, value in values.items()},
-        "selection": [{"w": w, **point(value)} for w, value in curve.items()],
+        "curve": [{"w": w, **point(value)} for w, value in curve.items()],
     }
 
 

@@ -1,5 +1,6 @@
 """Neon on scikit-learn's handwritten digits: the EDM row in miniature, in minutes and without a GPU or a network.
 
 `digits` the data, `features` the network that measures, `denoiser` the small network inside EDM's preconditioner,
-`backbone` the contract, `recipes` the settings, `stages` one seed from base to Neon, `controls`, `report`, `pictures`.
+`backbone` the contract, `prepare` what other rows fetch, `recipes` the row, `one_seed` a run of it by `neon reproduce`,
+`parallel` the seeds side by side, `report` and `pictures` what is told in the end.
 """

@@ -16,8 +16,16 @@ from neon_edm.backbone import EDMBackbone
 from neon_edm.loss import EDMLoss
 from neon_edm.precond import UNETS, Precond, build_network
 from neon_edm.quickstart.denoiser import DigitsDenoiser
-from neon_edm.quickstart.digits import grey_levels, levels_to_uint8, to_unit_range
-from neon_edm.quickstart.recipes import NETWORK
+from neon_edm.quickstart.digits import IMG_SIZE, NUM_CLASSES, grey_levels, levels_to_uint8, to_unit_range
+
+NETWORK = {  # the arguments of EDMPrecond and, after model_type, of the denoiser
+    "img_resolution": IMG_SIZE,
+    "img_channels": 1,
+    "label_dim": NUM_CLASSES,
+    "sigma_data": 0.75,  # the digits' standard deviation, 0.751
+    "model_type": "DigitsDenoiser",
+    "label_dropout": 0.1,
+}
 
 UNETS["DigitsDenoiser"] = DigitsDenoiser  # so that the preconditioner finds it by the name in a checkpoint
 

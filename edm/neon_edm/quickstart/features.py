@@ -6,19 +6,21 @@ Distances in its features compare only within one run; they are not FID.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neon_core.metrics.detector import FunctionDetector
-from neon_edm.quickstart.digits import IMG_SIZE, NUM_CLASSES, to_unit_range
+from neon_core.files.atomic import sha256_file
+from neon_core.files.checkpoint import load_strict, read_checkpoint
+from neon_edm.quickstart.digits import NUM_CLASSES, to_unit_range
 
 NUM_FEATURES = 32
 
 
 class FeatureNetwork(nn.Module):
-    """Detector: uint8 [B, 1, 8, 8] -> {"features": [B, 32], "logits": [B, 10]}, float32."""
+    """uint8 [B, 1, 8, 8] -> {"features": [B, 32], "logits": [B, 10]}, float32."""
 
     def __init__(self):
         super().__init__()
@@ -69,14 +71,25 @@ def accuracy(network: FeatureNetwork, images: Tensor, labels: Tensor) -> float:
     return (network(images)["logits"].argmax(1) == labels).float().mean().item()
 
 
-def features_and_pixels(network: FeatureNetwork) -> FunctionDetector:
-    """Detector that measures both at once: [B, 32 + 64], the network's features, then the pixels in [-1, 1].
+class DigitsDetector:
+    """The trained network as the detector of `neon_core.metrics`: 32 features, 10 logits."""
 
-    One pass of statistics then holds both distances: the leading block of mean and covariance is the features', the
-    rest the pixels'.
-    """
+    num_features = NUM_FEATURES
+    num_classes = NUM_CLASSES
+    official = False
 
-    def measure(images: Tensor) -> Tensor:
-        return torch.cat([network(images)["features"], to_unit_range(images).flatten(1)], dim=1)
+    def __init__(self, network: FeatureNetwork, name: str, device: torch.device | str = "cpu"):
+        self.network, self.name, self.device = network.to(device), name, torch.device(device)
 
-    return FunctionDetector("digits: 32 features, 64 pixels", NUM_FEATURES + IMG_SIZE**2, measure)
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 [B, 1, 8, 8] -> {"features": [B, 32], "logits": [B, 10]}, float32."""
+        return self.network(images.to(self.device))
+
+
+def read_detector(path: Path, device: torch.device) -> DigitsDetector:
+    """From the file that `prepare` wrote. Raises UserError."""
+    network = FeatureNetwork()
+    load_strict(network, read_checkpoint(path))
+    name = f"classifier of digits, {NUM_FEATURES} features, weights {sha256_file(path)[:8]}"
+    return DigitsDetector(network.eval().requires_grad_(False), name, device)

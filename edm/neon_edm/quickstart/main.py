@@ -15,9 +15,9 @@ import torch
 from neon_core.cli import check_writable, write_result
 from neon_core.errors import UserError
 from neon_edm.quickstart import pictures, report
+from neon_edm.quickstart.one_seed import find_result
 from neon_edm.quickstart.parallel import run_seeds, seed_folder
 from neon_edm.quickstart.recipes import DEFAULT, FAST, Quickstart
-from neon_edm.quickstart.stages import find_result
 
 FLOAT_TOLERANCE = 1e-5  # of w = -1 against theta_syn, absolute; the weights are of order 0.1 to 3
 
@@ -50,6 +50,7 @@ def quickstart_run(*, fast: bool, seeds: Sequence[int], out_dir: Path, num_worke
     for problem in problems:
         print(f"NOT AS EXPECTED: {problem}")
     print(f"pictures: {out_dir / 'quickstart.png'} and {out_dir / 'quickstart_curve.png'}; {seconds:.0f} s")
+    print(f"report of every seed: {seed_folder(out_dir, results[0]['seed']) / 'report.html'} and the like")
     record = {"results": results, "problems": problems, "seconds": seconds, **conditions(quickstart, num_workers)}
     write_result(record, report.summary(results), out_dir / "results.json")
     return 1 if problems else 0
@@ -71,8 +72,8 @@ def draw(results: Sequence[dict], out_dir: Path) -> None:
     """Both pictures, the grid from the first seed."""
     pictures.draw_curve(results, out_dir / "quickstart_curve.png")
     first = results[0]
-    with np.load(seed_folder(out_dir, first["seed"]) / "samples.npz", allow_pickle=False) as samples:
-        pictures.draw_grid(dict(samples), first, out_dir / "quickstart.png")
+    samples = pictures.read_samples(seed_folder(out_dir, first["seed"]) / "samples", first["seed"])
+    pictures.draw_grid(samples, first, out_dir / "quickstart.png")
 
 
 def conditions(quickstart: Quickstart, num_workers: int) -> dict:

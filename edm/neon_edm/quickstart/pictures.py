@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import PIL.Image
+import torch
 
 from neon_core.errors import UserError
 from neon_core.files.atomic import atomic_path
+from neon_edm.quickstart.digits import load_digits_split
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,11 +61,11 @@ def draw_curve(results: Sequence[dict], path: Path) -> None:
     ax = fig.add_axes((0.095, 0.125, 0.885, 0.735))
     for number, result in enumerate(results):
         _draw_seed(ax, result, SEED_COLORS[number % len(SEED_COLORS)])
-    ax.plot([], [], "*", color=INK, ms=12, mec="white", label="w*: chosen on training digits, fresh noise")
+    ax.plot([], [], "*", color=INK, ms=12, mec="white", label="w*: found by the search on training digits")
     ax.plot([], [], "x", color=INK, ms=7, mew=1.8, label="control: random direction of equal length")
     ax.legend(loc="upper right", frameon=False, fontsize=9.5, labelcolor=INK, borderaxespad=1.2)
 
-    grid = [point["w"] for point in results[0]["selection"]]
+    grid = [point["w"] for result in results for point in result["curve"]]
     left, right = min(grid) - 0.15, max(grid) + 0.15
     ax.set_xlim(left, right)
     ax.axvspan(left, 0, color="#fbeceb", zorder=0, lw=0)
@@ -85,13 +88,29 @@ def draw_curve(results: Sequence[dict], path: Path) -> None:
 
 def _draw_seed(ax: Axes, result: dict, color: str) -> None:
     report, w_star = result["report"], result["w_star"]
-    curve = {point["w"]: point["heldout"] for point in result["selection"]}
-    ratios = [distance / curve[0] for distance in curve.values()]
+    curve = {point["w"]: point["heldout"] for point in result["curve"]}
+    ratios = [distance / curve[0.0] for distance in curve.values()]
     ax.plot(list(curve), ratios, "-o", color=color, lw=1.8, ms=4, zorder=3, label=f"seed {result['seed']}")
     for place, style in (("neon", {"marker": "*", "ms": 16}), ("random_direction", {"marker": "x", "ms": 7})):
         ratio = report[place]["heldout"] / report["base"]["heldout"]
         edge = {"mec": "white", "mew": 0.8} if place == "neon" else {"mew": 1.8}
         ax.plot(w_star, ratio, color=color, ls="none", zorder=4, **style, **edge)
+
+
+def read_samples(folder: Path, seed: int) -> dict[str, np.ndarray]:
+    """uint8 [ROWS * COLUMNS, 1, 8, 8] of every panel: what `neon reproduce` left in `folder`, and held-out digits."""
+    digits, labels = load_digits_split(seed), torch.arange(ROWS * COLUMNS) % COLUMNS
+    samples = {"real": in_label_order(digits.heldout_images, digits.heldout_labels, labels).numpy()}
+    for key, name in (("self_trained", "self-trained"), ("base", "base"), ("neon", "neon")):
+        paths = sorted((folder / name).glob("*.png"))[: len(labels)]
+        samples[key] = np.stack([np.asarray(PIL.Image.open(path))[None] for path in paths])
+    return samples
+
+
+def in_label_order(images: torch.Tensor, labels: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """For each wanted label the next image that has it."""
+    waiting = {int(k): iter(torch.nonzero(labels == k).flatten().tolist()) for k in wanted.unique()}
+    return images[torch.tensor([next(waiting[int(k)]) for k in wanted])]
 
 
 def tile(images: np.ndarray) -> np.ndarray:

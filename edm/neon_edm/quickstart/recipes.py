@@ -1,7 +1,5 @@
-"""The settings of the quickstart, and of its fast form, which shows that everything runs and goes the right way.
-
-`BASE` trains theta_base on real digits; `RECIPE` is the row: synthetic set, fine-tune, merge weight, evaluation.
-"""
+"""The settings of the quickstart as a row of `neon reproduce`, and of its fast form, which shows that everything runs
+and goes the right way."""
 
 from __future__ import annotations
 
@@ -9,21 +7,19 @@ import dataclasses
 from dataclasses import dataclass
 
 from neon_core.backbone import Recipe, TrainSettings
+from neon_core.pipeline.reproduce import Plan
+from neon_core.pipeline.rows import Grid, Row
 from neon_core.schedules import Ema, LinearRamp, RampThenCosine
-from neon_edm.quickstart.digits import IMG_SIZE, NUM_CLASSES
+from neon_edm.quickstart.backbone import DigitsBackbone
+from neon_edm.quickstart.features import read_detector
+from neon_edm.quickstart.prepare import BATCH, PrepareDigits
 
-BATCH = 128
 NO_SNAPSHOTS = 1 << 60  # but the last
-
-NETWORK = {  # the arguments of EDMPrecond and, after model_type, of the denoiser
-    "img_resolution": IMG_SIZE,
-    "img_channels": 1,
-    "label_dim": NUM_CLASSES,
-    "sigma_data": 0.75,  # the digits' standard deviation, 0.751
-    "model_type": "DigitsDenoiser",
-    "label_dropout": 0.1,
-}
 SAMPLER = {"num_steps": 18}
+SAMPLE_BATCH = 500
+SAMPLES = (6, 10)  # a column is a class
+SEEDS_PER_RUN = 1_000_000  # of image seeds
+EVALUATE_FROM = 200_000  # those before it are the synthetic set's
 
 
 def base_training(num_steps: int) -> TrainSettings:
@@ -57,9 +53,36 @@ class Quickstart:
     base: TrainSettings
     recipe: Recipe
     num_evaluate: int  # images per distance
-    w_grid: tuple[float, ...] = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # -1 is theta_syn itself
+    ranking_images: int  # per setting of the search
+    curve: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)  # w of the report's curve, beside -1, 0 and the chosen one
     feature_steps: int = 600
     judged: bool = True  # by the acceptance rule; otherwise only by the directions of change
+
+    def row(self, seed: int = 0, backbone: type[DigitsBackbone] = DigitsBackbone) -> Row:
+        """The row of one run. Its images have seeds of their own: two runs share no noise."""
+        first = seed * SEEDS_PER_RUN + EVALUATE_FROM
+        return Row(
+            id=f"edm/{self.recipe.name}",
+            recipe=dataclasses.replace(self.recipe, evaluate_seeds=f"{first}-{first + self.num_evaluate - 1}"),
+            backbone=backbone,
+            w_range=(0.0, 3.0),
+            grid=Grid(ws=(0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0), num_images=self.num_evaluate),
+            evaluations=lambda settings: 2 * settings["num_steps"] - 1,
+            prepare=PrepareDigits(self.base, self.feature_steps),
+            detector=read_detector,
+            distance="feature distance",
+        )
+
+    def plan(self, seed: int) -> Plan:
+        """What `neon reproduce` is asked for."""
+        return Plan(
+            batch_size=SAMPLE_BATCH,
+            seed=seed,
+            synthetic_from=seed * SEEDS_PER_RUN,
+            ranking_images=self.ranking_images,
+            curve=self.curve,
+            samples=SAMPLES,
+        )
 
 
 DEFAULT = Quickstart(
@@ -69,11 +92,12 @@ DEFAULT = Quickstart(
         num_synthetic=2000,
         generate=SAMPLER,
         train=FINE_TUNE,
-        w=1.0,  # held-out feature distance 2.5 -> 1.7 without any selection
+        w=1.0,  # where the search begins; good without any selection
         evaluate=SAMPLER,
         fid_stats="",  # measured in the run, with its own feature network
     ),
     num_evaluate=4000,
+    ranking_images=2000,
 )
 
 FAST = dataclasses.replace(
@@ -81,7 +105,8 @@ FAST = dataclasses.replace(
     base=base_training(800),
     recipe=dataclasses.replace(DEFAULT.recipe, name="digits_fast", num_synthetic=500),
     num_evaluate=500,
-    w_grid=(-1.0, 0.0, 0.5, 1.0, 1.5, 2.0),
+    ranking_images=250,
+    curve=(0.5, 1.0, 1.5, 2.0),
     feature_steps=200,
     judged=False,
 )

@@ -1,6 +1,6 @@
 """What the run says: the table, one paragraph on why it works and what the numbers are not, and the acceptance rule.
 
-Functions of the records that `stages.run_seed` makes, one per seed.
+Functions of the records that `one_seed.run_seed` makes, one per seed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NEON_AT_MOST = 0.8  # x base
 W_STAR_RANGE = (1.0, 3.0)
 RANDOM_WITHIN = 0.10  # of base
 
-ROWS = {  # place in a record's report -> what the table calls it
+ROWS = {  # place in a record's report (the first four: and pixels) -> what the table calls it
     "base": "base (w = 0)",
     "self_trained": "self-trained (w = -1)",
     "neon_fixed": "Neon, w = 1",
@@ -22,15 +22,21 @@ ROWS = {  # place in a record's report -> what the table calls it
     "random_direction": "control: random direction, w*",
     "real_data": "control: same steps, real data",
 }
+PIXEL_ROWS = ("base", "self_trained", "neon_fixed", "neon")
 NAME_WIDTH = 34
 
 
+def measured(result: dict, place: str, quantity: str) -> float:
+    """`quantity`: heldout or train (distances in features), pixels (the same in pixels), variance (of the pixels)."""
+    return result["report" if quantity in ("heldout", "train") else "pixels"][place][quantity]
+
+
 def ratio_to_base(result: dict, place: str, quantity: str = "heldout") -> float:
-    return result["report"][place][quantity] / result["report"]["base"][quantity]
+    return measured(result, place, quantity) / measured(result, "base", quantity)
 
 
 def average(results: Sequence[dict], place: str, quantity: str) -> float:
-    return mean(result["report"][place][quantity] for result in results)
+    return mean(measured(result, place, quantity) for result in results)
 
 
 def failures(results: Sequence[dict]) -> list[str]:
@@ -72,11 +78,11 @@ def table(results: Sequence[dict]) -> str:
             _row("w*, chosen on training digits", results, lambda result: result["w_star"]),
             _row("(real training digits)", results, lambda result: result["real"]["heldout"]),
             "",
-            "The same distance in raw pixels:",
-            *_rows(results, "pixels"),
+            "The same distance in raw pixels, of fewer samples:",
+            *_rows(results, "pixels", PIXEL_ROWS),
             "",
             "Total variance of the pixels:",
-            *_rows(results, "variance", ("base", "self_trained", "neon_fixed", "neon")),
+            *_rows(results, "variance", PIXEL_ROWS),
             _row("(real training digits)", results, lambda result: result["real"]["variance"]),
         ]
     )
@@ -85,7 +91,7 @@ def table(results: Sequence[dict]) -> str:
 def _rows(results: Sequence[dict], quantity: str, places: Sequence[str] = tuple(ROWS)) -> list[str]:
     lines = []
     for place in places:
-        line = _row(ROWS[place], results, lambda result, place=place: result["report"][place][quantity])
+        line = _row(ROWS[place], results, lambda result, place=place: measured(result, place, quantity))
         change = mean(ratio_to_base(result, place, quantity) for result in results) - 1
         lines.append(line if place == "base" else f"{line}{100 * change:+10.0f} %")
     return lines

@@ -1,0 +1,90 @@
+"""What other rows fetch, made here: the network that measures, the statistics of the real digits, and theta_base."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from neon_core.backbone import TrainSettings
+from neon_core.distributed import barrier, is_main
+from neon_core.files.atomic import atomic_path
+from neon_core.files.checkpoint import write_checkpoint
+from neon_core.files.image_set import ImageSet
+from neon_core.metrics.reference import Reference, write_reference
+from neon_core.metrics.statistics import FeatureStatistics
+from neon_core.pipeline.rows import Row
+from neon_core.prepared import training_data
+from neon_core.seeds import derive_seed
+from neon_core.selftrain import self_train
+from neon_edm.quickstart.digits import load_digits_split
+from neon_edm.quickstart.features import accuracy, read_detector, train_features
+
+CPU = torch.device("cpu")  # this network is too small for a GPU to gain anything
+BATCH = 128
+
+
+@dataclass(frozen=True)
+class PrepareDigits:
+    """`neon_core.pipeline.rows.Prepare` for the digits."""
+
+    base: TrainSettings
+    feature_steps: int
+
+    @property
+    def training_images(self) -> int:
+        return self.base.images
+
+    def __call__(self, row: Row, folder: Path, seed: int) -> dict[str, Path]:
+        """`seed` deals the split and draws initial weights and training noise, each from a stream of its own."""
+        files = {
+            "detector": folder / "features.safetensors",
+            "reference": folder / "train.npz",
+            "heldout": folder / "heldout.npz",
+            "real_training": folder / "real.zip",
+        }
+        digits = load_digits_split(seed)
+        if is_main() and not all(path.exists() for path in files.values()):
+            network = train_features(
+                digits.train_images,
+                digits.train_labels,
+                seed=derive_seed("quickstart", "features", seed),
+                num_steps=self.feature_steps,
+                on_step=lambda: row.backbone.on_passes(3 * BATCH),
+            )
+            told = {"heldout_accuracy": accuracy(network, digits.heldout_images, digits.heldout_labels)}
+            write_checkpoint(files["detector"], network.state_dict(), metadata=told)
+            detector = read_detector(files["detector"], CPU)
+            for name, images in (("reference", digits.train_images), ("heldout", digits.heldout_images)):
+                statistics = FeatureStatistics(detector.num_features).update(detector(images)["features"])
+                write_reference(files[name], Reference.from_statistics(statistics))
+            write_digits(files["real_training"], digits.train_images, digits.train_labels)
+        barrier()
+        backbone = row.backbone.create(derive_seed("quickstart", "initial weights", seed))
+        snapshots = self_train(
+            backbone,
+            training_data(backbone, ImageSet(files["real_training"]), CPU),
+            self.base,
+            folder / "base",
+            seed=derive_seed("quickstart", "train base", seed),
+            device=CPU,
+        )
+        return {"base": snapshots[max(snapshots)], **files}
+
+
+def write_digits(path: Path, images: Tensor, labels: Tensor) -> None:
+    """uint8 [N, 1, 8, 8] and int64 [N] as a data set in EDM's layout: PNGs and dataset.json in a .zip."""
+    names = [f"{i:05d}_label{int(label)}.png" for i, label in enumerate(labels)]
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for name, image in zip(names, images, strict=True):
+            encoded = io.BytesIO()
+            PIL.Image.fromarray(image[0].numpy()).save(encoded, format="png")
+            archive.writestr(zipfile.ZipInfo(name), encoded.getvalue())  # without a date: equal digits, equal file
+        entries = [[name, int(label)] for name, label in zip(names, labels, strict=True)]
+        archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": entries}))
