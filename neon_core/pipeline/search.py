@@ -9,15 +9,19 @@ from snapshot to snapshot, so one snapshot's optimum says where to look in the n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 Measure = Callable[[str, float, float | None, int], float]  # snapshot, w, guidance, images -> FID
 
-# Set on the simulated surfaces of benchmarks/search.py, seeds 0-49; its table is of other seeds.
+# Set on the simulated surfaces of benchmarks/search.py, seeds 0-49; its tables are of other seeds.
 RADIUS, GROW, SHRINK = 1.25, 1.4, 0.6  # trust region, in first steps: at the start, after a good step, after a bad one
-BOWL = 0.1  # weight of the pull towards a round bowl, against 1 for a measurement
+APART = 0.2  # first steps between two settings, at least
+# What the fit expects, in units of the median rise above the lowest point:
+NOISE, MISFIT = 0.015, 0.2  # error of a point at the floor; what is added on the walls, as a part of the height there
+ROUND, DIAGONAL = 0.75, 0.7  # curvature, of the points' own mean rise; cross term (0: none, 1: a level valley)
+BENT, TILTED = 3.0, 0.3  # widths of the beliefs: second derivatives, and a snapshot's slope against another's
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,11 @@ class Point:
 class Budget:
     """How much a search may spend: settings per snapshot, images while ranking, and for the last two."""
 
-    settings: int = 12
+    settings: int = 10
+    settings_one_axis: int = 6  # instead, where there is no guidance
     settings_next: int = 4  # per further snapshot, where the first has shown the way
-    ranking_images: int = 3_500
+    settings_next_one_axis: int = 3
+    ranking_images: int = 5_000
     deciding_images: int = 10_000
 
 
@@ -87,67 +93,65 @@ def search(
     """
     budget = budget or Budget()
     names = list(snapshots)
-    reference = snapshots[names[0]]
+    axes = [w] + ([guidance] if guidance else [])
+    settings = budget.settings if guidance else budget.settings_one_axis
+    settings_next = budget.settings_next if guidance else budget.settings_next_one_axis
     points: list[Point] = []
 
-    def at(name: str, x: np.ndarray, images: int) -> Point:
+    def at(name: str, x: np.ndarray) -> Point:
         u = w.clip(float(x[0]))
         g = guidance.clip(float(x[1])) if guidance else None
-        here = round(u * reference / snapshots[name], 6)
-        point = Point(name, here, g, u, images, measure(name, here, g, images))
+        here = round(u * snapshots[names[0]] / snapshots[name], 6)
+        point = Point(name, here, g, u, budget.ranking_images, measure(name, here, g, budget.ranking_images))
         points.append(point)
         return point
 
-    axes = [w] + ([guidance] if guidance else [])
-    centre = np.array([a.start for a in axes])
-    for number, name in enumerate(names):
-        if number == 0:
-            design, total = first_design(axes), budget.settings
+    for name in names:
+        borrowed = list(points)
+        if not borrowed:
+            radius, total = RADIUS, settings
+            own = [at(name, x) for x in first_design(axes)[:total]]
+            if guidance and len(own) < total:
+                own.append(at(name, corner(own, axes)))
         else:
-            best = min((p for p in points if p.snapshot == names[number - 1]), key=lambda p: p.fid)
-            centre = _coordinates([best], axes)[0]
-            design, total = [centre], budget.settings_next
-        own = [at(name, x, budget.ranking_images) for x in design[:total]]
-        radius = RADIUS if number == 0 else RADIUS / 2
+            radius, total = RADIUS / 2, settings_next
+            own = [at(name, _coordinates([ranked(borrowed, axes)[0]], axes)[0])]
         while len(own) < total:
-            borrowed = [] if number == 0 else [p for p in points if p.snapshot != name]
-            x, predicted = next_point(own, axes, radius, borrowed)
+            x, promised = next_point(own, axes, radius, borrowed)
             if x is None:
                 break
-            best_so_far = min(p.fid for p in own)
-            point = at(name, x, budget.ranking_images)
-            own.append(point)
-            gained = best_so_far - point.fid
-            radius *= GROW if gained > 0.5 * max(predicted, 1e-9) else SHRINK
+            lowest = min(p.fid for p in own)
+            own.append(at(name, x))
+            gained = lowest - own[-1].fid
+            if gained <= 0:
+                radius *= SHRINK
+            elif gained > 0.5 * promised:
+                radius *= GROW
 
-    by_fid = sorted(points, key=lambda p: p.fid)
-    finalists: list[Point] = []
-    for p in by_fid:
-        if all((p.snapshot, p.w, p.guidance) != (q.snapshot, q.w, q.guidance) for q in finalists):
-            finalists.append(p)
-        if len(finalists) == 2:
-            break
-    decided = [
-        Point(p.snapshot, p.w, p.guidance, p.u, budget.deciding_images,
-              measure(p.snapshot, p.w, p.guidance, budget.deciding_images))
-        for p in finalists
-    ]  # fmt: skip
+    many = budget.deciding_images
+    finalists = ranked(points, axes)[:2]
+    decided = [replace(p, images=many, fid=measure(p.snapshot, p.w, p.guidance, many)) for p in finalists]
     return Found(min(decided, key=lambda p: p.fid), points + decided)
 
 
 def first_design(axes: Sequence[Axis]) -> list[np.ndarray]:
-    """The fewest points that determine a quadratic: the centre, a step to both sides of each axis, and one diagonal
-    (more w wants more guidance, so the valley runs that way)."""
-    centre = np.array([a.start for a in axes])
-    design = [centre]
+    """The start and a step to both sides of each axis; two steps to one side where the box ends at the other."""
+    start = np.array([a.start for a in axes])
+    design = [start]
     for i, axis in enumerate(axes):
         for sign in (1, -1):
-            x = centre.copy()
-            x[i] = axis.clip(x[i] + sign * axis.step)
+            x = start.copy()
+            x[i] = axis.clip(axis.start + sign * axis.step)
+            if abs(x[i] - axis.start) < APART * axis.step:
+                x[i] = axis.clip(axis.start - 2 * sign * axis.step)
             design.append(x)
-    if len(axes) == 2:
-        design.append(np.array([a.clip(a.start + a.step) for a in axes]))
     return design
+
+
+def corner(star: Sequence[Point], axes: Sequence[Axis]) -> np.ndarray:
+    """The sixth point, which a quadratic needs for its cross term: a step to the lower side of both axes at once."""
+    x = _coordinates(star, axes)
+    return np.array([x[min(pair, key=lambda k: star[k].fid), i] for i, pair in enumerate([(1, 2), (3, 4)])])
 
 
 def next_point(
@@ -156,60 +160,72 @@ def next_point(
     """Where the fitted quadratic is lowest within `radius` first steps of the best point, and the gain it promises.
 
     The fit is minimised over a fine grid of the trust region, so an indefinite Hessian leads to the region's rim, not
-    to infinity. `borrowed` points of other snapshots lend their shape: they enter with an offset of their own. None
-    where every place of the region has been measured.
+    to infinity. `borrowed` points of other snapshots lend their shape. None where every place of the region has been
+    measured.
     """
     steps = np.array([a.step for a in axes])
-    x = _coordinates([*own, *borrowed], axes) / steps
-    y = np.array([p.fid for p in [*own, *borrowed]])
-    best = int(np.argmin(y[: len(own)]))
-    coefficients = fit_quadratic(x - x[best], y, groups=[p.snapshot for p in [*own, *borrowed]])
+    x = _coordinates(own, axes) / steps
+    fitted, coefficients = _fit(own, axes, borrowed)
+    best, origin = int(np.argmin(fitted)), x[np.argmin([p.fid for p in own])]
     side = np.linspace(-radius, radius, 61)
     grid = np.stack(np.meshgrid(*[side] * len(axes), indexing="ij"), -1).reshape(-1, len(axes))
-    grid = grid[(np.linalg.norm(grid, axis=1) <= radius)]
-    inside = np.all(
-        [(a.low <= (x[best][i] + grid[:, i]) * a.step) & ((x[best][i] + grid[:, i]) * a.step <= a.high)
-         for i, a in enumerate(axes)], axis=0,
-    )  # fmt: skip
-    measured = x[: len(own)] - x[best]
-    apart = np.min(np.linalg.norm(grid[:, None] - measured[None], axis=-1), axis=1) > min(0.2, 0.5 * radius)
-    grid = grid[inside & apart]
+    grid = grid[np.linalg.norm(grid, axis=1) <= radius] + x[best]
+    inside = np.all([(a.low <= q * a.step) & (q * a.step <= a.high) for a, q in zip(axes, grid.T, strict=True)], axis=0)
+    nearest = np.min(np.linalg.norm(grid[:, None] - x[None], axis=-1), axis=1)
+    grid = grid[inside & (nearest > min(APART, 0.5 * radius))]
     if not len(grid):
         return None, 0.0
-    values = quadratic_features(grid) @ coefficients
-    chosen = int(np.argmin(values))
-    return (x[best] + grid[chosen]) * steps, float(coefficients[0] - values[chosen])
+    values = quadratic_features(grid - origin) @ coefficients
+    return grid[np.argmin(values)] * steps, float(fitted[best] - values.min())
+
+
+def ranked(points: Sequence[Point], axes: Sequence[Axis]) -> list[Point]:
+    """The settings in the order of what is believed of them: halfway between the measured FID, which has noise, and the
+    fitted one, which is wrong high on the walls. A setting that was measured twice is there once."""
+    believed = {}
+    for name in dict.fromkeys(p.snapshot for p in points):
+        own = [p for p in points if p.snapshot == name]
+        fitted, _ = _fit(own, axes, [p for p in points if p.snapshot != name])
+        for p, value in zip(own, fitted, strict=True):
+            believed[p.snapshot if p.w else "base", p.w, p.guidance] = ((p.fid + value) / 2, p)
+    return [p for _, p in sorted(believed.values(), key=lambda pair: pair[0])]
+
+
+def _fit(own: Sequence[Point], axes: Sequence[Axis], borrowed: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
+    """Fitted FIDs of the own points, and the coefficients, in first steps from the lowest of them."""
+    together = [*own, *borrowed]
+    x = _coordinates(together, axes) / np.array([a.step for a in axes])
+    x = x - x[np.argmin([p.fid for p in own])]
+    coefficients = fit_quadratic(x, np.array([p.fid for p in together]), [p.snapshot for p in together])
+    return quadratic_features(x[: len(own)]) @ coefficients, coefficients
 
 
 def fit_quadratic(x: np.ndarray, y: np.ndarray, groups: Sequence[str] | None = None) -> np.ndarray:
-    """Coefficients of 1, x_i, x_i x_j (see `quadratic_features`) for the first group's level.
+    """Coefficients of 1, x_i, x_i^2, x_i x_j (see `quadratic_features`) for the first group. x: [n, d], y: [n].
 
-    Weighted least squares: points far above the lowest count less, since the surface is quadratic only near its floor.
-    A faint pull of the second derivatives towards a round bowl decides what the data leave open. Other groups have
-    their own constant.
+    Least squares with a belief about the second derivatives: a bowl as steep as the points' own rise, whose valley runs
+    along the diagonal. It decides what the points leave open. The higher above the lowest, the less a point counts,
+    since the surface is quadratic only near its floor. Other groups have a constant of their own and nearly the slope.
     """
     groups = list(groups or [""] * len(y))
-    others = [g for g in dict.fromkeys(groups) if g != groups[0]]
-    design = quadratic_features(x)
-    dummies = np.array([[float(g == other) for other in others] for g in groups]).reshape(len(y), len(others))
-    floors = {g: min(v for v, h in zip(y, groups, strict=True) if h == g) for g in set(groups)}
-    above = np.array([v - floors[g] for v, g in zip(y, groups, strict=True)])
-    scale = max(np.median(above), 1e-6)
-    weights = 1.0 / (1.0 + (above / (2 * scale)) ** 2)
-    dims = x.shape[1]
-    columns = np.concatenate([design, dummies], 1)
-    # the bowl: as steep as the mean rise per squared distance of the points themselves
-    bowl = max(float(np.median(above / np.maximum((x**2).sum(1), 0.25))), 1e-6)
-    pull, target = np.zeros((0, columns.shape[1])), []
-    for name, column in _second_order(dims):
-        row = np.zeros(columns.shape[1])
-        row[column] = BOWL
-        pull = np.concatenate([pull, row[None]])
-        target.append(BOWL * (bowl if name == "square" else 0.0))
-    a = np.concatenate([columns * weights[:, None] ** 0.5, pull])
-    b = np.concatenate([y * weights**0.5, target])
-    solution, *_ = np.linalg.lstsq(a, b, rcond=None)
-    return solution[: design.shape[1]]
+    (n, d), others = x.shape, [g for g in dict.fromkeys(groups) if g != groups[0]]
+    lowest = {g: min(v for v, h in zip(y, groups, strict=True) if h == g) for g in groups}
+    above = y - np.array([lowest[g] for g in groups])
+    scale = max(float(np.median(above)), 1e-6)
+    rise = float(np.median(above / np.maximum((x**2).sum(1), 0.25))) / scale
+
+    features = quadratic_features(x)
+    member = np.array([[float(g == other) for other in others] for g in groups]).reshape(n, -1)
+    columns = np.concatenate([features, member, *(member * x[:, i : i + 1] for i in range(d))], 1)
+    believed, width = np.zeros(columns.shape[1]), np.full(columns.shape[1], np.inf)
+    second = slice(1 + d, features.shape[1])
+    believed[second] = ROUND * rise * np.array([1.0] * d + [-2 * DIAGONAL] * (d * (d - 1) // 2))
+    width[second] = BENT
+    width[features.shape[1] + len(others) :] = TILTED
+    error = np.hypot(NOISE, MISFIT * above / scale)
+    a = np.concatenate([columns / error[:, None], np.diag(1 / width)])
+    b = np.concatenate([y / scale / error, believed / width])
+    return np.linalg.lstsq(a, b, rcond=None)[0][: features.shape[1]] * scale
 
 
 def quadratic_features(x: np.ndarray) -> np.ndarray:
@@ -218,11 +234,6 @@ def quadratic_features(x: np.ndarray) -> np.ndarray:
     columns = [np.ones(n), *x.T, *(x**2).T]
     columns += [x[:, i] * x[:, j] for i in range(dims) for j in range(i + 1, dims)]
     return np.stack(columns, 1)
-
-
-def _second_order(dims: int) -> list[tuple[str, int]]:
-    squares = [("square", 1 + dims + i) for i in range(dims)]
-    return squares + [("cross", 1 + 2 * dims + k) for k in range(dims * (dims - 1) // 2)]
 
 
 def _coordinates(points: Sequence[Point], axes: Sequence[Axis]) -> np.ndarray:
