@@ -22,7 +22,7 @@ from neon_edm.layers import UNetBlock
 from neon_edm.loss import LOSSES, EDMLoss, GeneratorRandom, Loss, Random
 from neon_edm.precond import Precond, build_network, named_arguments
 from neon_edm.recipes import EDMRecipe
-from neon_edm.sampler import edm_sampler, to_uint8
+from neon_edm.sampler import Denoiser, edm_sampler, to_uint8
 
 LABEL_CHUNK = 256  # images whose label draws are made together; only a matter of memory
 
@@ -121,9 +121,13 @@ class EDMBackbone(Backbone):
         was_training = self.net.training
         self.net.eval()
         try:
-            return to_uint8(edm_sampler(self.net, latents, self.one_hot(labels), noise, **settings)).contiguous()
+            return to_uint8(edm_sampler(self.denoiser(), latents, self.one_hot(labels), noise, **settings)).contiguous()
         finally:
             self.net.train(was_training)
+
+    def denoiser(self) -> Denoiser:
+        """What the sampler calls."""
+        return self.net
 
     def one_hot(self, labels: Tensor | None) -> Tensor | None:
         """int64 [B] -> float32 [B, K] on the device; None for an unconditional network."""

@@ -2,7 +2,7 @@
 
 from neon_core.pipeline.rows import Grid, Row
 from neon_edm.backbone import EDMBackbone
-from neon_edm.quickstart.recipes import DEFAULT as DIGITS
+from neon_edm.quickstart.recipes import DEFAULT, GUIDED
 from neon_edm.recipes import RECIPES
 
 GRID = Grid(ws=tuple(0.25 * i for i in range(9)))  # the default of sweep.py
@@ -25,5 +25,6 @@ ROWS = (
     _row("cifar10_cond", 1.78, 1.38),
     _row("cifar10_uncond", 1.97, 1.38),
     _row("ffhq64", 2.39, 1.12),
-    DIGITS.row(),
+    DEFAULT.row(),
+    GUIDED.row(),
 )

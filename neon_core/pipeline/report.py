@@ -149,33 +149,57 @@ def _final_table(results: Mapping[str, Any]) -> str:
 
 
 def _plots(results: Mapping[str, Any]) -> str:
-    best, count = results["best"], _equal_count(results)
-    measured = _equal(results)
-    ours = (best["snapshot"], BASE)
-    curve = {p["w"]: p["fid"] for p in measured if p["snapshot"] in ours and p["guidance"] == best["guidance"]}
-    base = _fid(measured, BASE, 0.0, results["base_best"]["guidance"])
-    searched = [(p["w"], p["fid"]) for p in results["points"]["search"] if p["snapshot"] in ours]
-    figures = []
-    if len(curve) > 1:
-        tuned = "base, re-tuned" if results["guidance"] else "base"
-        drawn = charts.curve_over_w(list(curve.items()), searched, best["w"], (tuned, base), results["distance"])
-        where = " at Neon's guidance" if results["guidance"] else ""
-        told = f"{results['distance']} of {count:,} {_whose(results)} over w{where}; small grey dots: the search."
-        figures.append(f"<figure>{drawn}<figcaption>{told}</figcaption></figure>")
-    fewest = min((p["num_images"] for p in results["points"]["search"]), default=0)
-    ranked = [p for p in results["points"]["search"] if p["snapshot"] in ours and p["num_images"] == fewest]
-    if best["guidance"] is not None:
-        drawn = charts.surface(ranked, (best["w"], best["guidance"]), results["guidance"], results["distance"])
-        if drawn:
-            fids = [p["fid"] for p in ranked]
-            told = (
-                f"{results['distance']} of {fewest:,} images at the points of the search, over the quadratic that fits "
-                "them; ring: chosen. Where the bright valley rises to the right, more w wants more guidance."
-            )
-            bar = charts.colour_bar(min(fids), max(fids))
-            figures.append(f"<figure>{drawn}{bar}<figcaption>{told}</figcaption></figure>")
+    figures = [*_curves(results), *_surface(results)]
     title = "w and guidance" if results["guidance"] else "The curve over w"
     return f'<section><h2>{title}</h2><div class="figures">{"".join(figures)}</div></section>' if figures else ""
+
+
+def _curves(results: Mapping[str, Any]) -> list[str]:
+    """The distance over w and, where there is a second reference, that to it."""
+    best, measured = results["best"], _equal(results)
+    line = [p for p in measured if p["snapshot"] in (best["snapshot"], BASE) and p["guidance"] == best["guidance"]]
+    if len(line) < 2:
+        return []
+    searched = [(p["w"], p["fid"]) for p in _searched(results)]
+    what = f"{results['distance']} of {_equal_count(results):,} {_whose(results)}"
+    where = " at Neon's guidance" if results["guidance"] else ""
+    figures = []
+    for name, dots, told in (
+        ("fid", searched, f"Over w{where}: {what}. Small grey dots: the search."),
+        ("fid_heldout", [], f"The same images against held-out ones, on which nothing was chosen{where}."),
+    ):
+        if name not in line[0]:
+            continue
+        curve = [(p["w"], p[name]) for p in line]
+        tuned = "base, re-tuned" if results["guidance"] else "base"
+        base = _fid(measured, BASE, 0.0, results["base_best"]["guidance"], name)
+        label = results["distance"] + (", held out" if name == "fid_heldout" else "")
+        drawn = charts.curve_over_w(curve, dots, best["w"], (tuned, base), label)
+        figures.append(f"<figure>{drawn}<figcaption>{told}</figcaption></figure>")
+    return figures
+
+
+def _surface(results: Mapping[str, Any]) -> list[str]:
+    """The search's points over (w, guidance), where guidance was searched."""
+    best = results["best"]
+    if best["guidance"] is None:
+        return []
+    fewest = min(p["num_images"] for p in results["points"]["search"])
+    ranked = [p for p in _searched(results) if p["num_images"] == fewest]
+    drawn = charts.surface(ranked, (best["w"], best["guidance"]), results["guidance"], results["distance"])
+    if not drawn:
+        return []
+    told = (
+        f"{results['distance']} of {fewest:,} images at the points of the search, over the quadratic that fits them; "
+        "ring: chosen. Where the bright valley rises to the right, more w wants more guidance."
+    )
+    bar = charts.colour_bar(min(p["fid"] for p in ranked), max(p["fid"] for p in ranked))
+    return [f"<figure>{drawn}{bar}<figcaption>{told}</figcaption></figure>"]
+
+
+def _searched(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The search's points of the chosen snapshot, and of the base."""
+    return [p for p in results["points"]["search"] if p["snapshot"] in (results["best"]["snapshot"], BASE)]
 
 
 def _controls(results: Mapping[str, Any]) -> str:
@@ -234,6 +258,8 @@ def _ledger(costs: Sequence[Mapping[str, Any]]) -> str:
     rows.append(["all", f"{total['seconds']:,.0f}", "100 %", f"{total['images']:,}", _thousands(total), "", ""])
     head = ["stage", "seconds", "share", "images sampled", "network evaluations", "processes", "starts"]
     told = "Network evaluations: passes per sampled image, guidance counted; training is told in images."
+    if any(cost["stage"] == "fetch" and "training_images" in cost for cost in costs):
+        told += " Nothing is published for this row, so the base was trained where others are fetched."
     return f"<section><h2>Cost</h2>{_table(head, rows)}<p class=small>{told}</p></section>"
 
 

@@ -20,8 +20,8 @@ th, td { text-align: right; padding: 6px 12px; border-bottom: 1px solid var(--li
 th { font-weight: 600; font-size: 14px; color: var(--soft); } th:first-child, td:first-child { text-align: left; }
 table.hashes td { text-align: left; font-size: 13px; } table.hashes th { text-align: left; }
 table.hashes td:last-child { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 12px; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 24px; }
-figure { margin: 0; } svg { width: 100%; height: auto; display: block; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 24px; }
+figure { margin: 0; max-width: 640px; } svg { width: 100%; height: auto; display: block; }
 svg text { font-size: 12px; fill: var(--soft); } svg text.label { font-size: 13px; fill: var(--ink); }
 svg .grid { stroke: #eceff2; } svg .tick { stroke: var(--soft); } svg .box { fill: none; stroke: #aab3bc; }
 svg .curve { fill: none; stroke: var(--accent); stroke-width: 2; } svg .measured { fill: var(--accent); }
@@ -31,7 +31,7 @@ svg .fit { opacity: 0.55; } svg .point { stroke: #fff; stroke-width: 1.5; }
 svg .ring { fill: none; stroke: var(--warm); stroke-width: 3; }
 .bar { font-size: 12px; color: var(--soft); margin: 2px 18px 6px 62px; }
 .bar i { display: block; height: 10px; border-radius: 3px; } .bar div { display: flex; justify-content: space-between; }
-.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 24px; }
+.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 24px; }
 .grid-of-images { display: grid; gap: 3px; }
 .grid-of-images img { width: 100%; display: block; image-rendering: pixelated; }
 pre { font-size: 12px; overflow-x: auto; background: #f4f6f8; padding: 12px; border-radius: 6px; }

@@ -11,7 +11,7 @@ import torch
 from neon_core.files.checkpoint import write_checkpoint
 from neon_core.files.image_set import ImageSet
 from neon_edm.quickstart import digits, pictures, report
-from neon_edm.quickstart.backbone import DigitsBackbone
+from neon_edm.quickstart.backbone import DigitsBackbone, Guided, passes_per_image
 from neon_edm.quickstart.denoiser import DigitsDenoiser
 from neon_edm.quickstart.features import NUM_FEATURES, DigitsDetector, accuracy, read_detector, train_features
 from neon_edm.quickstart.prepare import write_digits
@@ -105,6 +105,19 @@ def test_samples_are_grey_level_images_that_depend_on_their_own_seed_only():
     # Another batch size sums in another order; a pixel on the edge between two levels may fall to either side.
     difference = (digits.grey_levels(alone[0]) - digits.grey_levels(images[7])).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.05
+
+
+def test_guidance_moves_away_from_the_case_without_a_label():
+    backbone = lively_backbone()
+    x, sigma, labels = torch.randn(3, 1, 8, 8), torch.tensor(0.7), torch.eye(10)[:3]
+    labelled, free = backbone.net(x, sigma, labels), backbone.net(x, sigma, torch.zeros(3, 10))
+    guided = Guided(backbone.net, 1.7)(x, sigma, labels)
+    assert torch.allclose(guided, free + 1.7 * (labelled - free), atol=1e-5)
+    seeds, plain = [1, 2, 3], {"num_steps": 4}
+    one = backbone.sample(seeds, torch.arange(3), **plain)
+    assert torch.equal(one, backbone.sample(seeds, torch.arange(3), guidance=1.0, **plain))
+    assert not torch.equal(one, backbone.sample(seeds, torch.arange(3), guidance=3.0, **plain))
+    assert passes_per_image(plain) == 7 and passes_per_image({"guidance": 1.5, **plain}) == 14
 
 
 def test_a_checkpoint_brings_back_network_and_loss(tmp_path):

@@ -10,13 +10,15 @@ from neon_core.backbone import Recipe, TrainSettings
 from neon_core.pipeline.reproduce import Plan
 from neon_core.pipeline.rows import Grid, Row
 from neon_core.schedules import Ema, LinearRamp, RampThenCosine
-from neon_edm.quickstart.backbone import DigitsBackbone
+from neon_edm.quickstart.backbone import DigitsBackbone, passes_per_image
 from neon_edm.quickstart.features import read_detector
 from neon_edm.quickstart.prepare import BATCH, PrepareDigits
 
 NO_SNAPSHOTS = 1 << 60  # but the last
 SAMPLER = {"num_steps": 18}
 SAMPLE_BATCH = 500
+GRID_WS = tuple(0.25 * i for i in range(13))
+GRID_GUIDANCES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
 SAMPLES = (6, 10)  # a column is a class
 SEEDS_PER_RUN = 1_000_000  # of image seeds
 EVALUATE_FROM = 200_000  # those before it are the synthetic set's
@@ -56,6 +58,7 @@ class Quickstart:
     ranking_images: int  # per setting of the search
     curve: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)  # w of the report's curve, beside -1, 0 and the chosen one
     feature_steps: int = 600
+    guidance_range: tuple[float, float] | None = None  # searched together with w
     judged: bool = True  # by the acceptance rule; otherwise only by the directions of change
 
     def row(self, seed: int = 0, backbone: type[DigitsBackbone] = DigitsBackbone) -> Row:
@@ -66,8 +69,10 @@ class Quickstart:
             recipe=dataclasses.replace(self.recipe, evaluate_seeds=f"{first}-{first + self.num_evaluate - 1}"),
             backbone=backbone,
             w_range=(0.0, 3.0),
-            grid=Grid(ws=(0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0), num_images=self.num_evaluate),
-            evaluations=lambda settings: 2 * settings["num_steps"] - 1,
+            grid=Grid(GRID_WS, GRID_GUIDANCES if self.guidance_range else (None,), num_images=self.num_evaluate),
+            guidance="guidance" if self.guidance_range else None,
+            guidance_range=self.guidance_range,
+            evaluations=passes_per_image,
             prepare=PrepareDigits(self.base, self.feature_steps),
             detector=read_detector,
             distance="feature distance",
@@ -98,6 +103,17 @@ DEFAULT = Quickstart(
     ),
     num_evaluate=4000,
     ranking_images=2000,
+)
+
+GUIDED = dataclasses.replace(
+    DEFAULT,
+    recipe=dataclasses.replace(
+        DEFAULT.recipe,
+        name="digits_guided",
+        train=dataclasses.replace(FINE_TUNE, images=100 * BATCH, snapshot_images=50 * BATCH),
+        evaluate={**SAMPLER, "guidance": 1.5},
+    ),
+    guidance_range=(1.0, 2.5),
 )
 
 FAST = dataclasses.replace(
