@@ -65,6 +65,7 @@ class Backbone(Protocol):
     num_classes: int  # 0: unconditional
     prepared_key: str = ""  # not "": what `prepare` gives is kept on disk beside the set under this name, which must
     # change with the tokenizer and its weights
+    unused_parameters: bool = False  # True: a loss may leave parameters of `net` out, which ranks must then search for
 
     @classmethod
     def load(cls, checkpoint: str | Path, recipe: Recipe, device: torch.device) -> Backbone:

@@ -31,12 +31,12 @@ def shard(net: nn.Module, blocks: Sequence[nn.Module]) -> None:
     fully_shard(net)
 
 
-def replicate(loss: nn.Module) -> nn.Module:
+def replicate(loss: nn.Module, unused_parameters: bool) -> nn.Module:
     """`loss` with gradients averaged over ranks; itself where there is one process."""
     if not dist.is_initialized():
         return loss
     return DistributedDataParallel(
-        loss, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+        loss, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused_parameters
     )
 
 

@@ -76,7 +76,7 @@ class FineTune:
             enabled=settings.precision == "fp16",
         )
         loss = _Loss(backbone)
-        self._loss = parallel.replicate(loss) if mode == "ddp" else loss
+        self._loss = parallel.replicate(loss, backbone.unused_parameters) if mode == "ddp" else loss
 
     @property
     def lr(self) -> float:

@@ -82,6 +82,11 @@ class IMMBackbone(Backbone):
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
+    @property
+    def unused_parameters(self) -> bool:
+        """The fine-tune augments nothing, so a layer for augmentation labels is left out."""
+        return getattr(self.net.model, "map_augment", None) is not None
+
     def network_config(self) -> dict[str, Any]:
         return self.config
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from core.pico import RECIPE, PicoBackbone
 
 from neon_core.backbone import TrainSettings
@@ -53,6 +54,28 @@ def test_without_dropout_cutting_the_batch_changes_no_gradient():
         ends.append(run.backbone.net.out.weight.detach().clone())
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(ends[2], ends[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_parameters_that_a_step_leaves_out_must_be_declared(group, declared):
+    backbone = PicoBackbone.fresh()
+    backbone.net.spare = torch.nn.Parameter(torch.zeros(3))
+    backbone.unused_parameters = declared
+    run = FineTune(backbone, settings(), CPU)
+    run.step([batch()])
+    if declared:
+        run.step([batch()])
+    else:
+        with pytest.raises(RuntimeError, match="find_unused_parameters"):
+            run.step([batch()])
 
 
 def test_dropout_follows_the_micro_batch_and_leaves_the_default_generator_alone():

@@ -84,6 +84,21 @@ def test_augmented_networks_see_the_labels_of_the_augmentation():
     assert seen[0].shape == (2, 9) and bool(seen[0].any())
 
 
+@pytest.mark.parametrize("augment, changes, leaves_out", [
+    (None, {}, True),
+    (None, {"model_type": "DhariwalUNet"}, True),
+    (None, {"augment_dim": 0}, False),
+    (augmentation(0.2), {}, False),
+    (augmentation(0.2), {"model_type": "DhariwalUNet"}, False),
+])  # fmt: skip
+def test_ranks_search_for_parameters_only_where_a_step_leaves_some_out(augment, changes, leaves_out):
+    backbone = pico_backbone(augment=augment, **changes)
+    backbone.net.train().requires_grad_(True)
+    backbone.self_training_loss(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), torch.Generator()).backward()
+    left_out = [name for name, parameter in backbone.net.named_parameters() if parameter.grad is None]
+    assert bool(left_out) == backbone.unused_parameters == leaves_out, left_out
+
+
 @pytest.mark.parametrize("class_name", ["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"])
 def test_what_is_written_is_what_is_loaded(tmp_path, class_name):
     net = pico_net(3, class_name)

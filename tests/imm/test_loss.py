@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from imm.tiny import LATENT, PIXEL, latent_backbone, randomised
+from imm.tiny import LATENT, PIXEL, latent_backbone, pixel_backbone, randomised
 
 from neon_core.errors import UserError
 from neon_imm.loss import IMMLoss
@@ -92,6 +92,22 @@ def test_autocast_around_the_loss_reaches_the_student_only(tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         backbone.self_training_loss(torch.randn(8, 4, 8, 8), torch.arange(8), torch.Generator())
     assert seen == [torch.bfloat16, torch.float32] and backbone.net.mixed_precision is None
+
+
+@pytest.mark.parametrize("make, changes, leaves_out", [
+    (latent_backbone, {}, False),
+    (latent_backbone, {"s_embed": False}, False),
+    (pixel_backbone, {}, False),
+    (pixel_backbone, {"augment_dim": 9}, True),
+])  # fmt: skip
+def test_ranks_search_for_parameters_only_where_a_step_leaves_some_out(tmp_path, make, changes, leaves_out):
+    backbone = make(tmp_path, **changes)
+    backbone.net.train().requires_grad_(True)
+    x = torch.randn(8, backbone.net.img_channels, 8, 8)
+    labels = torch.arange(8) if backbone.num_classes else None
+    backbone.self_training_loss(x, labels, torch.Generator()).backward()
+    left_out = [name for name, parameter in backbone.net.named_parameters() if parameter.grad is None]
+    assert bool(left_out) == backbone.unused_parameters == leaves_out, left_out
 
 
 def test_a_batch_that_the_group_size_does_not_divide_is_refused():

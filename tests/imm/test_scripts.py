@@ -115,7 +115,7 @@ def test_from_images_over_moments_to_a_merged_network(files, tmp_path, capsys):
     ]  # fmt: skip
     zipped = launch("imm/finetune.py", "--data", tmp_path / "S.zip", "--outdir", tmp_path / "zip", *train, ranks=2,
                     timeout=600)  # fmt: skip
-    assert zipped.returncode == 0, zipped.stderr
+    assert zipped.returncode == 0 and "unused" not in zipped.stderr, zipped.stderr  # a warning of needless search
     runs("finetune", "--data", tmp_path / "S", "--outdir", tmp_path / "png", *train)
     snapshots = [read_checkpoint(tmp_path / run / "snapshot-000000032.safetensors").state for run in ("zip", "png")]
     start = read_checkpoint(base).state
