@@ -160,7 +160,9 @@ class MetricAccumulator:
         if self.inception_score is not None:
             total.inception_score = self.inception_score.all_reduced()
         if self.features is not None:
-            total.features = all_reduce_(self.features.clone())  # every row is 0 on all ranks but one
+            rows = total.seen.nonzero().squeeze(1)  # of a growing run, far fewer than all
+            total.features = torch.zeros_like(self.features)
+            total.features[rows] = all_reduce_(self.features[rows])  # every row is 0 on all ranks but one
         return total
 
     def grow(self, num_images: int) -> None:

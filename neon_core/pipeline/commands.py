@@ -68,8 +68,8 @@ def status_command(out_dir: Path) -> None:
 @click.option("--synthetic_from", type=click.IntRange(0), default=0, show_default=True, help="The first seed of S.")
 @click.option("--images", type=click.IntRange(1), help="Length of the fine-tune, images.")
 @click.option("--seeds", callback=cli.parse_seed_list, help="Of the evaluation, like 0-49999.")
-@click.option("--search", type=click.Choice(["quick", "grid"]), default="quick", show_default=True,
-              help="Ours, or the official early-stopped grid.")  # fmt: skip
+@click.option("--search", type=click.Choice(["quick", "official"]), default="quick", show_default=True,
+              help="Ours, or the official early-stopped grid, for comparison.")  # fmt: skip
 @click.option("--snapshots", type=click.IntRange(1), default=4, show_default=True, help="That the quick search visits.")
 @click.option("--ranking_images", type=COUNT, help="Per setting of the quick search.  [default: the search's]")
 @click.option("--deciding_images", type=COUNT,

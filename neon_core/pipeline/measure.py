@@ -44,7 +44,7 @@ def find(row: Row, plan: Any, counts: Any, sweep: GrowingSweep, seeds: Sequence[
 
     names = list(sweep.snapshots)
     guidance_start = row.recipe.evaluate.get(row.guidance) if row.guidance else None
-    if plan.search == "grid":
+    if plan.search == "official":
         grid, count = row.grid, min(row.grid.num_images, len(seeds))
         best = early_stopped_grid(
             names, grid.ws, grid.guidances, lambda s, w, g: measured(s, w, g, count), grid.tolerance

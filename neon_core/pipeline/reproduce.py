@@ -51,7 +51,7 @@ class Plan:
     batch_size: int = 64
     synthetic_from: int = 0  # the first seed of S
     seed: int = 0  # of the fine-tune and of the random control
-    search: str = "quick"  # quick | grid
+    search: str = "quick"  # quick | official
     snapshots: int = 4  # of the fine-tune, evenly spaced, that the quick search looks at
     ranking_images: int | None = None  # None: the search's own numbers, as far as the evaluation has images
     deciding_images: int | None = None
@@ -208,7 +208,7 @@ class Reproduction:
             "row": [self.row.w_range, self.row.guidance, self.row.guidance_range, self.recipe.w],
             **self.measured_with,
         }
-        if self.plan.search == "grid":
+        if self.plan.search == "official":
             what["grid"] = self.row.grid
 
         def work() -> dict:

@@ -16,6 +16,7 @@ import numpy as np
 Measure = Callable[[str, float, float | None, int], float]  # snapshot, w, guidance, images -> FID
 
 # Set on the simulated surfaces of benchmarks/search.py, seeds 0-49; its tables are of other seeds.
+NEXT=.625
 RADIUS, GROW, SHRINK = 1.25, 1.4, 0.6  # trust region, in first steps: at the start, after a good step, after a bad one
 APART = 0.2  # first steps between two settings, at least
 # What the fit expects, in units of the median rise above the lowest point:
@@ -97,6 +98,7 @@ def search(
     settings = budget.settings if guidance else budget.settings_one_axis
     settings_next = budget.settings_next if guidance else budget.settings_next_one_axis
     points: list[Point] = []
+    radius: dict[str, float] = {}
 
     def at(name: str, x: np.ndarray) -> Point:
         u = w.clip(float(x[0]))
@@ -106,27 +108,34 @@ def search(
         points.append(point)
         return point
 
-    for name in names:
-        borrowed = list(points)
-        if not borrowed:
-            radius, total = RADIUS, settings
-            own = [at(name, x) for x in first_design(axes)[:total]]
-            if guidance and len(own) < total:
-                own.append(at(name, corner(own, axes)))
-        else:
-            radius, total = RADIUS / 2, settings_next
-            own = [at(name, _coordinates([ranked(borrowed, axes)[0]], axes)[0])]
+    def refine(name: str, total: int) -> None:
+        """Trust-region steps, until the snapshot has `total` settings."""
+        own = [p for p in points if p.snapshot == name]
+        others = [p for p in points if p.snapshot != name]
         while len(own) < total:
-            x, promised = next_point(own, axes, radius, borrowed)
+            x, promised = next_point(own, axes, radius[name], others)
             if x is None:
                 break
             lowest = min(p.fid for p in own)
             own.append(at(name, x))
             gained = lowest - own[-1].fid
             if gained <= 0:
-                radius *= SHRINK
+                radius[name] *= SHRINK
             elif gained > 0.5 * promised:
-                radius *= GROW
+                radius[name] *= GROW
+
+    for name in names:
+        if not points:
+            radius[name] = RADIUS
+            star = [at(name, x) for x in first_design(axes)[:settings]]
+            if guidance and len(star) < settings:
+                at(name, corner(star, axes))
+            refine(name, settings)
+        else:
+            radius[name] = NEXT
+            at(name, _coordinates(ranked(points, axes)[:1], axes)[0])
+            refine(name, settings_next)
+    refine(ranked(points, axes)[0].snapshot, settings)
 
     many = budget.deciding_images
     finalists = ranked(points, axes)[:2]
