@@ -65,8 +65,8 @@ class Evaluator:
         self._real_images = ImageSet(real_images, use_labels=False) if real_images is not None else None
         self._real_features: Tensor | None = None
 
-    def new_accumulator(self, num_images: int) -> MetricAccumulator:
-        return MetricAccumulator(self.detector, num_images, self.metrics)
+    def new_accumulator(self, num_images: int, file_order: np.ndarray | None = None) -> MetricAccumulator:
+        return MetricAccumulator(self.detector, num_images, self.metrics, file_order=file_order)
 
     def compute(self, total: MetricAccumulator, batch_size: int) -> dict[str, float]:
         """Every wanted metric of a complete accumulator. Every rank calls it."""
@@ -96,11 +96,13 @@ class Evaluator:
         *,
         settings: dict,
         batch_size: int,
+        file_order: np.ndarray | None = None,
         **options,
     ) -> dict:
-        """Every wanted metric of the images of `seeds`, with what made them; `options` go to `evaluate`."""
+        """Every wanted metric of the images of `seeds`, with what made them. `file_order`: see `MetricAccumulator`;
+        `options` go to `evaluate`."""
         began = time.monotonic()
-        make = lambda: self.new_accumulator(len(seeds))  # noqa: E731
+        make = lambda: self.new_accumulator(len(seeds), file_order)  # noqa: E731
         total = evaluate(backbone, seeds, make, settings=settings, batch_size=batch_size, **options)
         return {
             **self.compute(total, batch_size),

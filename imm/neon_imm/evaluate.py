@@ -15,6 +15,7 @@ from neon_core.evaluate import Evaluator
 from neon_core.files.checkpoint import read_checkpoint
 from neon_core.merge import NeonWeights
 from neon_imm.backbone import IMMBackbone
+from neon_imm.labels import file_order
 from neon_imm.recipes import IMMRecipe
 
 
@@ -57,7 +58,9 @@ def evaluate(
         share = len(seeds) // backbone.num_classes
         print0(f"{share} images per class, {share + 1} for the first {rest} classes", file=sys.stderr)
     identity = {"w": w, **{f"{name}_sha256": file_hash(path) for name, path in files.items()}}
-    result = evaluator(backbone, seeds, settings=settings, identity=identity, **options)
+    labels = backbone.assign_labels(seeds, **settings)
+    order = None if labels is None else file_order(labels)  # of the Inception Score's parts
+    result = evaluator(backbone, seeds, settings=settings, identity=identity, file_order=order, **options)
     return {**result, **identity, **{name: str(path) for name, path in files.items()}, "img_size": backbone.img_size}
 
 

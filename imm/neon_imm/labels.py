@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +34,17 @@ def label_plan(num_images: int, num_classes: int) -> tuple[Tensor, Tensor]:
 def image_name(label: int | None, number: int) -> str:
     """The released naming: label7_000012.png, or sample_000012.png without classes."""
     return f"sample_{number:06d}.png" if label is None else f"label{label}_{number:06d}.png"
+
+
+def file_order(labels: Tensor) -> np.ndarray:
+    """int64 [num_images]: the images of a run with `labels`, in the order in which the official script reads their
+    files, which is that of the names as text: label100_ before label10_ before label1_."""
+    count = Counter()
+    names = []
+    for label in labels.tolist():
+        names.append(image_name(label, count[label]))
+        count[label] += 1
+    return np.array(sorted(range(len(names)), key=names.__getitem__), dtype=np.int64)
 
 
 def labels_from_names(names: Iterable[str]) -> dict[str, list]:

@@ -7,15 +7,20 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from core.pico import PixelMoments
 from imm.tiny import LATENT, VAE, latent_backbone, pixel_backbone, randomised, write_net, write_vae
 
 from neon_core.errors import UserError
+from neon_core.evaluate import Evaluator
 from neon_core.files.checkpoint import write_checkpoint
 from neon_core.files.image_set import ImageSet
 from neon_core.kl_vae import AutoencoderKL, to_diffusers_names
+from neon_core.metrics.reference import Reference
+from neon_core.metrics.scores import inception_score
 from neon_core.synthetic import write_images
 from neon_imm.backbone import IMMBackbone
-from neon_imm.labels import create_labels, label_plan
+from neon_imm.evaluate import evaluate
+from neon_imm.labels import create_labels, file_order, label_plan
 from neon_imm.latent_set import encode_images
 from neon_imm.latents import RgbCodec, VaeCodec
 from neon_imm.options import chosen_seeds, official_arguments, row, sampling_settings
@@ -103,6 +108,29 @@ def test_classes_come_in_order_and_the_lowest_take_the_remainder(num_images, cou
     assert labels.tolist() == sorted(labels.tolist())
     for k in range(4):
         assert ids[labels == k].tolist() == list(range(counts[k]))
+
+
+def test_files_are_read_in_the_order_of_their_names_as_text():
+    labels = label_plan(2 * 201, 201)[0]
+    read = labels[file_order(labels)].tolist()[::2]
+    assert read[:17] == [0, *range(100, 110), 10, *range(110, 115)] and read[-1] == 9
+    assert read.index(19) + 1 == read.index(1) == read.index(200) - 1
+    assert file_order(labels)[:4].tolist() == [0, 1, 200, 201]  # within a class by number
+    assert file_order(torch.tensor([10, 1, 0, 1])).tolist() == [2, 0, 1, 3]
+
+
+def test_inception_score_has_the_parts_of_the_official_script(tmp_path):
+    backbone = latent_backbone(tmp_path, label_dim=12, num_classes=12)
+    detector = PixelMoments()
+    reference = Reference(np.zeros(12), np.eye(12), "none")
+    evaluator = Evaluator(reference, metrics=["is"], detector=detector, device=CPU)
+    settings, seeds = {"num_steps": 1}, range(24)
+    found = evaluate(backbone, evaluator, seeds, settings, files={}, w=None, batch_size=5, progress=False)
+    labels = backbone.assign_labels(seeds, **settings)
+    logits = detector(backbone.sample(seeds, labels, **settings))["logits"]
+    expected, by_index = inception_score(logits[file_order(labels)]), inception_score(logits)
+    assert (found["is_mean"], found["is_std"]) == pytest.approx(expected, rel=1e-6)
+    assert found["is_std"] != pytest.approx(by_index[1], rel=1e-3)
 
 
 def test_balanced_labels_stay_when_the_list_grows(latent):
