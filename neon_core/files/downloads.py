@@ -274,8 +274,8 @@ def main(
 ) -> None:
     """Fetch published files; without words, the ten official checkpoints and references.
 
-    ROW: xarl, xarb, vard16, vard36, edm-cifar10-cond, edm-cifar10-uncond, edm-ffhq, imm - all that the row's commands
-    need - or inception; or the name of a file. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
+    ROW: xarl, xarb, xarh, vard16, vard36, edm-cifar10-cond, edm-cifar10-uncond, edm-ffhq, imm - all that the row's
+    commands need - or inception; or the name of a file. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
     """
     manifest = read_manifest(manifest_path) if manifest_path else MANIFEST
     entries = manifest.select(tuple(words)) if words or not (list_ or verify) else list(manifest.entries)

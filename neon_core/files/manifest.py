@@ -141,6 +141,7 @@ _SD_VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 ROWS = {
     "xarl": ("Neon_xARL_imagenet256.pth", "xAR-L.pth", "kl16.ckpt", "adm_in256_stats.npz"),
     "xarb": ("Neon_xARB_imagenet256.pth", "xAR-B.pth", "kl16.ckpt", "adm_in256_stats.npz"),
+    "xarh": ("xAR-H.pth", "kl16.ckpt", "adm_in256_stats.npz"),  # no Neon weights are published for this size
     "vard16": ("Neon_VARd16_imagenet256.pth", "var_d16.pth", "vae_ch160v4096z32.pth", "adm_in256_stats.npz"),
     "vard36": ("Neon_VARd36_imagenet512.pth", "var_d36.pth", "vae_ch160v4096z32.pth", "adm_in512_stats.npz"),
     "edm-cifar10-cond": ("Neon_EDM_conditional_CIFAR10.pkl", "edm-cifar10-32x32-cond-vp.pkl", "cifar10-32x32.npz"),

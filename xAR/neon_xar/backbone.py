@@ -27,7 +27,7 @@ from neon_xar.vae import ROUNDINGS, both_moments, center_crop, decode, scaled_la
 from neon_xar.xar import GRID, SIZES, XAR, build
 
 DEFAULT_VAE = Path(__file__).resolve().parents[1] / "pretrained" / "kl16.ckpt"
-FETCH = {"xar_large": "xarl", "xar_base": "xarb", "xar_huge": "xAR-H.pth kl16.ckpt"}  # words of download_models.sh
+FETCH = {"xar_large": "xarl", "xar_base": "xarb", "xar_huge": "xarh"}  # words of download_models.sh
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 LABEL_RULES = ("balanced", "official")
 
