@@ -27,16 +27,22 @@ json_option = click.option(
 )
 seed_option = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the fine-tune.")
 
-batch_option = click.option(
-    "--batch_size",
-    "--max_batch_size",
-    "--batch",
-    "batch_size",
-    type=click.IntRange(1),
-    default=64,
-    show_default=True,
-    help="Images sampled at once by one process.",
-)
+
+def batch_size_option(default: int | None, note: str = "") -> Callable:
+    """--batch_size; `note` says what a default of None means."""
+    return click.option(
+        "--batch_size",
+        "--max_batch_size",
+        "--batch",
+        "batch_size",
+        type=click.IntRange(1),
+        default=default,
+        show_default=default is not None,
+        help="Images sampled at once by one process." + note,
+    )
+
+
+batch_option = batch_size_option(64)
 
 
 def options(*decorators: Callable) -> Callable:
@@ -55,14 +61,17 @@ def _names(context: click.Context, parameter: click.Parameter, text: str) -> tup
 
 
 def metric_options(metrics: str, reference: str | None = None) -> Callable:
-    """Which metrics, against what: `reference`, `metrics`, `real_images`, `detector` of `evaluate.Evaluator`."""
+    """Which metrics, against what: `reference`, `metrics`, `real_images`, `detector` of `evaluate.Evaluator`.
+
+    `reference` None: it must be given; "": the row's, which the script fills in.
+    """
     return options(
         click.option(
             "--fid_stats",
             "--ref",
             "reference",
             default=reference,
-            show_default=True,
+            show_default="the row's" if reference == "" else True,
             required=reference is None,
             metavar="PATH|URL",
             help="Reference statistics, .npz.",

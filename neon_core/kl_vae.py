@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H W pixels, h w latent grid, z latent channels, L =
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -260,6 +261,14 @@ def _in_chunks(function, x: Tensor, chunk: int | None) -> Tensor:
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _ATTENTION_LEGACY = {"group_norm": "norm", "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
 _ATTENTION_KEY = re.compile(r"\.(?:attentions\.\d+|attn\.\d+|attn_1)\.(.+)\.(weight|bias)$")
+
+
+def weights_digest(module: nn.Module) -> str:
+    """12 hex digits of all weights, in their order: tells apart what different autoencoders made."""
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:12]
 
 
 def to_ldm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

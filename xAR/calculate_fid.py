@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import device_option, json_option, run, write_result
+from neon_core.cli import batch_option, device_option, json_option, run, work_options, write_result
 from neon_core.distributed import file_hash, print0, session
 from neon_core.evaluate import Evaluator
 from neon_core.files.checkpoint import find_file
@@ -32,13 +32,10 @@ from neon_xar.recipes import RECIPES
 @click.option("--model_ckpt", type=o.FILE, required=True, help="xAR checkpoint: base, fine-tuned or merged.")
 @o.vae_option(required=True)
 @o.seeds_options(50_000, default_seed=1)
-@click.option(
-    "--batch_size", type=click.IntRange(1), default=64, show_default=True, help="Images at once, per process."
-)
+@batch_option
 @o.sampler_options
 @o.metric_options
-@click.option("--work_dir", type=o.FOLDER, help="Keep partial sums there; the same command continues after a kill.")
-@click.option("--save_images", type=o.FOLDER, help="Also write the images as PNG.")
+@work_options
 @click.option("--out_dir", help="Official folder of temporary images; nothing is written to it or removed from it.")
 @o.official_options
 @o.compile_option
@@ -46,7 +43,7 @@ from neon_xar.recipes import RECIPES
 @device_option
 @json_option
 def main(
-    model, model_ckpt, vae_path, num_images, seed, seeds, batch_size, fid_stats, no_isc, metrics, real_images, detector,
+    model, model_ckpt, vae_path, num_images, seed, seeds, batch_size, reference, no_isc, metrics, real_images, detector,
     work_dir, save_images, out_dir, img_size, class_num, cuda, dist_url, dist_on_itp, world_size, local_rank, compiled,
     tf32, device, json_path, **flags,
 ) -> None:  # fmt: skip
@@ -59,10 +56,11 @@ def main(
         if (settings["cfg"], settings["flow_steps"]) != tuple(recipe.evaluate.values()):
             ours = " and ".join(f"--{name} {value}" for name, value in recipe.evaluate.items())
             print0(f"note: the paper's settings of {model} are {ours}", file=sys.stderr)
-        reference = fid_stats or recipe.fid_stats
         checkpoint = XARBackbone.find("--model_ckpt", model_ckpt, model)
         vae_path = XARBackbone.find("--vae_path", vae_path, model)
-        evaluator = Evaluator(reference, device=where, metrics=metrics, detector=detector, real_images=real_images)
+        evaluator = Evaluator(
+            reference or recipe.fid_stats, device=where, metrics=metrics, detector=detector, real_images=real_images
+        )
         backbone = XARBackbone.load(checkpoint, recipe, where, vae_path=vae_path, model=model, compiled=compiled)
         check_model(backbone, img_size, class_num)
         identity = {"sha256": file_hash(checkpoint), "vae_sha256": file_hash(find_file(vae_path))}

@@ -52,40 +52,16 @@ COUNT = click.IntRange(1)
 @device_option
 @json_option
 def main(
-    model, base, vae_path, data, out_dir, images, batch_size, micro_batch_size, lr, ramp_images, ema_decay,
-    weight_decay, clip_norm, snapshot_images, precision, flip, cache_dir, mode, activation_checkpointing, seed, tf32,
-    device, json_path,
+    model, base, vae_path, data, out_dir, flip, cache_dir, mode, activation_checkpointing, seed, tf32, device,
+    json_path, **given,
 ) -> None:  # fmt: skip
     """Train theta_syn."""
-    recipe = with_settings(
-        RECIPES[model],
-        images=images,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        lr=lr,
-        ramp_images=ramp_images,
-        ema_decay=ema_decay,
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
-        snapshot_images=snapshot_images,
-        precision=precision,
-    )
+    recipe = with_settings(RECIPES[model], **given)
     check_writable(out_dir, "--outdir")
     with session(device) as where, float32_precision(tf32):
-        snapshots = fine_tune(
-            base or recipe.base,
-            vae_path,
-            data,
-            recipe,
-            out_dir,
-            device=where,
-            model=model,
-            seed=seed,
-            cache_dir=cache_dir,
-            flip=flip,
-            mode=mode,
-            activation_checkpointing=activation_checkpointing,
-        )
+        how = {"mode": mode, "activation_checkpointing": activation_checkpointing, "cache_dir": cache_dir}
+        what = {"model": model, "flip": flip, "seed": seed}
+        snapshots = fine_tune(base or recipe.base, vae_path, data, recipe, out_dir, device=where, **what, **how)
         last = max(snapshots)
         line = f"{len(snapshots)} snapshots | {out_dir} | {last} images | last={snapshots[last].name}"
         write_result({"snapshots": {n: str(path) for n, path in snapshots.items()}}, line, json_path)

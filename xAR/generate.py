@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import check_writable, device_option, json_option, run, write_result
+from neon_core.cli import batch_option, check_writable, device_option, json_option, run, write_result
 from neon_core.distributed import session
 from neon_core.precision import float32_precision
 from neon_core.synthetic import generate_set, origin
@@ -31,9 +31,7 @@ from neon_xar.recipes import RECIPES
 @click.option("--outdir", "--out_dir", "out_dir", type=o.FOLDER, required=True, help="Folder of the set.")
 @o.seeds_options(None, default_seed=0)
 @click.option("--per_class", type=click.IntRange(1), help="So many images of each class, instead of --num_images.")
-@click.option(
-    "--batch_size", type=click.IntRange(1), default=64, show_default=True, help="Images at once, per process."
-)
+@batch_option
 @o.sampler_options
 @o.official_options
 @o.compile_option

@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import check_writable, device_option, json_option, run, write_result
+from neon_core.cli import batch_option, check_writable, device_option, json_option, parse_numbers, run, write_result
 from neon_core.distributed import session
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
@@ -29,30 +29,20 @@ from neon_xar.evaluate import result_line, sweep
 from neon_xar.recipes import RECIPES, SEARCHES
 
 
-def numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[float, ...] | None:
-    """A list like 0.4,0.8."""
-    try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"--{parameter.name} {text}: not a list of numbers like 0.4,0.8") from error
-
-
 @click.command(**o.SETTINGS)
 @o.model_option(default="xar_base", show_default=True)
 @click.option("--model_ckpt", "--base", "base", type=o.FILE, help="theta_base.  [default: the recipe's]")
 @click.option("--model_ckpt_aux", "aux", type=o.FILE, multiple=True, help="theta_syn, one or several files.")
 @click.option("--snapshots", type=o.FOLDER, help="Or the folder of a fine-tune: all its snapshots.")
 @o.vae_option()
-@click.option("--w", callback=numbers, help="Merge weights.  [default: the official grid of the row]")
-@click.option("--cfgs", callback=numbers, help="Guidance scales.  [default: the official grid of the row]")
+@click.option("--w", callback=parse_numbers, help="Merge weights.  [default: the official grid of the row]")
+@click.option("--cfgs", callback=parse_numbers, help="Guidance scales.  [default: the official grid of the row]")
 @click.option("--tolerance", type=float, help="Early stop; inf for the whole grid.  [default: the official one]")
 @click.option("--refine/--no_refine", default=True, show_default=True, help="Also the best point's neighbours at 0.1.")
 @click.option("--final", is_flag=True, help="Evaluate the best point on --final_images other seeds.")
 @click.option("--final_images", type=click.IntRange(2), default=50_000, show_default=True)
 @o.seeds_options(10_000, default_seed=2)
-@click.option(
-    "--batch_size", type=click.IntRange(1), default=64, show_default=True, help="Images at once, per process."
-)
+@batch_option
 @o.sampler_options
 @o.metric_options
 @click.option("--out_dir", "--out_dir_fid", "out_dir", type=o.FOLDER, required=True, help="Where results are kept.")
@@ -62,7 +52,7 @@ def numbers(context: click.Context, parameter: click.Parameter, text: str | None
 @json_option
 def main(
     model, base, aux, snapshots, vae_path, w, cfgs, tolerance, refine, final, final_images, num_images, seed, seeds,
-    batch_size, fid_stats, no_isc, metrics, real_images, detector, out_dir, compiled, tf32, device, json_path, **flags,
+    batch_size, reference, no_isc, metrics, real_images, detector, out_dir, compiled, tf32, device, json_path, **flags,
 ) -> None:  # fmt: skip
     """Search over snapshots, w and guidance."""
     recipe, official = RECIPES[model], SEARCHES[model]
@@ -78,7 +68,7 @@ def main(
         found = {path.stem: find_file(path) for path in aux} if aux else find_checkpoints(snapshots)
         metrics = tuple(dict.fromkeys(("fid", *(name for name in metrics if not (no_isc and name == "is")))))
         evaluator = Evaluator(
-            fid_stats or recipe.fid_stats, device=where, metrics=metrics, detector=detector, real_images=real_images
+            reference or recipe.fid_stats, device=where, metrics=metrics, detector=detector, real_images=real_images
         )
         base = XARBackbone.find("--model_ckpt", base or recipe.base, model)
         backbone = XARBackbone.load(base, recipe, where, vae_path=vae_path, model=model, compiled=compiled)

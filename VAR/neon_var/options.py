@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from neon_core.cli import options
+from neon_core.cli import batch_size_option, options
 from neon_core.errors import UserError
 from neon_core.files.checkpoint import find_file
 from neon_var.backbone import AUTOCAST
@@ -63,14 +63,7 @@ sampler_options = options(
 )
 
 
-batch_option = click.option(
-    "--batch_size",
-    "--max_batch_size",
-    "--batch",
-    "batch_size",
-    type=click.IntRange(1),
-    help="Images sampled at once by one process.  [default: 64 at 256, 32 at 512]",
-)
+batch_option = batch_size_option(None, "  [default: 64 at 256, 32 at 512]")
 BATCH_SIZE = {"imagenet_256": 64, "imagenet_512": 32}  # 512: about 60 of 80 GB, most of it keys and values
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from neon_core.data_order import batched, windowed_shuffle
 from neon_core.errors import UserError
 from neon_core.files.checkpoint import Checkpoint, load_strict, read_checkpoint
 from neon_core.files.image_set import ImageSet
+from neon_core.kl_vae import weights_digest
 from neon_core.seeds import PerImageRandom
 from neon_imm.labels import label_plan
 from neon_imm.latents import SD_VAE_MEAN, SD_VAE_STD, Codec, RgbCodec, VaeCodec
@@ -68,7 +68,7 @@ class IMMBackbone(Backbone):
                     f"--vae {vae}: makes latents of {autoencoder.embed_dim} channels, the network takes "
                     f"{config['kwargs']['img_channels']}; name the one that belongs to it"
                 )
-            codec_name = _digest(autoencoder)
+            codec_name = weights_digest(autoencoder)
             statistics = {name: config["codec"][name] for name in LATENT_STATISTICS if name in config["codec"]}
             dtype = torch.float16 if device.type == "cuda" else torch.float32  # as in the official evaluation
             codec = VaeCodec(autoencoder.to(dtype), **statistics, dtype=dtype, factor=autoencoder.stride)
@@ -255,10 +255,3 @@ def load_network(read: Checkpoint, config: dict[str, Any]) -> IMMPrecond:
 def repeated_blocks(net: IMMPrecond) -> list[nn.Module]:
     """The transformer's blocks; the U-Net's are too unlike to be units."""
     return list(getattr(net.model, "blocks", []))
-
-
-def _digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for value in module.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()[:12]

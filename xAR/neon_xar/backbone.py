@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from neon_core.backbone import Backbone, Recipe
 from neon_core.errors import UserError
 from neon_core.files.checkpoint import Checkpoint, find_file, load_strict, read_checkpoint
-from neon_core.kl_vae import AutoencoderKL, to_ldm_names
+from neon_core.kl_vae import AutoencoderKL, to_ldm_names, weights_digest
 from neon_core.seeds import PerImageRandom
 from neon_xar.flow import MIN_STEPS
 from neon_xar.loss import draw_randomness, velocity_loss
@@ -196,14 +195,7 @@ def load_autoencoder(path: str | Path, device: torch.device) -> tuple[Autoencode
         load_strict(autoencoder, found, ignore=("loss.", "model_ema."))  # what its training may have left
     except UserError as error:
         raise UserError(f"--vae_path {error.message}; use kl16.ckpt") from error
-    return autoencoder.to(device).eval().requires_grad_(False), _digest(autoencoder)
-
-
-def _digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for value in module.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()[:12]
+    return autoencoder.to(device).eval().requires_grad_(False), weights_digest(autoencoder)
 
 
 def _on_meta(make: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from neon_core import cli
 from neon_core.cli import options
 from neon_core.seeds import parse_seeds
 from neon_xar.backbone import DEFAULT_VAE, LABEL_RULES, PRECISIONS, check_model_name, check_settings
@@ -108,17 +109,7 @@ def chosen_seeds(num_images: int, seed: int, seeds: str | None) -> list[int]:
 
 
 metric_options = options(
-    click.option("--fid_stats", metavar="PATH|URL", help="Reference statistics, .npz.  [default: the recipe's]"),
-    click.option("--no_isc", is_flag=True, help="Leave the Inception Score out."),
-    click.option(
-        "--metrics",
-        default="fid,is",
-        show_default=True,
-        callback=lambda context, parameter, text: tuple(text.replace(" ", "").split(",")),
-        help="Of fid, is, kid, prdc; the last two need --real_images.",
-    ),
-    click.option("--real_images", metavar="PATH", help="Real images, folder or .zip, for kid and prdc."),
-    click.option("--detector", metavar="FILE", help="Inception weights.  [default: those of download_models.sh]"),
+    cli.metric_options("fid,is", ""), click.option("--no_isc", is_flag=True, help="Leave the Inception Score out.")
 )
 
 # Processes and devices come from torchrun's environment.
