@@ -24,7 +24,7 @@ from neon_core.precision import float32_precision
 from neon_core.seeds import parse_seeds
 from neon_edm import options as o
 from neon_edm.backbone import EDMBackbone
-from neon_edm.recipes import RECIPES
+from neon_edm.recipes import RECIPES, w_grid
 from neon_edm.report import result_line
 
 
@@ -32,8 +32,8 @@ from neon_edm.report import result_line
 @o.preset_option
 @o.network_option("--base", "--network_pkl_base", required=False, help="theta_base.  [default: that of the preset]")
 @click.option("--snapshots", "--network_pkl_aux_dir", "snapshots", required=True, type=o.FOLDER, help="The fine-tune.")
-@click.option("--w", "--differential_weights", "ws", default="0,0.25,0.5,0.75,1,1.25,1.5,1.75,2", show_default=True,
-              callback=cli.parse_numbers, help="Merge weights to try.")  # fmt: skip
+@click.option("--w", "--differential_weights", "ws", callback=cli.parse_numbers,
+              help="Merge weights to try.  [default: 0 to 2 in steps of 0.25, for ffhq64 to 3]")  # fmt: skip
 @click.option("--min_training_step", default=51, show_default=True, help="Earliest snapshot, kimg.")
 @click.option("--max_training_step", default=10000, show_default=True, help="Latest snapshot, kimg.")
 @click.option("--tolerance", default=0.03, show_default=True, help="Leave a snapshot once FID rises by more.")
@@ -66,7 +66,7 @@ def main(
         identity = {"base_sha256": file_hash(base), "tf32": tf32}
         grid = Sweep(backbone, evaluator, found, out_dir, settings=settings, batch_size=batch_size, identity=identity)
         measure = lambda snapshot, w, _: grid.measure(snapshot, w, seeds_test)["fid"]  # noqa: E731
-        snapshot, w, _ = early_stopped_grid(found, ws, [None], measure, tolerance)
+        snapshot, w, _ = early_stopped_grid(found, ws or w_grid(preset), [None], measure, tolerance)
         fresh = seeds or parse_seeds(recipe.evaluate_seeds if recipe else "50000-99999")
         best = grid.measure(snapshot, w, fresh if final else seeds_test)
         if best["snapshot"] != BASE:

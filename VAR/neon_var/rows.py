@@ -5,18 +5,25 @@ from neon_var.backbone import VARBackbone
 from neon_var.recipes import ARCHITECTURES, RECIPES, VAE_FILE
 
 
+def _from(first: float, low: float, high: float) -> tuple[float, ...]:
+    """first, then low, low + 0.2, ..., high."""
+    return (first, *(round(low + 0.2 * i, 1) for i in range(round((high - low) / 0.2) + 1)))
+
+
+GRIDS = {  # of the official scripts
+    "imagenet_256": Grid(ws=_from(0.1, 0.4, 2.0), guidances=_from(1.35, 1.6, 4.0)),
+    "imagenet_512": Grid(ws=_from(0.0, 0.2, 2.0), guidances=_from(2.0, 2.2, 4.4)),
+}
+
+
 def _row(name: str, base_fid: float, neon_fid: float, cfg_range: tuple[float, float]) -> Row:
     scales = len(ARCHITECTURES[name].patch_nums)
-    low, high = cfg_range
     return Row(
         id=f"var/{name}",
         recipe=RECIPES[name],
         backbone=VARBackbone,
         w_range=(0.0, 2.0),
-        grid=Grid(
-            ws=tuple(round(0.2 * i, 1) for i in range(11)),
-            guidances=tuple(round(low + 0.25 * i, 2) for i in range(round((high - low) / 0.25) + 1)),
-        ),
+        grid=GRIDS[name],
         base_fid=base_fid,
         neon_fid=neon_fid,
         guidance="cfg",

@@ -94,6 +94,11 @@ def row(name, num_synthetic, num_steps, train, w, fid_stats, base, evaluate_seed
     return EDMRecipe(name, num_synthetic, sampler, train, w, sampler, fid_stats, base, evaluate_seeds, **settings)
 
 
+def w_grid(name: str | None) -> tuple[float, ...]:
+    """The official merge weights of the search for a row."""
+    return tuple(0.25 * i for i in range(13 if name == "ffhq64" else 9))  # to 3 for FFHQ, to 2 for CIFAR-10
+
+
 # fmt: off
 RECIPES: dict[str, EDMRecipe] = {r.name: r for r in (
     row("cifar10_cond",    6_000, 18, CIFAR10_TRAIN, 1.0,  CIFAR10_REF, COND_BASE,   "50000-99999",

@@ -4,7 +4,7 @@ import pytest
 
 from neon_core.selftrain import snapshot_plan
 from neon_edm import official
-from neon_edm.recipes import RECIPES
+from neon_edm.recipes import RECIPES, w_grid
 
 CIFAR10_SNAPSHOTS = [50, 551, 1053, 1555, 2057, 2558, 3060, 3562, 4064, 4566, 5067, 5569, 6000]
 FFHQ_SNAPSHOTS = [50, 301, 551, 802, 1053, 1304, 1555, 1806, 2057, 2308, 2558, 2809, 3000]
@@ -41,3 +41,8 @@ def test_settings_that_are_given_replace_those_of_the_row():
 @pytest.mark.parametrize(("millions", "images"), [(6, 6_000_000), (0.0127, 12_000), (0.0001, 1000), (5.569, 5_569_000)])
 def test_lengths_in_millions_are_truncated_to_thousands(millions, images):
     assert official.duration_images(millions) == images
+
+
+def test_the_search_is_the_official_one():
+    assert w_grid("cifar10_cond") == w_grid(None) and w_grid(None)[-1] == 2.0 and len(w_grid(None)) == 9
+    assert w_grid("ffhq64")[-1] == 3.0 and len(w_grid("ffhq64")) == 13

@@ -11,6 +11,7 @@ from neon_core.selftrain import FineTune
 from neon_var import official, preprocessing
 from neon_var.backbone import VARBackbone
 from neon_var.recipes import RECIPES
+from neon_var.rows import ROWS
 from neon_var.training import with_settings
 
 TRAIN = dataclasses.replace(
@@ -147,3 +148,11 @@ def test_a_smaller_batch_gets_micro_batches_that_divide_it():
 def test_images_of_another_size_are_enlarged_to_the_same_crop():
     small = torch.randint(256, (1, 1, 28, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     assert tiny_backbone().prepare(small).shape == (1, 3, 54, 77)
+
+
+def test_the_grids_of_the_search_are_the_official_ones():
+    small, large = (row.grid for row in ROWS)
+    assert (len(small.ws), len(small.guidances), len(large.ws), len(large.guidances)) == (10, 14, 11, 13)
+    assert small.ws[:3] == (0.1, 0.4, 0.6) and small.guidances[:3] == (1.35, 1.6, 1.8)
+    assert large.ws[:2] == (0.0, 0.2) and large.guidances[:2] == (2.0, 2.2)
+    assert small.guidances[-1] == 4.0 and large.guidances[-1] == 4.4 and small.ws[-1] == large.ws[-1] == 2.0
