@@ -206,7 +206,7 @@ def simulated(seeds) -> dict[str, dict]:
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.option("--seeds", default="50-99", show_default=True, callback=parse_seed_list,
+@click.option("--seeds", default="200-249", show_default=True, callback=parse_seed_list,
               help="Of the surfaces, the same for every kind.")  # fmt: skip
 def main(seeds: list[int]) -> None:
     simulated(seeds)

@@ -16,13 +16,13 @@ import numpy as np
 Measure = Callable[[str, float, float | None, int], float]  # snapshot, w, guidance, images -> FID
 
 # Set on the simulated surfaces of benchmarks/search.py, seeds 0-49; its tables are of other seeds.
-NEXT=.625
-RADIUS, GROW, SHRINK = 1.25, 1.4, 0.6  # trust region, in first steps: at the start, after a good step, after a bad one
+RADIUS, RADIUS_NEXT = 1.25, 0.9  # of the trust region at the start, in first steps: first snapshot, further ones
+GROW, SHRINK = 1.4, 0.6  # after a step that gained most of what was promised, after one that gained nothing
 APART = 0.2  # first steps between two settings, at least
 # What the fit expects, in units of the median rise above the lowest point:
-NOISE, MISFIT = 0.015, 0.2  # error of a point at the floor; what is added on the walls, as a part of the height there
+NOISE, MISFIT = 0.02, 0.15  # error of a point at the floor; what is added on the walls, as a part of the height there
 ROUND, DIAGONAL = 0.75, 0.7  # curvature, of the points' own mean rise; cross term (0: none, 1: a level valley)
-BENT, TILTED = 3.0, 0.3  # widths of the beliefs: second derivatives, and a snapshot's slope against another's
+BENT, TILTED = 3.0, 10.0  # widths of the beliefs: second derivatives, and a snapshot's slope against another's
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Budget:
     """How much a search may spend: settings per snapshot, images while ranking, and for the last two."""
 
     settings: int = 10
-    settings_one_axis: int = 6  # instead, where there is no guidance
-    settings_next: int = 4  # per further snapshot, where the first has shown the way
+    settings_next: int = 6  # of each further snapshot, where the first has shown the way; the best gets them all
+    settings_one_axis: int = 5  # these two instead, where there is no guidance
     settings_next_one_axis: int = 3
     ranking_images: int = 5_000
     deciding_images: int = 10_000
@@ -89,8 +89,9 @@ def search(
     """Find the setting with the lowest FID. `snapshots`: name -> |theta_syn - theta_base|, in the order to try them.
 
     The first snapshot gets the whole six-point design (three points without guidance) and trust-region steps on the
-    refitted quadratic; each further one starts at the predicted optimum with the shape already found. Then the two best
-    settings of all are measured with `deciding_images`, and the lower wins.
+    refitted quadratic; each further one starts at the predicted optimum with the shape already found, and the best of
+    them gets as many settings as the first. Then the two best settings of all are measured with `deciding_images`, and
+    the lower wins.
     """
     budget = budget or Budget()
     names = list(snapshots)
@@ -132,7 +133,7 @@ def search(
                 at(name, corner(star, axes))
             refine(name, settings)
         else:
-            radius[name] = NEXT
+            radius[name] = RADIUS_NEXT
             at(name, _coordinates(ranked(points, axes)[:1], axes)[0])
             refine(name, settings_next)
     refine(ranked(points, axes)[0].snapshot, settings)
@@ -214,7 +215,8 @@ def fit_quadratic(x: np.ndarray, y: np.ndarray, groups: Sequence[str] | None = N
 
     Least squares with a belief about the second derivatives: a bowl as steep as the points' own rise, whose valley runs
     along the diagonal. It decides what the points leave open. The higher above the lowest, the less a point counts,
-    since the surface is quadratic only near its floor. Other groups have a constant of their own and nearly the slope.
+    since the surface is quadratic only near its floor. Groups share the second derivatives; constant and slope are
+    each group's own.
     """
     groups = list(groups or [""] * len(y))
     (n, d), others = x.shape, [g for g in dict.fromkeys(groups) if g != groups[0]]
