@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -135,6 +135,18 @@ def run(command: click.Command) -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def measured_line(result: dict, settings: Sequence[str], digits: int = 4) -> str:
+    """`FID=1.7800 | IS=300.5000±2.2500 | <settings>` as the official scripts print it, and behind it what else was
+    measured, and the detector where it is not the official one."""
+    parts = [f"FID={result['fid']:.{digits}f}"] if "fid" in result else []
+    if "is_mean" in result:
+        parts.append(f"IS={result['is_mean']:.{digits}f}±{result['is_std']:.{digits}f}")
+    parts += settings
+    more = ("kid_mean", "precision", "recall", "density", "coverage")
+    parts += [f"{name.removesuffix('_mean').upper()}={result[name]:.{digits}f}" for name in more if name in result]
+    return " | ".join(parts if result["detector_is_official"] else [*parts, f"detector={result['detector']}"])
 
 
 def write_result(result: dict, line: str, json_path: Path | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from neon_core.cli import device_option, json_option, metric_options, run, work_options, write_result
+from neon_core.cli import device_option, json_option, measured_line, metric_options, run, work_options, write_result
 from neon_core.distributed import file_hash, print0, session
 from neon_core.evaluate import Evaluator
 from neon_core.precision import float32_precision
@@ -29,14 +29,8 @@ from neon_var.recipes import ARCHITECTURES, RECIPES
 
 def result_line(result: dict[str, Any]) -> str:
     """One line in the official layout; what else was measured behind it."""
-    parts = [f"FID={result['fid']:.4f}"] if "fid" in result else []
-    if "is_mean" in result:
-        parts.append(f"IS={result['is_mean']:.4f}±{result['is_std']:.4f}")
-    parts += [f"cfg={result['settings']['cfg']:g}", f"N={result['num_images']}", f"depth={result['depth']}"]
-    parts.append(f"ckpt={Path(result['checkpoint']).stem}")
-    more = ("kid_mean", "precision", "recall", "density", "coverage")
-    parts += [f"{name.removesuffix('_mean').upper()}={result[name]:.4f}" for name in more if name in result]
-    return " | ".join(parts if result["detector_is_official"] else [*parts, f"detector={result['detector']}"])
+    parts = [f"cfg={result['settings']['cfg']:g}", f"N={result['num_images']}", f"depth={result['depth']}"]
+    return measured_line(result, [*parts, f"ckpt={Path(result['checkpoint']).stem}"])
 
 
 def calculate_fid(preset: str) -> None:

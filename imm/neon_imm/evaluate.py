@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from neon_core.cli import measured_line
 from neon_core.distributed import file_hash, print0
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
@@ -66,16 +67,10 @@ def evaluate(
 
 def result_line(result: dict[str, Any]) -> str:
     """One line: the metrics, and what they depend on."""
-    parts = [f"FID={result['fid']:.6f}"] if "fid" in result else []
-    if "is_mean" in result:
-        parts.append(f"IS={result['is_mean']:.6f}±{result['is_std']:.6f}")
-    more = ("kid_mean", "precision", "recall", "density", "coverage")
-    parts += [f"{name.removesuffix('_mean').upper()}={result[name]:.6f}" for name in more if name in result]
     settings = result["settings"]
     steps = settings.get("num_steps", 8)
     if settings.get("discretization") == "mid_nt":
         steps = 1 + len(settings.get("mid_nt", ()))
-    parts += [f"images={result['num_images']}", f"steps={steps}", f"cfg={settings.get('cfg')}"]
+    parts = [f"images={result['num_images']}", f"steps={steps}", f"cfg={settings.get('cfg')}"]
     parts += [] if result.get("w") is None else [f"w={result['w']:g}"]
-    parts.append(f"ckpt={Path(result['checkpoint']).stem}")
-    return " | ".join(parts if result["detector_is_official"] else [*parts, f"detector={result['detector']}"])
+    return measured_line(result, [*parts, f"ckpt={Path(result['checkpoint']).stem}"], digits=6)

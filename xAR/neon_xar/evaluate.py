@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from neon_core.cli import measured_line
 from neon_core.distributed import file_hash
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
@@ -16,17 +17,12 @@ from neon_xar.backbone import XARBackbone
 
 def result_line(result: dict[str, Any]) -> str:
     """`FID=1.0200 | IS=300.0000±2.0000 | cfg=2.7 | ...` as officially, and behind it what else was measured."""
-    parts = [f"FID={result['fid']:.4f}"] if "fid" in result else []
-    if "is_mean" in result:
-        parts.append(f"IS={result['is_mean']:.4f}±{result['is_std']:.4f}")
     settings = result["settings"]
-    parts += [f"cfg={settings['cfg']:g}", f"steps={settings['flow_steps']}", f"n={result['num_images']}"]
+    parts = [f"cfg={settings['cfg']:g}", f"steps={settings['flow_steps']}", f"n={result['num_images']}"]
     parts += [f"model={result['model']}"] if "model" in result else []
     parts += [f"w={result['w']:g}"] if "w" in result else []
     parts.append(f"ckpt={result.get('checkpoint') or result['snapshot']}")
-    more = ("kid_mean", "precision", "recall", "density", "coverage")
-    parts += [f"{name.removesuffix('_mean').upper()}={result[name]:.4f}" for name in more if name in result]
-    return " | ".join(parts if result["detector_is_official"] else [*parts, f"detector={result['detector']}"])
+    return measured_line(result, parts)
 
 
 def check_model(backbone: XARBackbone, img_size: int | None, class_num: int | None) -> None:
