@@ -63,7 +63,7 @@ def compare(kind: str, quickstart: Quickstart, seed: int, out: Path) -> list[dic
     points.clear()
     settings = list(dict.fromkeys((s if w else BASE, w, g) for s in names for w in grid.ws for g in grid.guidances))
     ranked = sorted(settings, key=lambda setting: measure(*setting, many // 4))[:FINALISTS]
-    chosen["fine grid"] = (min(ranked, key=measure), images_of(points))
+    chosen["fine grid"] = (min(ranked, key=lambda setting: measure(*setting)), images_of(points))
 
     base = results["base_best"]["guidance"]
     chosen["(base)"] = ((BASE, 0.0, base), 0)

@@ -3,9 +3,7 @@
 from neon_core.pipeline.rows import Grid, Row
 from neon_edm.backbone import EDMBackbone
 from neon_edm.quickstart.recipes import DEFAULT, GUIDED
-from neon_edm.recipes import RECIPES
-
-GRID = Grid(ws=tuple(0.25 * i for i in range(9)))  # the default of sweep.py
+from neon_edm.recipes import RECIPES, w_grid
 
 
 def _row(name: str, base_fid: float, neon_fid: float) -> Row:
@@ -14,7 +12,7 @@ def _row(name: str, base_fid: float, neon_fid: float) -> Row:
         recipe=RECIPES[name],
         backbone=EDMBackbone,
         w_range=(0.0, 3.0),
-        grid=GRID,
+        grid=Grid(w_grid(name)),
         base_fid=base_fid,
         neon_fid=neon_fid,
         evaluations=lambda settings: 2 * settings["num_steps"] - 1,  # Heun; the last step is Euler's

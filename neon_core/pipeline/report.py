@@ -191,7 +191,7 @@ def _surface(results: Mapping[str, Any]) -> list[str]:
         return []
     told = (
         f"{results['distance']} of {fewest:,} images at the points of the search, over the quadratic that fits them; "
-        "ring: chosen. Where the bright valley rises to the right, more w wants more guidance."
+        "ring: chosen. Where the bright valley rises to the right, more w wants more guidance; where it falls, less."
     )
     bar = charts.colour_bar(min(p["fid"] for p in ranked), max(p["fid"] for p in ranked))
     return [f"<figure>{drawn}{bar}<figcaption>{told}</figcaption></figure>"]

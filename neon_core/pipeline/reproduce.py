@@ -18,23 +18,24 @@ import numpy as np
 import torch
 
 from neon_core.backbone import Backbone
-from neon_core.distributed import barrier, broadcast_object, is_main
+from neon_core.distributed import barrier, broadcast_object, file_hash, is_main
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
 from neon_core.files.atomic import sha256_file
 from neon_core.files.image_set import ImageSet
 from neon_core.files.published import obtain
+from neon_core.finetune import train_on
 from neon_core.merge import merge_files
-from neon_core.metrics.detector import WEIGHTS_NAME, Detector, float32_precision
+from neon_core.metrics.detector import WEIGHTS_NAME, Detector
 from neon_core.pipeline import measure, report
 from neon_core.pipeline.growing import GrowingSweep
 from neon_core.pipeline.ledger import Ledger
 from neon_core.pipeline.rows import Row
 from neon_core.pipeline.search import Budget
 from neon_core.pipeline.sweep import find_checkpoints
-from neon_core.prepared import training_data
+from neon_core.precision import float32_precision
 from neon_core.seeds import parse_seeds
-from neon_core.selftrain import find_snapshots, self_train
+from neon_core.selftrain import find_snapshots
 from neon_core.synthetic import generate_set
 
 
@@ -182,15 +183,14 @@ class Reproduction:
             _ = self.evaluator
             backbone = self.load()
             images = ImageSet(self.out_dir / "synthetic", use_labels=backbone.num_classes > 0)
-            data = training_data(backbone, images, self.device)
-            made = self_train(
+            made = train_on(
+                images,
                 backbone,
-                data,
                 self.recipe.train,
                 self.out_dir / "finetune",
-                seed=self.plan.seed,
                 device=self.device,
-                provenance={**self.provenance, "set": images.digest},
+                provenance=self.provenance,
+                seed=self.plan.seed,
             )
             files = [str(path.relative_to(self.out_dir)) for path in made.values()]
             hashes = broadcast_object({n: sha256_file(self.out_dir / n) for n in files} if is_main() else None)
@@ -224,7 +224,7 @@ class Reproduction:
             if is_main():
                 merge_files(self.files["base"], self.snapshots[best["snapshot"]], best["w"], out)
             barrier()
-            outputs = broadcast_object({"path": out.name, "sha256": sha256_file(out)} if is_main() else None)
+            outputs = {"path": out.name, "sha256": file_hash(out)}
             return {"outputs": outputs, "files": [out.name]}
 
         return self.ledger.run("merge", {"snapshot": best["snapshot"], "w": best["w"]}, ["search"], work)
@@ -259,14 +259,15 @@ class Reproduction:
         length = {path.stem: seen for seen, path in find_snapshots(self.out_dir / "finetune").items()}[snapshot]
         backbone = self.load()
         images = ImageSet(real, use_labels=backbone.num_classes > 0)
-        made = self_train(
+        made = train_on(
+            images,
             backbone,
-            training_data(backbone, images, self.device, cache_dir=self.out_dir / "controls" / "prepared"),
             dataclasses.replace(self.recipe.train, images=length),
             self.out_dir / "controls" / "real-data",
-            seed=self.plan.seed,
             device=self.device,
-            provenance={**self.provenance, "set": images.digest},
+            provenance=self.provenance,
+            cache_dir=self.out_dir / "controls" / "prepared",
+            seed=self.plan.seed,
         )
         return made[max(made)]
 

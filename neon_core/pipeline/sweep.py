@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from neon_core.backbone import Backbone
-from neon_core.distributed import barrier, broadcast_object, is_main, print0
+from neon_core.distributed import barrier, broadcast_object, file_hash, is_main, print0
 from neon_core.errors import UserError
 from neon_core.evaluate import Evaluator
-from neon_core.files.atomic import sha256_file, write_json
+from neon_core.files.atomic import write_json
 from neon_core.files.checkpoint import read_checkpoint
 from neon_core.merge import NeonWeights, check_w, merge_files
 from neon_core.seeds import format_seeds
@@ -174,7 +174,7 @@ class Sweep:
 
     def _hash(self, snapshot: str) -> str:
         if snapshot not in self._hashes:
-            self._hashes[snapshot] = broadcast_object(sha256_file(self.snapshots[snapshot]) if is_main() else "")
+            self._hashes[snapshot] = file_hash(self.snapshots[snapshot])
         return self._hashes[snapshot]
 
     def _path(self, what: Mapping[str, Any], varied: Mapping[str, Any], count: int) -> Path:

@@ -134,7 +134,9 @@ def test_another_base_file_redoes_everything_or_says_why_not(whole, files, tmp_p
 
 def test_the_grid_is_the_official_one(whole, files, tmp_path):
     out = copied(whole, tmp_path)
-    results = Reproduction(pico_row(files), out, dataclasses.replace(PLAN, search="official", controls=False), CPU).run()
+    results = Reproduction(
+        pico_row(files), out, dataclasses.replace(PLAN, search="official", controls=False), CPU
+    ).run()
     points = results["points"]["search"]
     assert {p["num_images"] for p in points} == {60} and {p["w"] for p in points} <= {0.0, 1.0, 2.0}
     assert {p["snapshot"] for p in points} == {"base", "snapshot-000000080", "snapshot-000000160"}

@@ -17,12 +17,11 @@ from neon_core.distributed import barrier, is_main
 from neon_core.files.atomic import atomic_path
 from neon_core.files.checkpoint import write_checkpoint
 from neon_core.files.image_set import ImageSet
+from neon_core.finetune import train_on
 from neon_core.metrics.reference import Reference, write_reference
 from neon_core.metrics.statistics import FeatureStatistics
 from neon_core.pipeline.rows import Row
-from neon_core.prepared import training_data
 from neon_core.seeds import derive_seed
-from neon_core.selftrain import self_train
 from neon_edm.quickstart.digits import load_digits_split
 from neon_edm.quickstart.features import accuracy, read_detector, train_features
 
@@ -67,13 +66,14 @@ class PrepareDigits:
             write_digits(files["real_training"], digits.train_images, digits.train_labels)
         barrier()
         backbone = row.backbone.create(derive_seed("quickstart", "initial weights", seed))
-        snapshots = self_train(
+        snapshots = train_on(
+            ImageSet(files["real_training"]),
             backbone,
-            training_data(backbone, ImageSet(files["real_training"]), CPU),
             self.base,
             folder / "base",
-            seed=derive_seed("quickstart", "train base", seed),
             device=CPU,
+            provenance={},
+            seed=derive_seed("quickstart", "train base", seed),
         )
         return {"base": snapshots[max(snapshots)], **files}
 
