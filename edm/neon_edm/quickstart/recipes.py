@@ -40,7 +40,7 @@ def base_training(num_steps: int) -> TrainSettings:
 FINE_TUNE = TrainSettings(
     images=50 * BATCH,
     batch_size=BATCH,
-    micro_batch_size=BATCH,
+    micro_batch_size=BATCH // 2,
     lr=1e-4,
     schedule=LinearRamp(20 * BATCH),
     ema=Ema(decay=0.99, warmup_steps=10),
@@ -56,7 +56,7 @@ class Quickstart:
     recipe: Recipe
     num_evaluate: int  # images per distance
     ranking_images: int  # per setting of the search
-    curve: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)  # w of the report's curve, beside -1, 0 and the chosen one
+    curve: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)  # w of the report's curve, beside -1, 0 and the chosen one
     feature_steps: int = 600
     guidance_range: tuple[float, float] | None = None  # searched together with w
     judged: bool = True  # by the acceptance rule; otherwise only by the directions of change
@@ -102,7 +102,7 @@ DEFAULT = Quickstart(
         fid_stats="",  # measured in the run, with its own feature network
     ),
     num_evaluate=4000,
-    ranking_images=2000,
+    ranking_images=1000,
 )
 
 GUIDED = dataclasses.replace(
@@ -122,7 +122,7 @@ FAST = dataclasses.replace(
     recipe=dataclasses.replace(DEFAULT.recipe, name="digits_fast", num_synthetic=500),
     num_evaluate=500,
     ranking_images=250,
-    curve=(0.5, 1.0, 1.5, 2.0),
+    curve=(1.0, 2.0),
     feature_steps=200,
     judged=False,
 )
