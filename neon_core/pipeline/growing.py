@@ -1,7 +1,7 @@
-"""Points of a sweep whose statistics grow: 2,500 images today, 10,000 and 50,000 later, none of them sampled twice.
+"""Points of a sweep whose statistics grow: 5,000 images today, 10,000 and 50,000 later, none of them sampled twice.
 
 <out>/statistics/<snapshot>-w1.4-cfg2.7-<hash>.pt    what has been seen of the whole seed list at this setting
-<out>/points/<snapshot>-w1.4-cfg2.7-n2500-<hash>.json
+<out>/points/<snapshot>-w1.4-cfg2.7-n5000-<hash>.json
 """
 
 from __future__ import annotations
