@@ -3,6 +3,7 @@
 
     python benchmarks/search.py                      # the tables of docs/search.md
     python benchmarks/search.py --seeds 0-49         # the surfaces that the constants of the search were chosen on
+    python benchmarks/search.py --digits runs/search_digits      # and part (ii), search_digits.py: real sampling
 
 **With guidance.** A surface over (w, guidance) has a diagonal valley: f = floor + 1/2 d^T R^T diag(k1, k2) R d with d
 the distance from the optimum in units of (0.5, 0.5), the steep axis k1 in 0.3..3, the flat one k2 = k1 / (3..12), the
@@ -208,8 +209,14 @@ def simulated(seeds) -> dict[str, dict]:
 @click.command(help=__doc__.split("\n\n")[0])
 @click.option("--seeds", default="200-249", show_default=True, callback=parse_seed_list,
               help="Of the surfaces, the same for every kind.")  # fmt: skip
-def main(seeds: list[int]) -> None:
+@click.option("--digits", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER",
+              help="Also part (ii), with real sampling, which is kept there; about ten minutes.")  # fmt: skip
+def main(seeds: list[int], digits: Path | None) -> None:
     simulated(seeds)
+    if digits:
+        from search_digits import sampled  # loads PyTorch and scikit-learn
+
+        sampled(digits, [0])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import click
 import numpy as np
 import torch
 
+from neon_core.cli import parse_seed_list
 from neon_core.cli import run as run_command
 from neon_core.files.atomic import write_json
 from neon_core.pipeline.measure import images_of
@@ -83,14 +84,11 @@ def compare(kind: str, quickstart: Quickstart, seed: int, out: Path) -> list[dic
     return lines
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/search_digits"))
-@click.option("--seeds", default="0", show_default=True, help="Of the quickstart's runs.")
-def main(out: Path, seeds: str) -> None:
-    """The search on the quickstart's model, against the official grid and a fine one."""
+def sampled(out: Path, seeds: list[int]) -> list[dict]:
+    """Part (ii): all comparisons, printed as a table; `out` keeps what was sampled, for a second call."""
     torch.set_num_threads(1)
     every = []
-    for seed in parse_seeds(seeds):
+    for seed in seeds:
         for kind, quickstart in KINDS.items():
             lines = compare(kind, quickstart, seed, out / f"{quickstart.recipe.name}-{seed}")
             write_json(out / f"{quickstart.recipe.name}-{seed}.json", lines)
@@ -103,6 +101,15 @@ def main(out: Path, seeds: str) -> None:
             f"{line['searched']:<13}{line['seed']:>4}  {line['procedure']:<14}{line['images']:>8}  {line['w']:>5.2f} "
             f"{guidance:>8} {line['distance']:>9.3f}  {line['above_fine']:+.3f} +- {line['standard_error']:.3f}"
         )
+    return every
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/search_digits"))
+@click.option("--seeds", default="0", show_default=True, callback=parse_seed_list, help="Of the quickstart's runs.")
+def main(out: Path, seeds: list[int]) -> None:
+    """The search on the quickstart's model, against the official grid and a fine one."""
+    sampled(out, seeds)
 
 
 if __name__ == "__main__":
