@@ -40,7 +40,7 @@ def base_training(num_steps: int) -> TrainSettings:
 FINE_TUNE = TrainSettings(
     images=50 * BATCH,
     batch_size=BATCH,
-    micro_batch_size=BATCH // 2,
+    micro_batch_size=BATCH,
     lr=1e-4,
     schedule=LinearRamp(20 * BATCH),
     ema=Ema(decay=0.99, warmup_steps=10),
@@ -110,7 +110,12 @@ GUIDED = dataclasses.replace(
     recipe=dataclasses.replace(
         DEFAULT.recipe,
         name="digits_guided",
-        train=dataclasses.replace(FINE_TUNE, images=100 * BATCH, snapshot_images=50 * BATCH),
+        train=dataclasses.replace(
+            FINE_TUNE,
+            images=100 * BATCH,
+            snapshot_images=50 * BATCH,
+            micro_batch_size=BATCH // 2,  # so that two ranks can share a step
+        ),
         evaluate={**SAMPLER, "guidance": 1.5},
     ),
     guidance_range=(1.0, 2.5),
