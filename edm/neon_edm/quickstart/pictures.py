@@ -28,7 +28,7 @@ MARGIN, BETWEEN, HEAD = 36, 72, 76  # picture pixels: around, between the panels
 PANELS = (  # left to right, top to bottom
     ("self_trained", "self-trained", "w = -1", RED),
     ("base", "base", "w = 0", INK),
-    ("neon", "Neon", "w = {w_star:g}", GREEN),
+    ("neon", "Neon", "w = {w_star:.3g}", GREEN),
     ("real", "real digits", "held out", INK),
 )
 
