@@ -17,7 +17,7 @@ from neon_core.pipeline.rows import Row
 from neon_core.pipeline.style import STYLE
 from neon_core.pipeline.sweep import BASE
 
-LAYOUT = 2  # counts up when a report of the same records would look different
+LAYOUT = 3  # counts up when a report of the same records would look different
 METRICS = {
     "is_mean": ("IS", "{:.2f}"),
     "kid_mean": ("KID x 1000", "{:.3f}"),
@@ -100,9 +100,10 @@ def _headline(results: Mapping[str, Any]) -> str:
         else f"No improvement is shown: the {results['distance']} falls by {difference}."
     )
     told = results["second_block"] or results["final"]
+    if results["second_block"]:
+        verdict += f" On seeds that no search has seen: {_from_to(told, 'fid')}."
     if "fid_heldout" in told["neon"]:
-        ends = (_fid_text(told[name]["fid_heldout"]) for name in ("base", "neon"))
-        verdict += f" Against held-out images, on which nothing was chosen: {' → '.join(ends)}."
+        verdict += f" Against held-out images, on which nothing was chosen: {_from_to(told, 'fid_heldout')}."
     stated = "" if paper["neon_fid"] is None else f" In the paper: {_or_dash(paper['base_fid'])} → {paper['neon_fid']}."
     guided = "" if best["guidance"] is None else f", {escape(results['guidance'])} = {best['guidance']:.4g}"
     tuned = ", at its own best guidance" if results["guidance"] else ""
@@ -166,7 +167,7 @@ def _curves(results: Mapping[str, Any]) -> list[str]:
     figures = []
     for name, dots, told in (
         ("fid", searched, f"Over w{where}: {what}. Small grey dots: the search."),
-        ("fid_heldout", [], f"The same images against held-out ones, on which nothing was chosen{where}."),
+        ("fid_heldout", [], "The same images against held-out ones, on which nothing was chosen."),
     ):
         if name not in line[0]:
             continue
@@ -190,7 +191,7 @@ def _surface(results: Mapping[str, Any]) -> list[str]:
     if not drawn:
         return []
     told = (
-        f"{results['distance']} of {fewest:,} images at the points of the search, over the quadratic that fits them; "
+        f"The search's points, {results['distance']} of {fewest:,} images, over the quadratic that fits them; "
         "ring: chosen. Where the bright valley rises to the right, more w wants more guidance; where it falls, less."
     )
     bar = charts.colour_bar(min(p["fid"] for p in ranked), max(p["fid"] for p in ranked))
@@ -306,6 +307,10 @@ def _fid(
     snapshot = BASE if w == 0 else snapshot
     found = [p.get(name) for p in points if (p["snapshot"], p["w"], p["guidance"]) == (snapshot, w, guidance)]
     return found[0] if found else None
+
+
+def _from_to(ends: Mapping[str, Any], name: str) -> str:
+    return " → ".join(_fid_text(ends[end][name]) for end in ("base", "neon"))
 
 
 def _fid_text(value: float) -> str:
