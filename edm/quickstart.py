@@ -4,9 +4,9 @@
     python edm/quickstart.py                    three seeds, about four minutes on two cores
     python edm/quickstart.py --fast             one small run, under a minute: does everything work?
 
-Prints a table and writes quickstart.png, quickstart_curve.png and results.json; each seed's folder holds its networks
-(neon.safetensors among them), its synthetic set and its record. Ends with status 1 if the distances do not show the
-effect. What an earlier run finished is found and kept.
+Prints a table and writes quickstart.png, quickstart_curve.png and results.json; each seed's folder is that of a
+`neon reproduce edm/digits`, with report.html, neon.safetensors and all that lies behind them. Ends with status 1 if the
+distances do not show the effect. What an earlier run finished is found and kept.
 """
 
 import os
@@ -38,8 +38,9 @@ def cores() -> int:
     type=click.Path(path_type=Path),
     help="Folder of the results.  [default: runs/quickstart; with --fast: runs/quickstart-fast]",
 )
+@click.option("--base_steps", type=click.IntRange(100), help="Train theta_base for longer or shorter; not judged then.")
 @click.option("--workers", type=click.IntRange(1), help="Seeds at a time, one core each.  [default: as many as cores]")
-def quickstart(fast: bool, seeds: str | None, out_dir: Path | None, workers: int | None) -> int:
+def quickstart(fast: bool, seeds: str | None, out_dir: Path | None, base_steps: int | None, workers: int | None) -> int:
     """Train a small generator on real handwritten digits, let it train on its own samples, and merge with Neon."""
     run_seeds = parse_seeds(seeds or ("0" if fast else "0-2"))
 
@@ -47,6 +48,7 @@ def quickstart(fast: bool, seeds: str | None, out_dir: Path | None, workers: int
 
     return quickstart_run(
         fast=fast,
+        base_steps=base_steps,
         seeds=run_seeds,
         out_dir=out_dir or Path("runs/quickstart-fast" if fast else "runs/quickstart"),
         num_workers=workers or cores(),

@@ -24,7 +24,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 @click.command("rows")
 def rows_command() -> None:
-    """The rows of the paper's table that can be reproduced here, with the paper's FIDs."""
+    """What can be reproduced here: the rows of the paper's table, with the paper's FIDs, and a few beside it."""
     head = ("row", "base FID", "Neon FID", "w", "|S|", "fine-tune", "guidance")
     lines = [head, *map(_cells, find_rows().values())]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

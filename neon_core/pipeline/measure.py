@@ -191,7 +191,7 @@ def _difference_of_file(sweep: GrowingSweep, best: Mapping[str, Any], path: Path
 
 
 def _write_random(sweep: GrowingSweep, snapshot: str, seed: int, folder: Path) -> Path:
-    path = folder / f"{RANDOM}.safetensors"
+    path = folder / f"{RANDOM}-{snapshot}-seed{seed}.safetensors"
     if is_main() and not path.exists():
         moved = random_direction(sweep.theta_base, read_checkpoint(sweep.snapshots[snapshot]).state, seed)
         told = {"control": RANDOM, "seed": seed, "as_long_as": snapshot}

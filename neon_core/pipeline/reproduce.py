@@ -263,7 +263,7 @@ class Reproduction:
             images,
             backbone,
             dataclasses.replace(self.recipe.train, images=length),
-            self.out_dir / "controls" / "real-data",
+            self.out_dir / "controls" / f"real-data-{length}",
             device=self.device,
             provenance=self.provenance,
             cache_dir=self.out_dir / "controls" / "prepared",

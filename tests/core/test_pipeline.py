@@ -83,6 +83,24 @@ def test_more_training_on_real_data_is_a_control(whole, files, tmp_path):
     assert cost["training_images"] == int(results["best"]["snapshot"].split("-")[1])
 
 
+def test_controls_belong_to_the_snapshot_that_was_chosen_last(whole, files, tmp_path):
+    out, first = copied(whole, tmp_path), whole[1]["best"]["snapshot"]
+    plan = dataclasses.replace(PLAN, real_training=files / "set")
+    chosen = [Reproduction(pico_row(files), out, dataclasses.replace(plan, snapshots=n), CPU).run() for n in (4, 1)]
+    snapshots = [results["best"]["snapshot"] for results in chosen]
+    assert snapshots == [first, "snapshot-000000160"] and first != snapshots[1]
+    for name in snapshots:
+        control = read_checkpoint(out / f"controls/random-direction-{name}-seed0.safetensors")
+        assert control.metadata["as_long_as"] == name
+        base, syn = (
+            read_checkpoint(files / "base.safetensors").state,
+            read_checkpoint(out / f"finetune/{name}.safetensors").state,
+        )
+        ours, theirs = (end["out.weight"] - base["out.weight"] for end in (control.state, syn))
+        assert ours.norm() == pytest.approx(float(theirs.norm()), rel=1e-4)
+    assert {path.name for path in (out / "controls").glob("real-data-*")} == {"real-data-80", "real-data-160"}
+
+
 def test_the_ledger_counts_every_image_that_was_sampled(files, tmp_path, monkeypatch):
     seen = []
     plain = PicoBackbone.sample

@@ -19,11 +19,11 @@ from neon_core.merge import neon_merge
 from neon_core.pipeline.ledger import status
 from neon_core.seeds import parse_seeds
 from neon_core.selftrain import find_snapshots
-from neon_edm.quickstart import pictures
+from neon_edm.quickstart import main, pictures
 from neon_edm.quickstart.main import broken, quickstart_run
 from neon_edm.quickstart.one_seed import find_result, passes_per_seed, run_seed
 from neon_edm.quickstart.parallel import Bars, run_seeds
-from neon_edm.quickstart.recipes import FAST, base_training
+from neon_edm.quickstart.recipes import DEFAULT, FAST, base_training
 
 SCRIPT = Path(__file__).parents[2] / "edm" / "quickstart.py"
 PICO = dataclasses.replace(
@@ -155,6 +155,19 @@ def test_the_parent_looks_up_from_the_bars_while_workers_keep_talking():
 def test_seeds_must_be_given_once(tmp_path):
     with pytest.raises(UserError, match="each once"):
         quickstart_run(fast=True, seeds=[1, 1], out_dir=tmp_path, num_workers=1)
+
+
+def test_another_length_of_the_base_is_not_judged(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        main,
+        "run_seeds",
+        lambda quickstart, *rest: seen.append(quickstart) or (_ for _ in ()).throw(UserError("enough")),
+    )
+    with pytest.raises(UserError, match="enough"):
+        quickstart_run(fast=False, base_steps=16000, seeds=[0], out_dir=tmp_path, num_workers=1)
+    (quickstart,) = seen
+    assert quickstart.base == base_training(16000) and not quickstart.judged and quickstart.recipe == DEFAULT.recipe
 
 
 def test_bad_flags_are_one_line_and_status_2(tmp_path):

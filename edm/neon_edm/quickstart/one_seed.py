@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +50,7 @@ def run_seed(quickstart: Quickstart, seed: int, out_dir: Path, progress: Progres
         on_passes = staticmethod(lambda passes: progress(stage, passes))
 
     row, plan = quickstart.row(seed, Watched), quickstart.plan(seed)
-    run = Reproduction(row, out_dir, plan, CPU, f"python edm/quickstart.py --out {out_dir.parent}", begin)
+    run = Reproduction(row, out_dir, plan, CPU, shlex.join(["python", *sys.argv]), begin)
     results = run.run()
     begin("pixels")
     record = {"identity": identity(quickstart, seed), **told(quickstart, seed, results), **weights(run, results)}

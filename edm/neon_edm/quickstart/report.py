@@ -113,9 +113,9 @@ def explanation(results: Sequence[dict]) -> str:
         What the numbers are not: this distance is not FID. Its features come from a small digit classifier trained in
         this run, so it compares only within a run, and small sets bias it: real training digits are not at 0 either,
         and their row is a yardstick, not a bound. The model is small and its training short. Longer training on real
-        digits helps too, and Neon gains less the better the base is. Measured apart from this run: 14 % after 16000
-        steps (seed 0), and 3 to 20 % against a base at its own best guidance (seeds 0 to 2, `neon reproduce
-        edm/digits_guided`)."""
+        digits helps too, and Neon gains less the better the base is. Measured apart from this run: 14 % with
+        --base_steps 16000 (seed 0), and 3 to 20 % against a base at its own best guidance (seeds 0 to 2, the row
+        edm/digits_guided)."""
     return textwrap.fill(" ".join(text.split()), width=100)
 
 
