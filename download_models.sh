@@ -5,7 +5,7 @@
 #   bash download_models.sh xarl vard16          # all that these rows need, tokenizers and base checkpoints too
 #   bash download_models.sh --list | --dry_run | --verify | --help
 #
-# PYTHON names another interpreter. The work is done by neon_core/files/downloads.py.
+# PYTHON names another interpreter. The work is done by neon_files/downloads.py.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-}"
@@ -17,4 +17,4 @@ if ! "$python" -c 'import click, huggingface_hub, tqdm' 2>/dev/null; then
     echo "Error: $python lacks click, huggingface_hub or tqdm; run \`pip install -e .\` in $here first" >&2
     exit 2
 fi
-PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m neon_core.files.downloads "$@"
+PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m neon_files.downloads "$@"

@@ -15,10 +15,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import check_writable, device_option, json_option, run, write_result
 from neon_core.distributed import file_hash, session
 from neon_core.precision import float32_precision
 from neon_core.synthetic import generate_set, origin
+from neon_run.cli import check_writable, device_option, json_option, run, write_result
 from neon_var import options as o
 from neon_var.backbone import VARBackbone
 from neon_var.recipes import RECIPES

@@ -15,7 +15,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import (
+from neon_core.distributed import file_hash, session
+from neon_core.precision import float32_precision
+from neon_files.checkpoint import find_file
+from neon_files.errors import UserError
+from neon_metrics.evaluate import Evaluator
+from neon_run.cli import (
     check_writable,
     device_option,
     json_option,
@@ -24,12 +29,7 @@ from neon_core.cli import (
     run,
     write_result,
 )
-from neon_core.distributed import file_hash, session
-from neon_core.errors import UserError
-from neon_core.evaluate import Evaluator
-from neon_core.files.checkpoint import find_file
-from neon_core.pipeline.sweep import Sweep, early_stopped_grid, find_checkpoints
-from neon_core.precision import float32_precision
+from neon_run.search.sweep import Sweep, early_stopped_grid, find_checkpoints
 from neon_var import options as o
 from neon_var.backbone import VARBackbone
 from neon_var.evaluate import result_line

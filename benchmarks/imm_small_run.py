@@ -29,19 +29,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from neon_core.distributed import is_main, print0, session
-from neon_core.evaluate import Evaluator
-from neon_core.files.atomic import write_json
-from neon_core.files.checkpoint import load_strict, read_checkpoint, write_checkpoint
-from neon_core.files.image_set import ImageSet
 from neon_core.kl_vae import AutoencoderKL, posterior
 from neon_core.merge import NeonWeights
-from neon_core.metrics.detector import FunctionDetector
-from neon_core.metrics.reference import Reference
 from neon_core.synthetic import image_name, write_images
+from neon_files.atomic import write_json
+from neon_files.checkpoint import load_strict, read_checkpoint, write_checkpoint
+from neon_files.image_set import ImageSet
 from neon_imm.backbone import IMMBackbone
 from neon_imm.precond import IMMPrecond
 from neon_imm.recipes import RECIPES
 from neon_imm.vae_files import load_vae, save_vae
+from neon_metrics.detector import FunctionDetector
+from neon_metrics.evaluate import Evaluator
+from neon_metrics.reference import Reference
 
 NUM_TRAIN = 4000
 LOSS = {"sample_t_mode": "uniform", "matrix_size": 8, "a": 1.0, "k": 8.0, "label_dropout": 0.1}

@@ -23,8 +23,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import numpy as np
 import torch
 
-from neon_core.metrics import FeatureStatistics, InceptionDetector, Reference, fid, fid_from_features, kid, prdc
-from neon_core.metrics.inception import InceptionV3, folded, normalise, resize_tf1
+from neon_metrics import FeatureStatistics, InceptionDetector, Reference, fid, fid_from_features, kid, prdc
+from neon_metrics.inception import InceptionV3, folded, normalise, resize_tf1
 
 D = 2048
 

@@ -31,9 +31,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import click
 import numpy as np
 
-from neon_core.cli import parse_seed_list
-from neon_core.pipeline.search import Axis, Budget, search
-from neon_core.pipeline.sweep import early_stopped_grid
+from neon_run.cli import parse_seed_list
+from neon_run.search.quick import Axis, Budget, search
+from neon_run.search.sweep import early_stopped_grid
 
 KINDS = ("quadratic", "skew", "banana", "wall")
 ONE_AXIS_KINDS = ("quadratic", "skew", "wall")

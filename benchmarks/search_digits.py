@@ -23,16 +23,16 @@ import click
 import numpy as np
 import torch
 
-from neon_core.cli import parse_seed_list
-from neon_core.cli import run as run_command
-from neon_core.files.atomic import write_json
-from neon_core.pipeline.measure import images_of
-from neon_core.pipeline.reproduce import Reproduction
-from neon_core.pipeline.search import Budget
-from neon_core.pipeline.sweep import BASE, early_stopped_grid
 from neon_core.seeds import parse_seeds
 from neon_edm.quickstart.prepare import CPU
 from neon_edm.quickstart.recipes import DEFAULT, GUIDED, Quickstart
+from neon_files.atomic import write_json
+from neon_run.cli import parse_seed_list
+from neon_run.cli import run as run_command
+from neon_run.reproduce.measure import images_of
+from neon_run.reproduce.reproduction import Reproduction
+from neon_run.search.quick import Budget
+from neon_run.search.sweep import BASE, early_stopped_grid
 
 SCALE = 0.4
 BLOCKS = 8

@@ -29,14 +29,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from neon_core.distributed import is_main, print0, session
-from neon_core.evaluate import Evaluator
-from neon_core.evaluate import evaluate as sample
-from neon_core.files.checkpoint import read_checkpoint, write_checkpoint
-from neon_core.metrics.accumulator import MetricAccumulator
-from neon_core.metrics.detector import FunctionDetector
-from neon_core.metrics.reference import Reference
-from neon_core.metrics.statistics import FeatureStatistics
-from neon_core.pipeline.sweep import Sweep
+from neon_files.checkpoint import read_checkpoint, write_checkpoint
+from neon_metrics.accumulator import MetricAccumulator
+from neon_metrics.detector import FunctionDetector
+from neon_metrics.evaluate import Evaluator
+from neon_metrics.evaluate import evaluate as sample
+from neon_metrics.reference import Reference
+from neon_metrics.statistics import FeatureStatistics
+from neon_run.search.sweep import Sweep
 from neon_var.backbone import VARBackbone
 from neon_var.preprocessing import enlarge_batch, random_crops, to_unit_range
 from neon_var.recipes import RECIPES

@@ -28,14 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neon_core.distributed import is_main, print0, session
-from neon_core.evaluate import Evaluator
-from neon_core.files.checkpoint import read_checkpoint, write_checkpoint
 from neon_core.kl_vae import AutoencoderKL, posterior
 from neon_core.merge import NeonWeights
-from neon_core.metrics.accumulator import extract_features
-from neon_core.metrics.detector import FunctionDetector
-from neon_core.metrics.reference import Reference
-from neon_core.pipeline.sweep import find_checkpoints
+from neon_files.checkpoint import read_checkpoint, write_checkpoint
+from neon_metrics.accumulator import extract_features
+from neon_metrics.detector import FunctionDetector
+from neon_metrics.evaluate import Evaluator
+from neon_metrics.reference import Reference
+from neon_run.search.sweep import find_checkpoints
 from neon_xar.backbone import XARBackbone
 from neon_xar.evaluate import sweep
 from neon_xar.recipes import RECIPES

@@ -14,14 +14,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import batch_option, device_option, json_option, metric_options, run, work_options, write_result
 from neon_core.distributed import file_hash, session
-from neon_core.evaluate import Evaluator
-from neon_core.files.downloads import fetch
 from neon_core.precision import float32_precision
 from neon_edm import options as o
 from neon_edm.backbone import EDMBackbone
 from neon_edm.report import result_line
+from neon_files.downloads import fetch
+from neon_metrics.evaluate import Evaluator
+from neon_run.cli import batch_option, device_option, json_option, metric_options, run, work_options, write_result
 
 
 @click.command(**o.SETTINGS)

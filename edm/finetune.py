@@ -14,13 +14,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import device_option, json_option, run, seed_option, write_result
 from neon_core.distributed import session
 from neon_core.precision import float32_precision
 from neon_edm import official
 from neon_edm import options as o
 from neon_edm.recipes import RECIPES
 from neon_edm.training import fine_tune
+from neon_run.cli import device_option, json_option, run, seed_option, write_result
 
 POSITIVE = click.FloatRange(min=0, min_open=True)
 SHARE = click.FloatRange(0, 1)

@@ -14,14 +14,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import batch_option, check_writable, device_option, json_option, run, write_result
 from neon_core.distributed import session
-from neon_core.files.downloads import fetch
 from neon_core.precision import float32_precision
 from neon_core.synthetic import generate_set, origin
 from neon_edm import options as o
 from neon_edm.backbone import EDMBackbone
 from neon_edm.recipes import RECIPES
+from neon_files.downloads import fetch
+from neon_run.cli import batch_option, check_writable, device_option, json_option, run, write_result
 
 
 @click.command(**o.SETTINGS)

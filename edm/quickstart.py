@@ -17,8 +17,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import run
 from neon_core.seeds import parse_seeds
+from neon_run.cli import run
 
 
 def cores() -> int:

@@ -15,17 +15,17 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core import cli
 from neon_core.distributed import file_hash, session
-from neon_core.evaluate import Evaluator
-from neon_core.files.downloads import fetch
-from neon_core.pipeline.sweep import BASE, Sweep, early_stopped_grid, find_checkpoints
 from neon_core.precision import float32_precision
 from neon_core.seeds import parse_seeds
 from neon_edm import options as o
 from neon_edm.backbone import EDMBackbone
 from neon_edm.recipes import RECIPES, w_grid
 from neon_edm.report import result_line
+from neon_files.downloads import fetch
+from neon_metrics.evaluate import Evaluator
+from neon_run import cli
+from neon_run.search.sweep import BASE, Sweep, early_stopped_grid, find_checkpoints
 
 
 @click.command(**o.SETTINGS)

@@ -15,14 +15,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import batch_option, json_option, metric_options, run, work_options, write_result
 from neon_core.distributed import session
-from neon_core.errors import UserError
-from neon_core.evaluate import Evaluator
-from neon_core.files.checkpoint import find_file
 from neon_core.precision import float32_precision
+from neon_files.checkpoint import find_file
+from neon_files.errors import UserError
 from neon_imm import options as o
 from neon_imm.evaluate import evaluate, load_backbone, merge_in_place, result_line
+from neon_metrics.evaluate import Evaluator
+from neon_run.cli import batch_option, json_option, metric_options, run, work_options, write_result
 
 
 @click.command(**o.SETTINGS)

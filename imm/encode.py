@@ -11,7 +11,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import batch_option, device_option, run
 from neon_core.distributed import pick_device
 from neon_core.precision import float32_precision
 from neon_imm import options as o
@@ -19,6 +18,7 @@ from neon_imm.labels import create_labels
 from neon_imm.latent_set import encode_images
 from neon_imm.latents import VaeCodec
 from neon_imm.vae_files import load_vae
+from neon_run.cli import batch_option, device_option, run
 
 
 @click.command(**o.SETTINGS)

@@ -15,14 +15,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import check_writable, json_option, run, seed_option, write_result
 from neon_core.distributed import session
-from neon_core.files.checkpoint import find_file
 from neon_core.parallel import MODES
 from neon_core.precision import float32_precision
 from neon_core.selftrain import OPTIMIZERS, PRECISIONS
+from neon_files.checkpoint import find_file
 from neon_imm import options as o
 from neon_imm.training import fine_tune, with_settings
+from neon_run.cli import check_writable, json_option, run, seed_option, write_result
 
 
 @click.command(**o.SETTINGS)

@@ -14,13 +14,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import batch_option, check_writable, json_option, run, write_result
 from neon_core.distributed import session
-from neon_core.files.checkpoint import find_file
 from neon_core.precision import float32_precision
 from neon_core.synthetic import generate_set, origin
+from neon_files.checkpoint import find_file
 from neon_imm import options as o
 from neon_imm.evaluate import load_backbone
+from neon_run.cli import batch_option, check_writable, json_option, run, write_result
 
 
 @click.command(**o.SETTINGS)

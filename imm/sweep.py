@@ -15,16 +15,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import batch_option, check_writable, json_option, metric_options, parse_numbers, run, write_result
 from neon_core.distributed import file_hash, session
-from neon_core.errors import UserError
-from neon_core.evaluate import Evaluator
-from neon_core.files.checkpoint import find_file
-from neon_core.pipeline.sweep import Sweep, early_stopped_grid, find_checkpoints
 from neon_core.precision import float32_precision
+from neon_files.checkpoint import find_file
+from neon_files.errors import UserError
 from neon_imm import options as o
 from neon_imm.evaluate import load_backbone, result_line
 from neon_imm.recipes import cfg_grid, w_grid
+from neon_metrics.evaluate import Evaluator
+from neon_run.cli import batch_option, check_writable, json_option, metric_options, parse_numbers, run, write_result
+from neon_run.search.sweep import Sweep, early_stopped_grid, find_checkpoints
 
 
 @click.command(**o.SETTINGS)

@@ -1,5 +1,5 @@
-"""`python -m neon_core` is the `neon` command without installation."""
+"""`python -m neon_core` starts the `neon` command, which lies on a floor above."""
 
-from neon_core.cli import main
+import runpy
 
-main()
+runpy.run_module("neon_run", run_name="__main__")

@@ -14,8 +14,8 @@ import click
 import torch
 import torch.distributed as dist
 
-from neon_core.errors import UserError
-from neon_core.files.atomic import sha256_file
+from neon_files.atomic import sha256_file
+from neon_files.errors import UserError
 
 TIMEOUT = timedelta(hours=1)  # of one collective: longer than any stage in which ranks wait for each other
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from neon_core.backbone import Backbone, TrainSettings
-from neon_core.errors import UserError
-from neon_core.files.image_set import ImageSet
 from neon_core.prepared import training_data
 from neon_core.selftrain import self_train
 from neon_core.synthetic import read_manifest
+from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
 
 
 def open_set(data: str | Path, **options: Any) -> ImageSet:

@@ -1,23 +1,19 @@
-"""theta_neon = theta_base - w (theta_syn - theta_base): for tensors, state dicts, a live module, and files.
+"""theta_neon = theta_base - w (theta_syn - theta_base): for tensors, state dicts and a live module.
 
-python -m neon_core.merge base.pth synthetic.safetensors -w 1.5 -o neon.safetensors
+Files, folders and adapters: `neon_run.merging`. `python -m neon_core.merge` is the command `neon merge`.
 """
 
 from __future__ import annotations
 
 import math
+import runpy
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 
-import click
 import torch
 from torch import Tensor, nn
 
-from neon_core.errors import UserError
-from neon_core.files.atomic import sha256_file
-from neon_core.files.checkpoint import describe_mismatch, is_finite, open_checkpoint, pack_metadata
-from neon_core.files.manifest import find_file
-from neon_core.files.safetensors_file import read_header, write_safetensors
+from neon_files.checkpoint import describe_mismatch, is_finite
+from neon_files.errors import UserError
 
 
 def extrapolate(base: Tensor, syn: Tensor, w: float) -> Tensor:
@@ -48,49 +44,22 @@ def neon_rule(name: str, base: Tensor, syn: Tensor, w: float) -> Tensor:
     return theta_neon
 
 
-# What the official scripts compute, where it differs; for comparison with their outputs.
-
-
-def official_var_rule(name: str, base: Tensor, syn: Tensor, w: float) -> Tensor:
-    """VAR: in the tensor's own dtype, whole numbers too (to float32); a base tensor with any infinity is kept whole."""
-    return base.clone() if torch.isinf(base).any() else base + w * (base - syn)
-
-
-def official_imm_rule(name: str, base: Tensor, syn: Tensor, w: float) -> Tensor:
-    """IMM: floating tensors, only the entries that are finite in both."""
-    if not base.is_floating_point() or w == 0:
-        return base.clone()
-    syn = syn.to(base.dtype)
-    return torch.where(torch.isfinite(base) & torch.isfinite(syn), base - w * (syn - base), base)
-
-
-def official_edm_rule(name: str, base: Tensor, syn: Tensor, w: float) -> Tensor:
-    """EDM: (1 + w) base - w syn for everything."""
-    return (1 + w) * base - w * syn
-
-
-Rule = Callable[[str, Tensor, Tensor, float], Tensor]
-RULES: dict[str, Rule] = {
-    "neon": neon_rule,
-    "official-var": official_var_rule,
-    "official-imm": official_imm_rule,
-    "official-edm": official_edm_rule,
-}
+Rule = Callable[[str, Tensor, Tensor, float], Tensor]  # name, base, synthetic, w -> merged
 
 
 def neon_merge(
-    base: Mapping[str, Tensor], syn: Mapping[str, Tensor], w: float, rule: str = "neon", keep: Collection[str] = ()
+    base: Mapping[str, Tensor], syn: Mapping[str, Tensor], w: float, rule: Rule = neon_rule, keep: Collection[str] = ()
 ) -> dict[str, Tensor]:
     """The merged state dict, in new memory; names in `keep` (buffers, say) are copied from the base.
 
-    Raises UserError naming tensors that are missing, extra, of another shape or not finite. The official rules take
-    a missing tensor from the base and drop an extra one, as the scripts do.
+    Raises UserError naming tensors that are missing, extra, of another shape or not finite. Any rule but the default
+    takes a missing tensor from the base and drops an extra one, as the official scripts do.
     """
     check_w(w)
     check_names(rule, {k: tuple(v.shape) for k, v in base.items()}, {k: tuple(v.shape) for k, v in syn.items()})
     with torch.no_grad():
         return {
-            name: RULES[rule](name, value, syn[name], w) if name in syn and name not in keep else value.clone()
+            name: rule(name, value, syn[name], w) if name in syn and name not in keep else value.clone()
             for name, value in base.items()
         }
 
@@ -100,11 +69,9 @@ def check_w(w: float) -> None:
         raise UserError(f"w = {w}: must be a finite number; the paper's rows use 0.1 to 3")
 
 
-def check_names(rule: str, base: Mapping[str, tuple], syn: Mapping[str, tuple]) -> None:
+def check_names(rule: Rule, base: Mapping[str, tuple], syn: Mapping[str, tuple]) -> None:
     """UserError where the two tables name -> shape do not belong to one network."""
-    if rule not in RULES:
-        raise UserError(f"--rule {rule}: unknown; choose one of {', '.join(RULES)}")
-    if rule != "neon":
+    if rule is not neon_rule:
         base, syn = ({name: side[name] for name in base if name in syn} for side in (base, syn))
     problems = describe_mismatch("the base", base, "the synthetic checkpoint", syn)
     if problems:
@@ -172,104 +139,5 @@ class NeonWeights:
         return math.sqrt(total)
 
 
-def merge_files(base: str | Path, syn: str | Path, w: float, out: str | Path, rule: str = "neon") -> Path:
-    """Merge two checkpoints of any container into the safetensors file `out`, one tensor in memory at a time.
-
-    The header of `out` records the inputs with their hashes, w and the rule, and the base's configuration. Raises
-    UserError as `neon_merge`, before anything is written wherever names and shapes tell.
-    """
-    check_w(w)
-    out = Path(out)
-    theta_base, theta_syn = open_checkpoint(base), open_checkpoint(syn)
-    for end in (theta_base, theta_syn):
-        if out.exists() and out.samefile(end.path):
-            raise UserError(f"-o {out}: is one of the inputs; name another file")
-    layouts = theta_base.layout(), theta_syn.layout()
-    check_names(rule, *({name: shape for name, (_, shape) in layout.items()} for layout in layouts))
-
-    def merged(name: str) -> Tensor:
-        tensor = theta_base.loaders[name]()
-        return RULES[rule](name, tensor, theta_syn.loaders[name](), w) if name in theta_syn.loaders else tensor
-
-    def merged_dtype(name: str) -> torch.dtype:
-        if name not in theta_syn.loaders:
-            return layouts[0][name][0]
-        return RULES[rule](name, *(torch.empty(0, dtype=layout[name][0]) for layout in layouts), w).dtype
-
-    layout = {name: (merged_dtype(name), shape) for name, (_, shape) in layouts[0].items()}
-    inputs = {
-        side: {"file": end.path.name, "sha256": sha256_file(end.path), "metadata": end.metadata}
-        for side, end in (("base", theta_base), ("synthetic", theta_syn))
-    }
-    record = {"neon": {"w": w, "rule": rule, **inputs}}
-    if theta_base.container == "safetensors":  # entries as they are: other libraries look for some
-        metadata = {**read_header(theta_base.path)[1], **pack_metadata(None, record)}
-    else:
-        metadata = pack_metadata(theta_base.config, {**theta_base.metadata, **record})
-    with torch.no_grad():
-        write_safetensors(out, layout, merged, metadata)
-    return out
-
-
-def merge_paths(base: Path, syn: Path, w: float, out: Path, rule: str = "neon") -> None:
-    """`merge_files`, or its counterpart for two folders or two LoRA adapters, as the inputs are."""
-    from neon_core.files import folders  # which imports this module
-
-    if base.is_dir() or syn.is_dir():
-        merge = folders.merge_folders
-    else:
-        base, syn = find_file(base), find_file(syn)
-        if not any(map(folders.is_adapter_file, (base, syn))):
-            merge_files(base, syn, w, out, rule)
-            return
-        merge = folders.merge_adapter_files
-    if rule != "neon":
-        raise UserError(f"--rule {rule}: only for two checkpoint files, not for folders and LoRA adapters")
-    merge(base, syn, w, out)
-
-
-@click.command("merge")
-@click.argument("base", type=click.Path(path_type=Path), required=False)
-@click.argument("syn", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--lora",
-    type=click.Path(path_type=Path),
-    help="Instead of BASE and SYN: a LoRA adapter trained on synthetic data, file or folder; reversed.",
-)
-@click.option(
-    "-w", "--w", type=float, required=True, help="Merge weight; 0 gives BASE, -1 gives SYN, the paper's rows use w > 0."
-)
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Safetensors file to write; folder for folders."
-)
-@click.option(
-    "--rule",
-    type=click.Choice(list(RULES)),
-    default="neon",
-    show_default=True,
-    help="Ours, or that of an official script.",
-)
-def merge_command(base: Path | None, syn: Path | None, lora: Path | None, w: float, out: Path, rule: str) -> None:
-    """BASE and SYN, checkpoints of one network -> base - w (syn - base).
-
-    Files in any published container; folders (diffusers pipelines, sharded checkpoints): every weight file is merged,
-    everything else copied; LoRA adapters: the products up @ down are merged.
-    """
-    if lora is not None:
-        from neon_core.files.folders import reverse_adapter
-
-        if base is not None or rule != "neon":
-            raise UserError("--lora: takes the place of BASE and SYN, and knows no --rule")
-        check_w(w)
-        reverse_adapter(lora, w, out)
-        click.echo(f"{out} | w={w:g} | lora={lora.name}")
-        return
-    if base is None or syn is None:
-        raise click.UsageError("BASE and SYN are needed, two files or two folders; or --lora ADAPTER")
-    check_w(w)
-    merge_paths(base, syn, w, out, rule)
-    click.echo(f"{out} | w={w:g} | rule={rule} | base={base.name} | syn={syn.name}")
-
-
-if __name__ == "__main__":
-    merge_command()
+if __name__ == "__main__":  # the command lies two floors above; `neon merge` is the same
+    runpy.run_module("neon_run.merging.command", run_name="__main__")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 
 MODES = ("ddp", "fsdp")
 

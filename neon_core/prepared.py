@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, gather_objects, is_main, rank, world_size
-from neon_core.files.atomic import atomic_path
-from neon_core.files.image_set import ImageSet
 from neon_core.seeds import deal, global_batches
 from neon_core.synthetic import check_labels
+from neon_files.atomic import atomic_path
+from neon_files.image_set import ImageSet
 
 PART_ITEMS = 1024
 

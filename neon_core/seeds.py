@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -26,11 +26,11 @@ from tqdm import tqdm
 from neon_core import parallel
 from neon_core.backbone import Backbone, TrainSettings
 from neon_core.distributed import all_reduce_, barrier, broadcast_object, is_main, rank, world_size
-from neon_core.errors import UserError
-from neon_core.files.atomic import atomic_path
-from neon_core.files.checkpoint import write_checkpoint
 from neon_core.prepared import TrainingData
 from neon_core.seeds import derive_seed
+from neon_files.atomic import atomic_path
+from neon_files.checkpoint import write_checkpoint
+from neon_files.errors import UserError
 
 MicroBatch = tuple[Tensor, Tensor | None, torch.Generator]  # encoded images, labels, random stream
 OPTIMIZERS = {  # one kernel for all parameters where there is one

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, file_hash, gather_objects, is_main, rank, world_size
-from neon_core.errors import UserError
-from neon_core.files.atomic import atomic_path
 from neon_core.seeds import deal, format_seeds, global_batches
+from neon_files.atomic import atomic_path
+from neon_files.errors import UserError
 
 
 def image_name(seed: int, label: int | None, subfolders: bool = True) -> str:

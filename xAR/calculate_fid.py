@@ -16,11 +16,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import batch_option, device_option, json_option, run, work_options, write_result
 from neon_core.distributed import file_hash, print0, session
-from neon_core.evaluate import Evaluator
-from neon_core.files.checkpoint import find_file
 from neon_core.precision import float32_precision
+from neon_files.checkpoint import find_file
+from neon_metrics.evaluate import Evaluator
+from neon_run.cli import batch_option, device_option, json_option, run, work_options, write_result
 from neon_xar import options as o
 from neon_xar.backbone import XARBackbone
 from neon_xar.evaluate import check_model, result_line

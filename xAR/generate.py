@@ -14,10 +14,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import batch_option, check_writable, device_option, json_option, run, write_result
 from neon_core.distributed import session
 from neon_core.precision import float32_precision
 from neon_core.synthetic import generate_set, origin
+from neon_run.cli import batch_option, check_writable, device_option, json_option, run, write_result
 from neon_xar import options as o
 from neon_xar.backbone import XARBackbone
 from neon_xar.evaluate import check_model

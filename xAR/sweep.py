@@ -16,13 +16,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neo
 
 import click
 
-from neon_core.cli import batch_option, check_writable, device_option, json_option, parse_numbers, run, write_result
 from neon_core.distributed import session
-from neon_core.errors import UserError
-from neon_core.evaluate import Evaluator
-from neon_core.files.checkpoint import find_file
-from neon_core.pipeline.sweep import find_checkpoints
 from neon_core.precision import float32_precision
+from neon_files.checkpoint import find_file
+from neon_files.errors import UserError
+from neon_metrics.evaluate import Evaluator
+from neon_run.cli import batch_option, check_writable, device_option, json_option, parse_numbers, run, write_result
+from neon_run.search.sweep import find_checkpoints
 from neon_xar import options as o
 from neon_xar.backbone import XARBackbone
 from neon_xar.evaluate import result_line, sweep

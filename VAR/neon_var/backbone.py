@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from neon_core.backbone import Backbone, Recipe
-from neon_core.errors import UserError
 from neon_core.seeds import PerImageRandom
+from neon_files.errors import UserError
 from neon_var import loss, official, preprocessing
 from neon_var.loading import load_vae, load_var
 from neon_var.sampler import BatchNoise, PerImageNoise, sample_images, to_uint8

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from neon_core.cli import device_option, json_option, measured_line, metric_options, run, work_options, write_result
 from neon_core.distributed import file_hash, print0, session
-from neon_core.evaluate import Evaluator
 from neon_core.precision import float32_precision
+from neon_metrics.evaluate import Evaluator
+from neon_run.cli import device_option, json_option, measured_line, metric_options, run, work_options, write_result
 from neon_var.backbone import VARBackbone
 from neon_var.options import (
     BATCH_SIZE,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import Checkpoint, load_strict, read_checkpoint
+from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
+from neon_files.errors import UserError
 from neon_var.recipes import ARCHITECTURES, VAE_FILE, tokenizer
 from neon_var.var import VAR
 from neon_var.vqvae import VQVAE

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neon_core.errors import UserError
 from neon_core.schedules import LinearRamp
+from neon_files.errors import UserError
 
 
 def balanced_labels(num_images: int, num_classes: int, seed: int = 0, remainder_seed: int | None = None) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from neon_core.cli import batch_size_option, options
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import find_file
+from neon_files.checkpoint import find_file
+from neon_files.errors import UserError
+from neon_run.cli import batch_size_option, options
 from neon_var.backbone import AUTOCAST
 from neon_var.loading import find_vae
 from neon_var.recipes import RECIPES

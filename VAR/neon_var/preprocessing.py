@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 
 ENLARGE = 1.125
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

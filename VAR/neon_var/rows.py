@@ -1,6 +1,6 @@
 """VAR's rows for `neon reproduce`: the recipes with the paper's FIDs and the ranges it searched."""
 
-from neon_core.pipeline.rows import Grid, Row
+from neon_run.rows import Grid, Row
 from neon_var.backbone import VARBackbone
 from neon_var.recipes import ARCHITECTURES, RECIPES, VAE_FILE
 

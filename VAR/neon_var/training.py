@@ -10,10 +10,10 @@ import torch
 
 from neon_core.backbone import Recipe
 from neon_core.distributed import file_hash
-from neon_core.errors import UserError
 from neon_core.finetune import need_labels, open_set, train_on
 from neon_core.schedules import LinearRamp
 from neon_core.synthetic import origin
+from neon_files.errors import UserError
 from neon_var.backbone import VARBackbone
 
 

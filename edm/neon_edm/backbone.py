@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 from neon_core.backbone import Backbone, Recipe
 from neon_core.data_order import batched, windowed_shuffle
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import Checkpoint, load_strict, read_checkpoint
-from neon_core.files.downloads import fetch
 from neon_core.seeds import PerImageRandom
 from neon_edm.augment import AugmentPipe
 from neon_edm.layers import UNetBlock
@@ -23,6 +20,9 @@ from neon_edm.loss import LOSSES, EDMLoss, GeneratorRandom, Loss, Random
 from neon_edm.precond import Precond, build_network, named_arguments
 from neon_edm.recipes import EDMRecipe
 from neon_edm.sampler import Denoiser, edm_sampler, to_uint8
+from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
+from neon_files.downloads import fetch
+from neon_files.errors import UserError
 
 LABEL_CHUNK = 256  # images whose label draws are made together; only a matter of memory
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import click
 
-from neon_core.cli import run
-from neon_core.errors import UserError
-from neon_core.files.atomic import atomic_path
+from neon_files.atomic import atomic_path
+from neon_files.errors import UserError
+from neon_run.cli import run
 
 LABELLED = re.compile(r".+_label(\d+)\.(png|jpg|jpeg)", re.IGNORECASE | re.DOTALL)
 

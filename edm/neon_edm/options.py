@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from neon_core.cli import options, parse_seed_list
-from neon_core.errors import UserError
 from neon_edm.recipes import RECIPES, EDMRecipe
+from neon_files.errors import UserError
+from neon_run.cli import options, parse_seed_list
 
 SETTINGS = {"context_settings": {"help_option_names": ["-h", "--help"]}}
 FOLDER = click.Path(file_okay=False, path_type=Path)

@@ -1,9 +1,9 @@
 """EDM's rows for `neon reproduce`: the recipes with the paper's FIDs and the ranges it searched; and the digits."""
 
-from neon_core.pipeline.rows import Grid, Row
 from neon_edm.backbone import EDMBackbone
 from neon_edm.quickstart.recipes import DEFAULT, GUIDED
 from neon_edm.recipes import RECIPES, w_grid
+from neon_run.rows import Grid, Row
 
 
 def _row(name: str, base_fid: float, neon_fid: float) -> Row:

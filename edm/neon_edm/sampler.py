@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 
 
 class Denoiser(Protocol):

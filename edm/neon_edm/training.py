@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from neon_core.errors import UserError
-from neon_core.files.downloads import fetch
-from neon_core.files.image_set import ImageSet
 from neon_core.finetune import train_on
 from neon_core.synthetic import origin, read_manifest
 from neon_edm.backbone import EDMBackbone
 from neon_edm.layers import FourierEmbedding
 from neon_edm.networks import SongUNet
 from neon_edm.recipes import EDMRecipe
+from neon_files.downloads import fetch
+from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
 
 
 def fine_tune(

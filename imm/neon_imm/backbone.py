@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from neon_core.backbone import Backbone, Recipe
 from neon_core.data_order import batched, windowed_shuffle
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import Checkpoint, load_strict, read_checkpoint
-from neon_core.files.image_set import ImageSet
 from neon_core.kl_vae import weights_digest
 from neon_core.seeds import PerImageRandom
+from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
+from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
 from neon_imm.labels import label_plan
 from neon_imm.latents import SD_VAE_MEAN, SD_VAE_STD, Codec, RgbCodec, VaeCodec
 from neon_imm.loss import IMMLoss

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from neon_core.cli import measured_line
 from neon_core.distributed import file_hash, print0
-from neon_core.errors import UserError
-from neon_core.evaluate import Evaluator
-from neon_core.files.checkpoint import read_checkpoint
 from neon_core.merge import NeonWeights
+from neon_files.checkpoint import read_checkpoint
+from neon_files.errors import UserError
 from neon_imm.backbone import IMMBackbone
 from neon_imm.labels import file_order
 from neon_imm.recipes import IMMRecipe
+from neon_metrics.evaluate import Evaluator
+from neon_run.cli import measured_line
 
 
 def load_backbone(

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neon_core.errors import UserError
-from neon_core.files.atomic import atomic_path
+from neon_files.atomic import atomic_path
+from neon_files.errors import UserError
 
 LABELLED_NAME = re.compile(r"label(\d+)_\d+\.[a-z0-9]+", re.IGNORECASE)
 

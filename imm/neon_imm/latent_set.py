@@ -3,7 +3,7 @@
     00000/img-mean-std-00000000.npy      float32 [2C, h, w], mean | std; one folder per thousand images
     dataset.json                         {"labels": [[member, class], ...]} or {"labels": null}
 
-`neon_core.files.image_set.ImageSet` reads it back.
+`neon_files.image_set.ImageSet` reads it back.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from neon_core.errors import UserError
-from neon_core.files.atomic import atomic_path
-from neon_core.files.image_set import ImageSet
+from neon_files.atomic import atomic_path
+from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
 from neon_imm.latents import Codec
 
 

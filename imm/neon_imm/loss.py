@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 from neon_imm.precond import IMMPrecond, NoiseSchedule
 
 Augment = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]  # images -> images, augment labels [B, A]

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from neon_core.cli import device_option, options, parse_numbers, parse_seed_list
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 from neon_imm.backbone import LABEL_RULES, SAMPLERS, STATES
 from neon_imm.precond import PRECISIONS
 from neon_imm.recipes import RECIPES, IMMRecipe
 from neon_imm.sampler import DISCRETIZATIONS, PRESETS
+from neon_run.cli import device_option, options, parse_numbers, parse_seed_list
 
 SETTINGS: dict[str, Any] = {"context_settings": {"help_option_names": ["-h", "--help"]}}
 FILE = click.Path(path_type=Path)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 from neon_imm.dit import DIT_MODELS, DiT
 from neon_imm.songunet import SongUNet
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from neon_core.pipeline.rows import Grid, Row
 from neon_imm.backbone import IMMBackbone
 from neon_imm.recipes import RECIPES, cfg_grid, w_grid
+from neon_run.rows import Grid, Row
 
 
 def _evaluations(settings: Mapping[str, Any]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 from neon_imm.precond import IMMPrecond, NoiseSchedule
 
 RHO = 7  # of the edm grid

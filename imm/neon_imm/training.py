@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from neon_core.errors import UserError
 from neon_core.finetune import need_labels, open_set, train_on
 from neon_core.schedules import Ema
 from neon_core.synthetic import origin
+from neon_files.errors import UserError
 from neon_imm.evaluate import load_backbone
 from neon_imm.recipes import IMMRecipe
 

@@ -6,9 +6,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import load_strict, read_checkpoint, write_checkpoint
 from neon_core.kl_vae import AutoencoderKL, to_ldm_names
+from neon_files.checkpoint import load_strict, read_checkpoint, write_checkpoint
+from neon_files.errors import UserError
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
 CHECKOUT = Path(__file__).resolve().parents[2]  # where download_models.sh puts its files

@@ -11,7 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 
 from neon_core.distributed import rank, session, world_size  # noqa: E402
-from neon_core.metrics import FunctionDetector, MetricAccumulator, MetricSettings  # noqa: E402
+from neon_metrics import FunctionDetector, MetricAccumulator, MetricSettings  # noqa: E402
 
 NUM_IMAGES = 53
 METRICS = ("fid", "is", "kid", "prdc")

@@ -14,9 +14,9 @@ import click
 import torch
 from core.pico_rows import PLAN, pico_row
 
-from neon_core.cli import run
 from neon_core.distributed import print0, session
-from neon_core.pipeline.reproduce import Reproduction
+from neon_run.cli import run
+from neon_run.reproduce.reproduction import Reproduction
 
 
 @click.command()

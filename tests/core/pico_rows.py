@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 from core.pico import RECIPE, PicoBackbone, PicoNet, PixelMoments
 
-from neon_core.evaluate import evaluate
-from neon_core.files.checkpoint import load_strict, read_checkpoint, write_checkpoint
-from neon_core.files.image_set import ImageSet
 from neon_core.merge import NeonWeights
-from neon_core.metrics.accumulator import MetricAccumulator
-from neon_core.metrics.reference import Reference, write_reference
-from neon_core.pipeline.reproduce import Plan
-from neon_core.pipeline.rows import Grid, Row
 from neon_core.prepared import training_data
 from neon_core.selftrain import self_train
 from neon_core.synthetic import generate_set
+from neon_files.checkpoint import load_strict, read_checkpoint, write_checkpoint
+from neon_files.image_set import ImageSet
+from neon_metrics.accumulator import MetricAccumulator
+from neon_metrics.evaluate import evaluate
+from neon_metrics.reference import Reference, write_reference
+from neon_run.reproduce.reproduction import Plan
+from neon_run.rows import Grid, Row
 
 CPU = torch.device("cpu")
 TRUE_W, TRUE_CONTRAST = 1.0, 1.1

@@ -15,15 +15,15 @@ import click
 import torch
 from pico import RECIPE, PicoBackbone, PixelMoments
 
-from neon_core.cli import run
 from neon_core.distributed import print0, rank, session
-from neon_core.errors import UserError
-from neon_core.evaluate import evaluate
-from neon_core.files.image_set import ImageSet
-from neon_core.metrics.accumulator import MetricAccumulator
 from neon_core.prepared import training_data
 from neon_core.selftrain import self_train
 from neon_core.synthetic import generate_set
+from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
+from neon_metrics.accumulator import MetricAccumulator
+from neon_metrics.evaluate import evaluate
+from neon_run.cli import run
 
 
 class SlowPico(PicoBackbone):

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from neon_core.errors import UserError
-from neon_core.files import atomic
-from neon_core.files.atomic import atomic_path, remove_stale, sha256_file, write_json
+from neon_files import atomic
+from neon_files.atomic import atomic_path, remove_stale, sha256_file, write_json
+from neon_files.errors import UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -56,9 +56,9 @@ def test_disk_that_fills_only_at_fsync_is_told(tmp_path, monkeypatch):
 
 LIMITED = """
 import resource, sys, torch
-from neon_core.errors import UserError
-from neon_core.files.atomic import atomic_path
-from neon_core.files.checkpoint import write_checkpoint
+from neon_files.errors import UserError
+from neon_files.atomic import atomic_path
+from neon_files.checkpoint import write_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 state = {"a": torch.ones(100_000)}
 try:

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import find_file, load_strict, read_checkpoint, write_checkpoint
+from neon_files.checkpoint import find_file, load_strict, read_checkpoint, write_checkpoint
+from neon_files.errors import UserError
 
 
 def make_network() -> nn.Module:

@@ -14,10 +14,10 @@ import pytest
 from click.testing import CliRunner
 from loopback_hub import COMMIT, Loopback
 
-from neon_core.errors import UserError
-from neon_core.files import downloads, transfer
-from neon_core.files.downloads import fetch, main
-from neon_core.files.manifest import MANIFEST, NON_COMMERCIAL, ROWS, find_file
+from neon_files import downloads, transfer
+from neon_files.downloads import fetch, main
+from neon_files.errors import UserError
+from neon_files.manifest import MANIFEST, NON_COMMERCIAL, ROWS, find_file
 
 ROOT = Path(__file__).resolve().parents[2]
 A = np.random.default_rng(0).bytes(700_000)
@@ -69,7 +69,7 @@ class Place:
         return result.exit_code, result.stdout, result.stderr
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "neon_core.files.downloads", *self.arguments(*words)]
+        command = [sys.executable, "-m", "neon_files.downloads", *self.arguments(*words)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
 
@@ -313,7 +313,7 @@ def test_full_disk_is_foreseen(place, monkeypatch):
 
 def test_write_that_fails_is_told_and_what_came_is_kept(place):
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
-    limited += "from neon_core.files.downloads import main; main(sys.argv[1:])"
+    limited += "from neon_files.downloads import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", limited, *place.arguments("a.pth")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2 and "cannot be written" in result.stderr and "Traceback" not in result.stderr

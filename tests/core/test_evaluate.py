@@ -5,15 +5,15 @@ import pytest
 import torch
 from core.pico import RECIPE, PicoBackbone, PixelMoments
 
-from neon_core.errors import UserError
-from neon_core.evaluate import Evaluator, evaluate
-from neon_core.files.image_set import ImageSet
 from neon_core.merge import NeonWeights
-from neon_core.metrics.accumulator import MetricAccumulator
-from neon_core.metrics.reference import Reference
-from neon_core.pipeline.sweep import Sweep, early_stopped_grid, find_checkpoints
 from neon_core.selftrain import self_train
 from neon_core.synthetic import generate_set
+from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
+from neon_metrics.accumulator import MetricAccumulator
+from neon_metrics.evaluate import Evaluator, evaluate
+from neon_metrics.reference import Reference
+from neon_run.search.sweep import Sweep, early_stopped_grid, find_checkpoints
 
 CPU = torch.device("cpu")
 
@@ -97,7 +97,7 @@ def test_a_sweep_moves_in_place_without_drift_and_keeps_its_points(snapshots, tm
 
 
 def test_the_written_network_is_the_measured_one(snapshots, tmp_path):
-    from neon_core.files.checkpoint import read_checkpoint, write_checkpoint
+    from neon_files.checkpoint import read_checkpoint, write_checkpoint
 
     backbone = PicoBackbone.fresh()
     write_checkpoint(tmp_path / "base.safetensors", backbone.net.state_dict(), config=backbone.network_config())

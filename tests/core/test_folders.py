@@ -14,10 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from neon_core.errors import UserError
-from neon_core.files.atomic import sha256_file
-from neon_core.files.folders import PROVENANCE, atomic_folder, merge_folders
-from neon_core.merge import merge_command, merge_files, neon_merge
+from neon_core.merge import neon_merge
+from neon_files.atomic import sha256_file
+from neon_files.errors import UserError
+from neon_run.merging.command import merge_command
+from neon_run.merging.files import merge_files
+from neon_run.merging.folders import PROVENANCE, atomic_folder, merge_folders
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -279,7 +281,7 @@ def test_command(tmp_path):
 
 SLOW_MERGE = """
 import sys, time
-from neon_core.files import folders, weight_file
+from neon_run.merging import folders, weight_file
 rule = weight_file.neon_rule
 def slow(name, *ends):
     if name == "head.bias":

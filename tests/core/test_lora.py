@@ -9,9 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from neon_core.errors import UserError
-from neon_core.files.lora import CONFIG, is_lora, merge_lora, read_adapter, reverse_lora
-from neon_core.merge import merge_command, neon_merge
+from neon_core.merge import neon_merge
+from neon_files.errors import UserError
+from neon_run.merging.command import merge_command
+from neon_run.merging.lora import CONFIG, is_lora, merge_lora, read_adapter, reverse_lora
 
 SPELLINGS = {
     "peft": "base_model.model.{}.lora_A.weight base_model.model.{}.lora_B.weight",

@@ -13,10 +13,13 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from neon_core.errors import UserError
-from neon_core.files.atomic import sha256_file
-from neon_core.files.checkpoint import read_checkpoint, write_checkpoint
-from neon_core.merge import RULES, NeonWeights, merge_command, merge_files, neon_merge
+from neon_core.merge import NeonWeights, neon_merge
+from neon_files.atomic import sha256_file
+from neon_files.checkpoint import read_checkpoint, write_checkpoint
+from neon_files.errors import UserError
+from neon_run.merging.command import merge_command
+from neon_run.merging.files import merge_files
+from neon_run.merging.rules import RULES, find_rule
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -140,13 +143,13 @@ def test_other_network_is_told():
         assert part in caught.value.message
     for rule in set(RULES) - {"neon"}:
         with pytest.raises(UserError, match=r"a\.bias: \[7\]"):
-            neon_merge(BASE, syn, 1.0, rule=rule)
+            neon_merge(BASE, syn, 1.0, rule=RULES[rule])
     with pytest.raises(UserError, match="--rule theirs: unknown; choose one of neon, official-var"):
-        neon_merge(BASE, SYN, 1.0, rule="theirs")
+        find_rule("theirs")
 
 
 def test_all_rules_agree_on_plain_parameters():
-    results = [neon_merge(floats(BASE), floats(SYN), 1.5, rule=rule) for rule in RULES]
+    results = [neon_merge(floats(BASE), floats(SYN), 1.5, rule=rule) for rule in RULES.values()]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=2e-6)
 
@@ -250,7 +253,7 @@ def test_files_under_every_rule(tmp_path, rule):
         base["only in base"], syn["only in syn"] = torch.ones(2), torch.ones(2)
     paths = save(tmp_path / "base", base, "torch"), save(tmp_path / "syn", syn, "torch")
     out = merge_files(*paths, 1.5, tmp_path / "out", rule=rule)
-    assert same(read_checkpoint(out).state, neon_merge(base, syn, 1.5, rule=rule))
+    assert same(read_checkpoint(out).state, neon_merge(base, syn, 1.5, rule=RULES[rule]))
 
 
 def test_pickled_networks_merge_to_safetensors(tmp_path, golden_data):
@@ -261,7 +264,7 @@ def test_pickled_networks_merge_to_safetensors(tmp_path, golden_data):
     out = merge_files(base, aux, 0.8, tmp_path / "out", rule="official-imm")
     ends = [read_checkpoint(path).state for path in (base, aux)]
     merged = read_checkpoint(out)
-    assert same(merged.state, neon_merge(*ends, 0.8, rule="official-imm"))
+    assert same(merged.state, neon_merge(*ends, 0.8, rule=find_rule("official-imm")))
     assert merged.config == read_checkpoint(base).config and merged.config["class"] == "IMMPrecond"
 
 
@@ -304,15 +307,15 @@ def test_command_line(tmp_path):
 
 SLOW_MERGE = """
 import sys, time
-import neon_core.merge as merge
-rule = merge.RULES["neon"]
+from neon_run.merging import files, rules
+rule = rules.RULES["neon"]
 def slow(name, base, syn, w):
     if base.numel():  # empty ones ask for the type of the result
         print("merging", flush=True)
         time.sleep(600)
     return rule(name, base, syn, w)
-merge.RULES["neon"] = slow
-merge.merge_files(sys.argv[1], sys.argv[2], 1.5, sys.argv[3])
+rules.RULES["neon"] = slow
+files.merge_files(sys.argv[1], sys.argv[2], 1.5, sys.argv[3])
 """
 
 
@@ -333,7 +336,7 @@ def test_killed_merge_leaves_no_final_file_and_the_next_run_cleans_up(tmp_path):
 
 PEAK_MERGE = """
 import sys, threading, time
-from neon_core.merge import merge_files
+from neon_run.merging.files import merge_files
 
 def anonymous():
     with open("/proc/self/status") as file:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from core import metrics_ranks
 
-from neon_core.errors import UserError
-from neon_core.metrics import FunctionDetector, MetricAccumulator, MetricSettings, Reference, extract_features
-from neon_core.metrics.statistics import FeatureStatistics
+from neon_files.errors import UserError
+from neon_metrics import FunctionDetector, MetricAccumulator, MetricSettings, Reference, extract_features
+from neon_metrics.statistics import FeatureStatistics
 
 N = metrics_ranks.NUM_IMAGES
 

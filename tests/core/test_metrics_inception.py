@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from golden.fill import fill
-from neon_core.errors import UserError
-from neon_core.files.atomic import sha256_file
-from neon_core.metrics import FunctionDetector, InceptionDetector, load_inception
-from neon_core.metrics import detector as detector_module
-from neon_core.metrics.inception import FEATURES, InceptionV3, normalise, resize_tf1
+from neon_files.atomic import sha256_file
+from neon_files.errors import UserError
+from neon_metrics import FunctionDetector, InceptionDetector, load_inception
+from neon_metrics import detector as detector_module
+from neon_metrics.inception import FEATURES, InceptionV3, normalise, resize_tf1
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_resize_keeps_an_image_of_the_target_size_and_never_averages():
 def nowhere(tmp_path, monkeypatch):
     """No official weights in any of the default places; the folder of the first of them."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(detector_module, "__file__", str(tmp_path / "project/neon_core/metrics/detector.py"))
+    monkeypatch.setattr(detector_module, "__file__", str(tmp_path / "project/neon_metrics/detector.py"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "project/checkpoints"
 

@@ -7,8 +7,8 @@ import torch
 from core import metrics_ranks
 from launch import launch
 
-from neon_core.metrics import Reference
-from neon_core.metrics.statistics import FeatureStatistics
+from neon_metrics import Reference
+from neon_metrics.statistics import FeatureStatistics
 
 SCRIPT = Path("tests/core/metrics_ranks.py")
 RANKS = 2

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from neon_core.errors import UserError
-from neon_core.metrics import FeatureStatistics, Reference, load_reference, write_reference
+from neon_files.errors import UserError
+from neon_metrics import FeatureStatistics, Reference, load_reference, write_reference
 
 D = 6
 

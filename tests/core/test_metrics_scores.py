@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from neon_core.errors import UserError
-from neon_core.metrics import (
+from neon_files.errors import UserError
+from neon_metrics import (
     BiasedFidWarning,
     FeatureStatistics,
     Reference,
@@ -20,7 +20,8 @@ from neon_core.metrics import (
     kid,
     prdc,
 )
-from neon_core.metrics.scores import kernel_by_name, mmd2, polynomial_kernel, psd_factor, rbf_kernel, trace_sqrt_product
+from neon_metrics.covariance import psd_factor
+from neon_metrics.scores import kernel_by_name, mmd2, polynomial_kernel, rbf_kernel, trace_sqrt_product
 
 
 def features(count, width, seed, scale=1.0, power=1.0):
@@ -48,7 +49,7 @@ def singular_value_fid(x, y):
 
 
 @pytest.mark.parametrize(("count", "width"), [(200, 16), (12, 40), (600, 540)])
-@pytest.mark.filterwarnings("ignore::neon_core.metrics.BiasedFidWarning")
+@pytest.mark.filterwarnings("ignore::neon_metrics.BiasedFidWarning")
 def test_fid_of_a_set_with_itself_is_zero(count, width):
     x = features(count, width, 0, scale=5.0)
     assert abs(fid_from_features(x, reference_of(x))) < 1e-9
@@ -56,7 +57,7 @@ def test_fid_of_a_set_with_itself_is_zero(count, width):
 
 
 @pytest.mark.parametrize(("n", "m"), [(20, 30), (20, 90), (90, 20), (90, 80)])
-@pytest.mark.filterwarnings("ignore::neon_core.metrics.BiasedFidWarning")
+@pytest.mark.filterwarnings("ignore::neon_metrics.BiasedFidWarning")
 def test_fid_is_right_and_symmetric_for_singular_covariances(n, m):
     x, y = features(n, 50, 1), features(m, 50, 2) + 0.1
     expected = singular_value_fid(x, y)
@@ -199,7 +200,7 @@ def test_mmd_is_its_definition(kernel, written_out):
 
 
 def test_mmd_in_chunks_leaves_out_the_same_diagonal(monkeypatch):
-    from neon_core.metrics import scores
+    from neon_metrics import scores
 
     x, y = features(23, 5, 13), features(31, 5, 14)
     whole = mmd2(x, y)
@@ -274,7 +275,7 @@ SETS = {
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("elements", [1 << 24, 150])
 def test_prdc_counts_exactly(name, k, elements, monkeypatch):
-    monkeypatch.setattr("neon_core.metrics.neighbours.CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("neon_metrics.neighbours.CHUNK_ELEMENTS", elements)
     real, generated = SETS[name]
     scores = prdc(real=real, generated=generated, k=k)
     for key, value in written_out_prdc(real, generated, k).items():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from golden.fill import fill
-from neon_core.metrics import MetricAccumulator, MetricSettings, Reference, extract_features, load_inception
-from neon_core.metrics.inception import InceptionV3, normalise, resize_tf1
-from neon_core.metrics.statistics import FeatureStatistics
+from neon_metrics import MetricAccumulator, MetricSettings, Reference, extract_features, load_inception
+from neon_metrics.inception import InceptionV3, normalise, resize_tf1
+from neon_metrics.statistics import FeatureStatistics
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 

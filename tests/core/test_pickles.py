@@ -13,9 +13,9 @@ import torch
 
 from golden.adapters.pickles import check_edm_entries, hostile_case, refuse_hostile
 from golden.case import read_cases
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import read_checkpoint
-from neon_core.files.pickles import PickledObject, read_pickle, unpickle
+from neon_files.checkpoint import read_checkpoint
+from neon_files.errors import UserError
+from neon_files.pickles import PickledObject, read_pickle, unpickle
 
 
 def text(value: str) -> bytes:

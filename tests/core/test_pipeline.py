@@ -11,16 +11,16 @@ import torch
 from core.pico import PicoBackbone, PixelMoments
 from core.pico_rows import CPU, PLAN, TRUE_CONTRAST, TRUE_W, SlowPico, make_files, pico_row
 
-from neon_core.errors import UserError
-from neon_core.evaluate import Evaluator
-from neon_core.files.checkpoint import read_checkpoint
 from neon_core.merge import neon_merge
-from neon_core.metrics.reference import Reference, load_reference, write_reference
-from neon_core.pipeline.growing import GrowingSweep
-from neon_core.pipeline.ledger import STAGES, Ledger, status
-from neon_core.pipeline.reproduce import Reproduction
-from neon_core.pipeline.sweep import find_checkpoints
 from neon_core.synthetic import generate_set
+from neon_files.checkpoint import read_checkpoint
+from neon_files.errors import UserError
+from neon_metrics.evaluate import Evaluator
+from neon_metrics.reference import Reference, load_reference, write_reference
+from neon_run.reproduce.ledger import STAGES, Ledger, status
+from neon_run.reproduce.reproduction import Reproduction
+from neon_run.search.growing import GrowingSweep
+from neon_run.search.sweep import find_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_a_finished_run_does_nothing_again_and_a_change_redoes_what_hangs_on_it(
 def test_another_base_file_redoes_everything_or_says_why_not(whole, files, tmp_path):
     out = copied(whole, tmp_path)
     other = tmp_path / "other.safetensors"
-    from neon_core.files.checkpoint import write_checkpoint
+    from neon_files.checkpoint import write_checkpoint
 
     base = PicoBackbone.fresh(seed=4)
     write_checkpoint(other, base.net.state_dict(), config=base.network_config())

@@ -6,17 +6,17 @@ import torch
 from click.testing import CliRunner
 from core.pico import PicoBackbone
 
-from neon_core.errors import UserError
-from neon_core.metrics.reference import Reference
-from neon_core.metrics.scores import fid_from_features
-from neon_core.metrics.statistics import FeatureStatistics
-from neon_core.pipeline import commands
-from neon_core.pipeline.charts import curve_over_w, surface, ticks
-from neon_core.pipeline.controls import random_direction
-from neon_core.pipeline.interval import _drawn, block_statistics, bootstrap_fids, interval
-from neon_core.pipeline.measure import evenly, images_of
-from neon_core.pipeline.rows import find_row, find_rows
 from neon_core.seeds import parse_seeds
+from neon_files.errors import UserError
+from neon_metrics.reference import Reference
+from neon_metrics.scores import fid_from_features
+from neon_metrics.statistics import FeatureStatistics
+from neon_run.reproduce import commands
+from neon_run.reproduce.charts import curve_over_w, surface, ticks
+from neon_run.reproduce.controls import random_direction
+from neon_run.reproduce.measure import evenly, images_of
+from neon_run.rows import find_row, find_rows
+from neon_run.search.interval import _drawn, block_statistics, bootstrap_fids, interval
 
 
 def test_every_row_is_found_once_and_fits_its_own_search():

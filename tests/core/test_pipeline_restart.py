@@ -8,8 +8,8 @@ from core.pico_rows import CPU, PLAN, make_files, pico_row
 from core.test_ranks import kill_when
 from launch import launch, start
 
-from neon_core.pipeline.ledger import status
-from neon_core.pipeline.reproduce import Reproduction
+from neon_run.reproduce.ledger import status
+from neon_run.reproduce.reproduction import Reproduction
 
 SCRIPT = Path("tests/core/pico_reproduce.py")
 

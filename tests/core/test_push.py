@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard
 from loopback_hub import Loopback
 from safetensors.torch import save_file
 
-from neon_core.files.atomic import sha256_file
-from neon_core.files.checkpoint import write_checkpoint
-from neon_core.merge import merge_files
-from neon_core.pipeline.push import MARK, push_command
+from neon_files.atomic import sha256_file
+from neon_files.checkpoint import write_checkpoint
+from neon_run.merging.files import merge_files
+from neon_run.merging.push import MARK, push_command
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_folder_goes_whole_and_the_card_of_the_base_does_not(hub, tmp_path):
         save_file({"a": torch.full((3,), value)}, tmp_path / name / "unet" / "model.safetensors")
         (tmp_path / name / "README.md").write_text("of the base")
         ends.append(tmp_path / name)
-    from neon_core.files.folders import merge_folders
+    from neon_run.merging.folders import merge_folders
 
     out = merge_folders(*ends, 1.0, tmp_path / "out")
     code, output = run(out, "me/pipe", "--licence", "openrail")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from launch import kill_tree, launch, start
 
-from neon_core.files.checkpoint import read_checkpoint
+from neon_files.checkpoint import read_checkpoint
 
 SCRIPT = Path("tests/core/pico_run.py")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neon_core.pipeline.search import (
+from neon_run.search.quick import (
     Axis,
     Budget,
     Point,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from neon_core.errors import UserError
 from neon_core.seeds import PerImageRandom, deal, derive_seed, format_seeds, global_batches, parse_seeds
+from neon_files.errors import UserError
 
 
 @pytest.mark.parametrize(

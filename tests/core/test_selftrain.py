@@ -10,10 +10,10 @@ import torch.distributed as dist
 from core.pico import RECIPE, PicoBackbone
 
 from neon_core.backbone import TrainSettings
-from neon_core.errors import UserError
 from neon_core.prepared import TrainingData
 from neon_core.schedules import Constant, Ema, LinearRamp, RampThenCosine
 from neon_core.selftrain import FineTune, find_snapshots, self_train, snapshot_plan
+from neon_files.errors import UserError
 
 CPU = torch.device("cpu")
 

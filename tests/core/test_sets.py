@@ -10,10 +10,10 @@ import pytest
 import torch
 from core.pico import PicoBackbone
 
-from neon_core.errors import UserError
-from neon_core.files.image_set import ImageSet
 from neon_core.prepared import training_data
 from neon_core.synthetic import check_labels, generate_set, image_name, read_manifest, write_zip
+from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
 
 CPU = torch.device("cpu")
 
@@ -105,7 +105,7 @@ def test_class_folders_give_labels_in_string_order(tmp_path):
 def test_large_sets_are_read_when_asked_for(tmp_path, monkeypatch):
     make(tmp_path)
     whole = ImageSet(tmp_path).images([3, 1])
-    monkeypatch.setattr("neon_core.files.image_set.IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("neon_files.image_set.IN_MEMORY_BYTES", 0)
     assert torch.equal(ImageSet(tmp_path).images([3, 1]), whole)
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from neon_core.files.checkpoint import write_checkpoint
-from neon_core.metrics.inception import InceptionV3
 from neon_edm.backbone import EDMBackbone
 from neon_edm.precond import build_network
+from neon_files.checkpoint import write_checkpoint
+from neon_metrics.inception import InceptionV3
 
 PICO = {
     "img_resolution": 8,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from edm.conftest import PICO, pico_backbone, pico_net, write_pico
 
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import write_checkpoint
-from neon_core.merge import merge_files
 from neon_edm.backbone import EDMBackbone, augmentation
 from neon_edm.recipes import RECIPES
+from neon_files.checkpoint import write_checkpoint
+from neon_files.errors import UserError
+from neon_run.merging.files import merge_files
 
 CPU = torch.device("cpu")
 

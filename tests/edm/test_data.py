@@ -7,12 +7,12 @@ import pytest
 import torch
 from edm.conftest import pico_backbone, write_pico
 
-from neon_core.errors import UserError
-from neon_core.files.image_set import ImageSet
 from neon_core.synthetic import write_images
 from neon_edm.data import labels_of_names, make_labels
 from neon_edm.recipes import RECIPES
 from neon_edm.training import check_claims, check_fits, fine_tune
+from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
 
 CPU = torch.device("cpu")
 

@@ -8,14 +8,14 @@ import PIL.Image
 import pytest
 import torch
 
-from neon_core.files.checkpoint import write_checkpoint
-from neon_core.files.image_set import ImageSet
 from neon_edm.quickstart import digits, pictures, report
 from neon_edm.quickstart.backbone import DigitsBackbone, Guided, passes_per_image
 from neon_edm.quickstart.denoiser import DigitsDenoiser
 from neon_edm.quickstart.features import NUM_FEATURES, DigitsDetector, accuracy, read_detector, train_features
 from neon_edm.quickstart.prepare import write_digits
 from neon_edm.quickstart.recipes import DEFAULT
+from neon_files.checkpoint import write_checkpoint
+from neon_files.image_set import ImageSet
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,7 @@ import psutil
 import pytest
 import torch
 
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import read_checkpoint
 from neon_core.merge import neon_merge
-from neon_core.pipeline.ledger import status
 from neon_core.seeds import parse_seeds
 from neon_core.selftrain import find_snapshots
 from neon_edm.quickstart import main, pictures
@@ -24,6 +21,9 @@ from neon_edm.quickstart.main import broken, quickstart_run
 from neon_edm.quickstart.one_seed import find_result, passes_per_seed, run_seed
 from neon_edm.quickstart.parallel import Bars, run_seeds
 from neon_edm.quickstart.recipes import DEFAULT, FAST, base_training
+from neon_files.checkpoint import read_checkpoint
+from neon_files.errors import UserError
+from neon_run.reproduce.ledger import status
 
 SCRIPT = Path(__file__).parents[2] / "edm" / "quickstart.py"
 PICO = dataclasses.replace(

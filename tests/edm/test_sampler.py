@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from neon_core.errors import UserError
 from neon_core.seeds import PerImageRandom
 from neon_edm.sampler import edm_sampler, time_steps, to_uint8
+from neon_files.errors import UserError
 
 
 class Gauss:

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from edm.conftest import write_pico
 from launch import ROOT, launch
 
-from neon_core.files.image_set import ImageSet
-from neon_core.merge import merge_command
+from neon_files.image_set import ImageSet
+from neon_run.merging.command import merge_command
 
 
 def script(name: str) -> click.Command:

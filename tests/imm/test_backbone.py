@@ -10,14 +10,11 @@ import torch
 from core.pico import PixelMoments
 from imm.tiny import LATENT, VAE, latent_backbone, pixel_backbone, randomised, write_net, write_vae
 
-from neon_core.errors import UserError
-from neon_core.evaluate import Evaluator
-from neon_core.files.checkpoint import write_checkpoint
-from neon_core.files.image_set import ImageSet
 from neon_core.kl_vae import AutoencoderKL, to_diffusers_names
-from neon_core.metrics.reference import Reference
-from neon_core.metrics.scores import inception_score
 from neon_core.synthetic import write_images
+from neon_files.checkpoint import write_checkpoint
+from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
 from neon_imm.backbone import IMMBackbone
 from neon_imm.evaluate import evaluate
 from neon_imm.labels import create_labels, file_order, label_plan
@@ -27,6 +24,9 @@ from neon_imm.options import chosen_seeds, official_arguments, row, sampling_set
 from neon_imm.precond import IMMPrecond
 from neon_imm.recipes import RECIPES
 from neon_imm.vae_files import SD_VAE_CONFIG, load_vae
+from neon_metrics.evaluate import Evaluator
+from neon_metrics.reference import Reference
+from neon_metrics.scores import inception_score
 
 CPU = torch.device("cpu")
 

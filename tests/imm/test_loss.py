@@ -4,7 +4,7 @@ import pytest
 import torch
 from imm.tiny import LATENT, PIXEL, latent_backbone, pixel_backbone, randomised
 
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 from neon_imm.loss import IMMLoss
 from neon_imm.precond import IMMPrecond
 

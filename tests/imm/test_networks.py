@@ -5,7 +5,7 @@ import torch
 from imm.reference_path import sample
 from imm.tiny import LATENT, PIXEL, randomised
 
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 from neon_imm.precond import IMMPrecond, build_network
 from neon_imm.sampler import pushforward, time_grid
 

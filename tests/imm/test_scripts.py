@@ -11,12 +11,12 @@ import torch
 from imm.tiny import LATENT, PIXEL, write_detector, write_net, write_vae
 from launch import ROOT, launch
 
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import read_checkpoint, write_checkpoint
-from neon_core.files.image_set import ImageSet
 from neon_core.kl_vae import AutoencoderKL, to_diffusers_names
-from neon_core.merge import merge_files
+from neon_files.checkpoint import read_checkpoint, write_checkpoint
+from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
 from neon_imm.vae_files import SD_VAE_CONFIG
+from neon_run.merging.files import merge_files
 
 README = (
     "--model_ckpt checkpoints/Neon_IMM_imagenet256.pth --num_images 50000 --batch_size 64 --img_size 256 "

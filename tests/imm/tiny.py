@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from neon_core.files.checkpoint import write_checkpoint
 from neon_core.kl_vae import AutoencoderKL
-from neon_core.metrics.inception import InceptionV3
+from neon_files.checkpoint import write_checkpoint
 from neon_imm.backbone import IMMBackbone
 from neon_imm.precond import IMMPrecond
 from neon_imm.recipes import RECIPES
 from neon_imm.vae_files import save_vae
+from neon_metrics.inception import InceptionV3
 
 LATENT = {
     "img_resolution": 8,

@@ -112,7 +112,7 @@ def test_bfloat16_training_stays_close_to_float32():
 
 
 def test_a_written_snapshot_says_what_network_it_is(tmp_path):
-    from neon_core.files.checkpoint import write_checkpoint
+    from neon_files.checkpoint import write_checkpoint
 
     backbone = tiny_backbone(depth=2, shared_aln=True)
     path = tmp_path / "snapshot.safetensors"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from var.tiny import VAE_KWARGS, tiny_vae, tiny_var, write_tiny
 
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 from neon_var import loading
 from neon_var.loading import load_vae, load_var
 from neon_var.recipes import ARCHITECTURES, Architecture
@@ -64,7 +64,7 @@ def test_the_other_resolution_is_named(tmp_path, small_presets):
 
 
 def test_a_file_of_ours_with_another_resolution_is_refused(tmp_path, small_presets):
-    from neon_core.files.checkpoint import write_checkpoint
+    from neon_files.checkpoint import write_checkpoint
 
     kwargs = ARCHITECTURES["imagenet_512"].network()
     path = tmp_path / "var.safetensors"
@@ -104,7 +104,7 @@ def test_a_missing_file_names_the_command_that_fetches_it(tmp_path, monkeypatch)
 def test_a_missing_key_is_named(tmp_path):
     from var.tiny import VAR_KWARGS
 
-    from neon_core.files.checkpoint import write_checkpoint
+    from neon_files.checkpoint import write_checkpoint
 
     state = tiny_var().state_dict()
     del state["blocks.1.attn.q_bias"]
@@ -114,7 +114,7 @@ def test_a_missing_key_is_named(tmp_path):
 
 
 def test_usage_counts_of_another_number_of_scales_do_not_matter(tmp_path):
-    from neon_core.files.checkpoint import write_checkpoint
+    from neon_files.checkpoint import write_checkpoint
 
     state = tiny_vae().state_dict()
     state["quantize.ema_vocab_hit_SV"] = torch.ones(7, 64)

@@ -5,8 +5,8 @@ import torch
 from var.reference_path import sample_tokens
 from var.tiny import PATCH_NUMS, VAR_KWARGS, tiny_backbone, tiny_vae, tiny_var
 
-from neon_core.errors import UserError
 from neon_core.seeds import PerImageRandom
+from neon_files.errors import UserError
 from neon_var.sampler import BatchNoise, PerImageNoise, filter_logits, sample_scales, to_uint8
 
 SETTINGS = {"cfg": 2.0, "top_k": 30, "top_p": 0.9}

@@ -12,7 +12,7 @@ from launch import ROOT, launch
 from PIL import Image
 from var.tiny import write_tiny
 
-from neon_core.files.checkpoint import read_checkpoint
+from neon_files.checkpoint import read_checkpoint
 
 TUNE = ("--images", 16, "--batch_size", 8, "--micro_batch_size", 4, "--lr", 1e-3, "--ramp_images", 32,
         "--snapshot_images", 8, "--precision", "fp32")  # fmt: skip
@@ -101,7 +101,7 @@ def test_kept_token_crops_train_too(place, tmp_path):
 @pytest.mark.slow
 def test_sweep_and_calculate_fid_agree_on_a_merged_file(place, tmp_path, capsys):
     """Inception on eight images: more than ten seconds, and the only way through the scripts' last part."""
-    from neon_core.metrics.inception import InceptionV3
+    from neon_metrics.inception import InceptionV3
 
     torch.manual_seed(0)
     detector, stats = tmp_path / "inception.pth", tmp_path / "stats.npz"

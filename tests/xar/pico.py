@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from neon_core.files.checkpoint import write_checkpoint
 from neon_core.kl_vae import AutoencoderKL
+from neon_files.checkpoint import write_checkpoint
 from neon_xar.xar import XAR
 
 VAE = {"embed_dim": 4, "ch": 8, "ch_mult": (1, 1), "num_res_blocks": 1, "attn_resolutions": (), "norm_groups": 4}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from xar.pico import NET, pico_net, pico_vae, write_pico
 
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import load_strict, read_checkpoint, write_checkpoint
 from neon_core.kl_vae import AutoencoderKL, to_diffusers_names
+from neon_files.checkpoint import load_strict, read_checkpoint, write_checkpoint
+from neon_files.errors import UserError
 from neon_xar.backbone import XARBackbone, load_autoencoder
 from neon_xar.recipes import RECIPES
 from neon_xar.training import with_settings

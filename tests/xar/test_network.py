@@ -6,7 +6,7 @@ import pytest
 import torch
 from xar.pico import NET, pico_net
 
-from neon_core.files.checkpoint import Checkpoint, load_strict
+from neon_files.checkpoint import Checkpoint, load_strict
 from neon_xar.xar import CELL_TOKENS, CELLS, SIZES, XAR, build, from_cells, to_cells
 
 

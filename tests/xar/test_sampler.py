@@ -5,8 +5,8 @@ import torch
 from xar.pico import pico_net, pico_vae
 from xar.reference_path import sample_latents_plainly
 
-from neon_core.errors import UserError
 from neon_core.seeds import PerImageRandom
+from neon_files.errors import UserError
 from neon_xar.backbone import XARBackbone
 from neon_xar.flow import euler_maruyama, sde_times, time_index
 from neon_xar.sampler import sample_latents

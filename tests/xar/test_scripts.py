@@ -13,11 +13,11 @@ from launch import ROOT, launch
 from PIL import Image
 from xar.pico import write_pico
 
-from neon_core.errors import UserError
-from neon_core.evaluate import Evaluator
-from neon_core.files.checkpoint import read_checkpoint
-from neon_core.metrics.detector import FunctionDetector
-from neon_core.metrics.reference import Reference
+from neon_files.checkpoint import read_checkpoint
+from neon_files.errors import UserError
+from neon_metrics.detector import FunctionDetector
+from neon_metrics.evaluate import Evaluator
+from neon_metrics.reference import Reference
 
 README_COMMANDS = [
     line.split("xAR/calculate_fid.py ", 1)[1]

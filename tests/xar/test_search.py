@@ -4,12 +4,12 @@ import pytest
 import torch
 from xar.pico import write_pico
 
-from neon_core.errors import UserError
-from neon_core.evaluate import Evaluator
-from neon_core.files.checkpoint import read_checkpoint, write_checkpoint
 from neon_core.merge import neon_merge
-from neon_core.metrics.detector import FunctionDetector
-from neon_core.metrics.reference import Reference
+from neon_files.checkpoint import read_checkpoint, write_checkpoint
+from neon_files.errors import UserError
+from neon_metrics.detector import FunctionDetector
+from neon_metrics.evaluate import Evaluator
+from neon_metrics.reference import Reference
 from neon_xar.backbone import XARBackbone
 from neon_xar.evaluate import check_model, neighbours, result_line, sweep
 from neon_xar.recipes import RECIPES, SEARCHES

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from neon_core.backbone import Backbone, Recipe
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import Checkpoint, find_file, load_strict, read_checkpoint
 from neon_core.kl_vae import AutoencoderKL, to_ldm_names, weights_digest
 from neon_core.seeds import PerImageRandom
+from neon_files.checkpoint import Checkpoint, find_file, load_strict, read_checkpoint
+from neon_files.errors import UserError
 from neon_xar.flow import MIN_STEPS
 from neon_xar.loss import draw_randomness, velocity_loss
 from neon_xar.official import official_labels

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neon_core.cli import measured_line
 from neon_core.distributed import file_hash
-from neon_core.errors import UserError
-from neon_core.evaluate import Evaluator
-from neon_core.pipeline.sweep import BASE, Sweep, early_stopped_grid
+from neon_files.errors import UserError
+from neon_metrics.evaluate import Evaluator
+from neon_run.cli import measured_line
+from neon_run.search.sweep import BASE, Sweep, early_stopped_grid
 from neon_xar.backbone import XARBackbone
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 
 
 def official_labels(num_images: int, class_num: int, batch_size: int = 1, world_size: int = 1) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from neon_core import cli
-from neon_core.cli import options
 from neon_core.seeds import parse_seeds
+from neon_run import cli
+from neon_run.cli import options
 from neon_xar.backbone import DEFAULT_VAE, LABEL_RULES, PRECISIONS, check_model_name, check_settings
 from neon_xar.vae import ROUNDINGS
 

@@ -1,6 +1,6 @@
 """xAR's rows for `neon reproduce`: the recipes with the paper's FIDs and the ranges it searched."""
 
-from neon_core.pipeline.rows import Grid, Row
+from neon_run.rows import Grid, Row
 from neon_xar.backbone import DEFAULT_VAE, XARBackbone
 from neon_xar.recipes import RECIPES, SEARCHES
 

@@ -10,10 +10,10 @@ import torch
 
 from neon_core.backbone import Recipe
 from neon_core.distributed import file_hash
-from neon_core.files.checkpoint import find_file
 from neon_core.finetune import need_labels, open_set, train_on
 from neon_core.schedules import Ema, LinearRamp
 from neon_core.synthetic import origin
+from neon_files.checkpoint import find_file
 from neon_xar.backbone import XARBackbone
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neon_core.errors import UserError
+from neon_files.errors import UserError
 
 NUM_LEVELS = 17
 NUM_TRAIN = 1197

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neon_core.files.atomic import sha256_file
-from neon_core.files.checkpoint import load_strict, read_checkpoint
 from neon_edm.quickstart.digits import NUM_CLASSES, to_unit_range
+from neon_files.atomic import sha256_file
+from neon_files.checkpoint import load_strict, read_checkpoint
 
 NUM_FEATURES = 32
 
@@ -72,7 +72,7 @@ def accuracy(network: FeatureNetwork, images: Tensor, labels: Tensor) -> float:
 
 
 class DigitsDetector:
-    """The trained network as the detector of `neon_core.metrics`: 32 features, 10 logits."""
+    """The trained network as the detector of `neon_metrics`: 32 features, 10 logits."""
 
     num_features = NUM_FEATURES
     num_classes = NUM_CLASSES

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from neon_core.cli import check_writable, write_result
-from neon_core.errors import UserError
 from neon_edm.quickstart import pictures, report
 from neon_edm.quickstart.one_seed import find_result
 from neon_edm.quickstart.parallel import run_seeds, seed_folder
 from neon_edm.quickstart.recipes import DEFAULT, FAST, Quickstart, base_training
+from neon_files.errors import UserError
+from neon_run.cli import check_writable, write_result
 
 FLOAT_TOLERANCE = 1e-5  # of w = -1 against theta_syn, absolute; the weights are of order 0.1 to 3
 

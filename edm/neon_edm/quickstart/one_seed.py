@@ -14,19 +14,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from neon_core.files.atomic import write_json
-from neon_core.files.checkpoint import read_checkpoint
 from neon_core.merge import NeonWeights, neon_merge
-from neon_core.metrics.scores import frechet_distance
-from neon_core.metrics.statistics import FeatureStatistics
-from neon_core.pipeline.measure import RANDOM, REAL
-from neon_core.pipeline.reproduce import Reproduction
-from neon_core.pipeline.search import Budget
-from neon_core.pipeline.sweep import BASE
 from neon_edm.quickstart.backbone import DigitsBackbone
 from neon_edm.quickstart.digits import load_digits_split, to_unit_range
 from neon_edm.quickstart.prepare import BATCH, CPU
 from neon_edm.quickstart.recipes import SAMPLE_BATCH, SAMPLES, Quickstart
+from neon_files.atomic import write_json
+from neon_files.checkpoint import read_checkpoint
+from neon_metrics.scores import frechet_distance
+from neon_metrics.statistics import FeatureStatistics
+from neon_run.reproduce.measure import RANDOM, REAL
+from neon_run.reproduce.reproduction import Reproduction
+from neon_run.search.quick import Budget
+from neon_run.search.sweep import BASE
 
 PIXEL_IMAGES = 1000  # whose pixels are measured too
 STAGES = {"fetch": "base", "generate": "synthetic set", "finetune": "fine-tune", "search": "choose w"}

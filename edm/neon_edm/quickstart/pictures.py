@@ -10,9 +10,9 @@ import numpy as np
 import PIL.Image
 import torch
 
-from neon_core.errors import UserError
-from neon_core.files.atomic import atomic_path
 from neon_edm.quickstart.digits import load_digits_split
+from neon_files.atomic import atomic_path
+from neon_files.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from neon_core.backbone import TrainSettings
 from neon_core.distributed import barrier, is_main
-from neon_core.files.atomic import atomic_path
-from neon_core.files.checkpoint import write_checkpoint
-from neon_core.files.image_set import ImageSet
 from neon_core.finetune import train_on
-from neon_core.metrics.reference import Reference, write_reference
-from neon_core.metrics.statistics import FeatureStatistics
-from neon_core.pipeline.rows import Row
 from neon_core.seeds import derive_seed
 from neon_edm.quickstart.digits import load_digits_split
 from neon_edm.quickstart.features import accuracy, read_detector, train_features
+from neon_files.atomic import atomic_path
+from neon_files.checkpoint import write_checkpoint
+from neon_files.image_set import ImageSet
+from neon_metrics.reference import Reference, write_reference
+from neon_metrics.statistics import FeatureStatistics
+from neon_run.rows import Row
 
 CPU = torch.device("cpu")  # this network is too small for a GPU to gain anything
 BATCH = 128
@@ -31,7 +31,7 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class PrepareDigits:
-    """`neon_core.pipeline.rows.Prepare` for the digits."""
+    """`neon_run.rows.Prepare` for the digits."""
 
     base: TrainSettings
     feature_steps: int

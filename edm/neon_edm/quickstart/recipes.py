@@ -7,12 +7,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from neon_core.backbone import Recipe, TrainSettings
-from neon_core.pipeline.reproduce import Plan
-from neon_core.pipeline.rows import Grid, Row
 from neon_core.schedules import Ema, LinearRamp, RampThenCosine
 from neon_edm.quickstart.backbone import DigitsBackbone, passes_per_image
 from neon_edm.quickstart.features import read_detector
 from neon_edm.quickstart.prepare import BATCH, PrepareDigits
+from neon_run.reproduce.reproduction import Plan
+from neon_run.rows import Grid, Row
 
 NO_SNAPSHOTS = 1 << 60  # but the last
 SAMPLER = {"num_steps": 18}

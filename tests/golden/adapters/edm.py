@@ -23,10 +23,6 @@ from golden.case import Case, mismatch
 from golden.fill import fill
 from neon_core.backbone import TrainSettings
 from neon_core.data_order import windowed_shuffle
-from neon_core.files.image_set import ImageSet
-from neon_core.metrics.neighbours import prdc
-from neon_core.metrics.scores import frechet_distance
-from neon_core.metrics.statistics import FeatureStatistics, edm_sweep_covariance
 from neon_core.schedules import Ema, LinearRamp
 from neon_core.seeds import PerImageRandom, parse_seeds
 from neon_core.selftrain import FineTune
@@ -39,6 +35,10 @@ from neon_edm.loss import EDMLoss, VELoss, VPLoss, loss_map
 from neon_edm.networks import DhariwalUNet, SongUNet
 from neon_edm.precond import build_network, preconditioner
 from neon_edm.sampler import edm_sampler, time_steps, to_uint8
+from neon_files.image_set import ImageSet
+from neon_metrics.neighbours import prdc
+from neon_metrics.scores import frechet_distance
+from neon_metrics.statistics import FeatureStatistics, edm_sweep_covariance
 
 UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 LOSSES = {"EDMLoss": EDMLoss, "VPLoss": VPLoss, "VELoss": VELoss}

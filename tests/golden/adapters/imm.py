@@ -18,12 +18,12 @@ from golden.case import Case, mismatch
 from golden.fill import fill, tensor_for
 from neon_core.backbone import Backbone, TrainSettings
 from neon_core.data_order import windowed_shuffle
-from neon_core.files.checkpoint import load_strict, read_checkpoint
-from neon_core.files.image_set import ImageSet
 from neon_core.kl_vae import AutoencoderKL, posterior, to_diffusers_names, to_ldm_names
 from neon_core.merge import neon_merge
 from neon_core.schedules import Ema
 from neon_core.selftrain import FineTune
+from neon_files.checkpoint import load_strict, read_checkpoint
+from neon_files.image_set import ImageSet
 from neon_imm.dit import DiT, sincos_grid
 from neon_imm.labels import image_name, label_plan, labels_from_names
 from neon_imm.latent_set import encode_images
@@ -32,6 +32,7 @@ from neon_imm.loss import IMMLoss
 from neon_imm.precond import IMMPrecond, NoiseSchedule, build_network
 from neon_imm.sampler import pushforward, restart, time_grid
 from neon_imm.songunet import SongUNet, positional_table
+from neon_run.merging.rules import find_rule
 
 PRECISION = {"f32": torch.float32, "f64": torch.float64}
 
@@ -503,7 +504,7 @@ def merged_forward(case: Case) -> dict:
     base, aux = (read_checkpoint(case.folder / case.config[name]) for name in ("base", "aux"))
     out = {}
     for name in case.expected:
-        state = neon_merge(base.state, aux.state, float(name.removeprefix("w")), rule="official-imm")
+        state = neon_merge(base.state, aux.state, float(name.removeprefix("w")), rule=find_rule("official-imm"))
         net = build(dataclasses.replace(base, state=state))
         steps = re.search(r"(\d+) uniform steps, cfg_scale ([\d.]+)", case.spec["what"])  # stated nowhere else
         grid = time_grid(net.schedule, "uniform", int(steps[1]))

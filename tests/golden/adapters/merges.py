@@ -10,8 +10,9 @@ import torch
 
 from golden.case import Case
 from golden.fill import fill
-from neon_core.files.checkpoint import read_checkpoint
 from neon_core.merge import neon_merge
+from neon_files.checkpoint import read_checkpoint
+from neon_run.merging.rules import find_rule
 
 
 def _states(case: Case, separator: str) -> tuple[dict, dict]:
@@ -34,7 +35,7 @@ def merge_var(case: Case) -> dict[str, torch.Tensor]:
                 torch.save(content, path)
                 read.append(read_checkpoint(path).state)
             for w in case.config["w"]:
-                merged = neon_merge(*read, w, rule="official-var")
+                merged = neon_merge(*read, w, rule=find_rule("official-var"))
                 for name, value in merged.items():
                     key = f"w{w}__{name}"
                     assert key not in out or torch.equal(out[key].nan_to_num(), value.nan_to_num())
@@ -45,7 +46,7 @@ def merge_var(case: Case) -> dict[str, torch.Tensor]:
 def merge_imm(case: Case) -> dict[str, torch.Tensor]:
     """Kind `merge` of imm."""
     base, aux = _states(case, "_")
-    merged = {w: neon_merge(base, aux, w, rule="official-imm") for w in case.config["w"]}
+    merged = {w: neon_merge(base, aux, w, rule=find_rule("official-imm")) for w in case.config["w"]}
     return {f"w{w}/{name}": value for w, state in merged.items() for name, value in state.items()}
 
 
@@ -58,7 +59,7 @@ def merge_edm(case: Case, build: Callable[[dict], torch.nn.Module]) -> dict[str,
     aux = {name: base[name] + 0.01 * delta[i % len(delta)] for i, name in enumerate(names)}
     out = {}
     for j, w in enumerate(case.config["w"]):
-        merged = neon_merge(base, aux, w, rule="official-edm")
+        merged = neon_merge(base, aux, w, rule=find_rule("official-edm"))
         out[f"sums_{j}"] = np.array([merged[name].double().sum().item() for name in names])
         out[f"norms_{j}"] = np.array([merged[name].double().square().sum().sqrt().item() for name in names])
         out[f"first_tensor_{j}"] = merged[names[0]]

@@ -1,14 +1,14 @@
-"""Golden cases of the metrics: each kind in terms of `neon_core.metrics`."""
+"""Golden cases of the metrics: each kind in terms of `neon_metrics`."""
 
 import numpy as np
 import torch
 
 from golden.case import Case
 from golden.fill import fill
-from neon_core.metrics import FeatureStatistics, InceptionDetector, Reference, fid, fid_infinity_fit, kid, prdc
-from neon_core.metrics.inception import INPUT_SIZE, InceptionV3, normalise, resize_tf1
-from neon_core.metrics.scores import frechet_terms, inception_score, kernel_by_name, mmd2
-from neon_core.metrics.statistics import edm_sweep_covariance
+from neon_metrics import FeatureStatistics, InceptionDetector, Reference, fid, fid_infinity_fit, kid, prdc
+from neon_metrics.inception import INPUT_SIZE, InceptionV3, normalise, resize_tf1
+from neon_metrics.scores import frechet_terms, inception_score, kernel_by_name, mmd2
+from neon_metrics.statistics import edm_sweep_covariance
 
 
 def frechet(case: Case) -> dict:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from golden.case import Case, read_cases
-from neon_core.errors import UserError
-from neon_core.files.checkpoint import Checkpoint, read_checkpoint
-from neon_core.files.pickles import PickledObject, read_pickle
+from neon_files.checkpoint import Checkpoint, read_checkpoint
+from neon_files.errors import UserError
+from neon_files.pickles import PickledObject, read_pickle
 
 Build = Callable[[Checkpoint], torch.nn.Module]  # a checkpoint -> its network, weights loaded, eval mode
 

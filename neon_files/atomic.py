@@ -1,0 +1,117 @@
+"""Files that are whole or not there: written under a temporary name beside the final one, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from neon_files.errors import UserError
+
+_counter = itertools.count()
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "it is too large"}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
+_CHUNK = 1 << 22
+
+
+@contextmanager
+def atomic_path(final: str | Path, sync: bool = True) -> Iterator[Path]:
+    """A temporary path in the folder of `final` (made if need be), renamed to `final` when the body ends.
+
+    If the body fails the temporary goes and an existing `final` stays as it was. `sync=False` leaves out the fsync,
+    for many small files that a rerun makes again. Raises UserError where the folder cannot be written or the disk is
+    full.
+    """
+    final = Path(final)
+    if final.is_dir():
+        raise UserError(f"{final}: is a folder; name a file")
+    temporary = final.with_name(f".{final.name}.{socket.gethostname()}-{os.getpid()}-{next(_counter)}.part")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if sync:
+            _sync(temporary)
+        os.replace(temporary, final)
+        if sync:
+            _sync(final.parent)
+    except OSError as error:
+        _raise_clear(error, final, temporary)
+    except RuntimeError as error:  # torch.save reports a failed write this way
+        if "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
+            raise UserError(f"{final}: could not be written completely; is the disk full?") from error
+        raise
+    finally:
+        with suppress(OSError):  # not there after the rename; or its folder never was
+            temporary.unlink()
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _raise_clear(error: OSError, final: Path, temporary: Path) -> None:
+    """UserError where `error` is about writing `final`; anything else goes on as it is."""
+    if error.errno in _FULL:
+        raise UserError(f"{final}: not written, {_FULL[error.errno]}; free some space or name another place") from error
+    ours = error.filename is None or Path(error.filename) in {temporary, final, *final.parents}
+    if error.errno in _DENIED and ours:
+        raise UserError(f"{final}: cannot write there ({error.strerror}); name another place") from error
+    raise error
+
+
+def remove_stale(final: str | Path) -> None:
+    """Delete temporaries of `final` that killed processes of this machine left behind."""
+    if os.name == "nt":  # where asking for a process can end it
+        return
+    final = Path(final)
+    pattern = re.compile(re.escape(f".{final.name}.{socket.gethostname()}-") + r"(\d+)-\d+\.part")
+    for path in final.parent.glob(f".{_glob_escape(final.name)}.*.part"):
+        match = pattern.fullmatch(path.name)
+        if match and not _alive(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _glob_escape(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`value` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def sha256_file(path: str | Path) -> str:
+    """64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

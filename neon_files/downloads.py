@@ -1,0 +1,338 @@
+"""Published files: fetched, checked, and then used without a network. `bash download_models.sh --help`.
+
+The hub is asked what a file's hash is (through its client: mirrors, tokens and offline mode work as everywhere); the
+bytes come through `neon_files.transfer`, because the client neither goes on after a killed process nor hashes
+what it received. A file that passed is noted in `.NAME.verified`, so that later runs need neither network nor hashing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import urllib.parse
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from neon_files.atomic import write_json
+from neon_files.errors import UserError
+from neon_files.manifest import MANIFEST, ROOT, Entry, Manifest, find_file
+from neon_files.transfer import Source, Unreachable, compare, download, one_process, timeout_seconds
+
+Say = Callable[[str], None]
+_YES = {"1", "true", "yes", "on"}
+
+
+def is_offline() -> bool:
+    """The hub client's switches, honoured for every source."""
+    return any(os.environ.get(name, "").lower() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+
+
+@dataclass(frozen=True)
+class State:
+    """Of one file on the disk. `text` is "verified", "unverified" (nothing to compare with), "missing" or a defect."""
+
+    text: str
+    usable: bool  # nothing speaks against it
+    settled: bool  # no request could change that
+
+
+VERIFIED = State("verified", usable=True, settled=True)
+UNVERIFIED = State("unverified", usable=True, settled=False)
+RECORDED = State("as first fetched; its publisher gives no hash", usable=True, settled=True)
+MISSING = State("missing", usable=False, settled=False)
+
+
+def known_source(entry: Entry) -> Source:
+    """What the manifest alone says, as far as it is certain."""
+    return Source(entry.url, size=entry.size, sha256=entry.sha256 if entry.confirmed else "")
+
+
+def state_of(entry: Entry, path: Path, rehash: bool = False) -> State:
+    """Looks at the disk only. `rehash` does not believe the note of an earlier check."""
+    if not path.is_file():
+        return MISSING
+    record = _read_record(path)
+    facts = path.stat()
+    if record and not rehash and (record.get("size"), record.get("mtime_ns")) == (facts.st_size, facts.st_mtime_ns):
+        agrees = not (entry.confirmed and entry.sha256) or record.get("sha256") == entry.sha256
+        if agrees:
+            return VERIFIED if record.get("checked") else RECORDED
+    problem, digest = compare(known_source(entry), path)
+    if problem:
+        return State(problem, usable=False, settled=False)
+    if entry.sha256 and digest == entry.sha256:
+        _write_record(path, digest, checked="manifest")
+        return VERIFIED
+    if record.get("sha256"):
+        if record["sha256"] != digest:
+            text = f"has the sha256 {digest} instead of {record['sha256']}, which it had when it was fetched"
+            return State(text, usable=False, settled=False)
+        _write_record(path, digest, checked=record.get("checked", ""))
+        return VERIFIED if record.get("checked") else RECORDED
+    return UNVERIFIED
+
+
+def ensure(entry: Entry, path: Path, force: bool = False, say: Say = lambda text: None, offline: str = "") -> None:
+    """`path` holds the published file when this returns. Makes no request where it is there and verified.
+
+    A file there that is not the published one is kept as NAME.old. Raises UserError and Unreachable; a file that only
+    cannot be verified now is accepted, and that is said. `offline` is the reason why no request is to be made.
+    """
+    state = state_of(entry, path)
+    if state.settled and not force:
+        return
+    if is_offline():
+        offline = "HF_HUB_OFFLINE is set"
+    if offline:
+        if not state.usable or force:
+            raise Unreachable(f"{entry.name}: {state.text}; {offline}")
+        say(f"{path}: present, not verified ({offline})")
+        return
+    with one_process(path):
+        state = state_of(entry, path)  # another process may have done it while we waited
+        if state.settled and not force:
+            return
+        try:
+            source = resolve(entry, say)
+        except Unreachable as error:
+            if not state.usable or force:
+                raise
+            say(f"{path}: present, not verified ({error.message})")
+            return
+        if state.usable and not force:
+            problem, digest = compare(source, path)
+            if not problem:
+                _write_record(path, digest, _checked(source), source.version)
+                return
+            state = State(problem, usable=False, settled=False)
+        _replace(entry, source, path, state, say)
+
+
+def _replace(entry: Entry, source: Source, path: Path, state: State, say: Say) -> None:
+    if entry.restricted:
+        say(f"{entry.name}: {entry.licence}")
+    say(f"{entry.name}: fetching {_bytes(source.size)} from {entry.source} into {path.parent}")
+    fresh = path.with_name(f".{path.name}.fetched")
+    digest = download(source, fresh)
+    if path.exists() and not state.usable:
+        old = path.with_name(f"{path.name}.old")
+        say(f"{path}: {state.text}; kept as {old.name}")
+        os.replace(path, old)
+    os.replace(fresh, path)
+    _write_record(path, digest, _checked(source), source.version)
+
+
+def _checked(source: Source) -> str:
+    return "publisher" if source.sha256 or source.git_sha1 else ""
+
+
+def resolve(entry: Entry, say: Say = lambda text: None) -> Source:
+    """Where to get an entry, with all that its publisher says of it. One request for files on the hub."""
+    if entry.url:
+        return known_source(entry)
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+        from huggingface_hub.utils import build_hf_headers
+    except ImportError as error:
+        raise UserError("huggingface_hub is missing or too old; run `pip install -e .`") from error
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    url = hf_hub_url(entry.repo, entry.path or entry.name, revision=entry.revision, endpoint=endpoint)
+    try:
+        facts = get_hf_file_metadata(url, timeout=timeout_seconds())
+    except GatedRepoError as error:
+        raise UserError(
+            f"{entry.name}: {entry.repo} asks for a login; accept its conditions, then `hf auth login`"
+        ) from error
+    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        raise UserError(f"{entry.name}: not at {entry.source} (revision {entry.revision})") from error
+    except HfHubHTTPError as error:
+        raise Unreachable(f"{entry.name}: the hub answers {str(error).splitlines()[0]}") from error
+    except Exception as error:  # connection errors: their classes depend on the client's version
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Unreachable(f"{entry.name}: no connection to the hub ({reason})", connected=False) from error
+    etag = facts.etag or ""
+    sha256 = etag if re.fullmatch(r"[0-9a-f]{64}", etag) else ""
+    git_sha1 = etag if re.fullmatch(r"[0-9a-f]{40}", etag) else ""
+    if sha256 and entry.sha256 and sha256 != entry.sha256:
+        if entry.confirmed:
+            raise UserError(
+                f"{entry.name}: the hub now has other bytes (sha256 {sha256}) than the published {entry.sha256}"
+            )
+        say(f"{entry.name}: the hub's hash {sha256} differs from the one that others report; the hub's counts")
+    size = facts.size if sha256 and sha256 != entry.sha256 else entry.size or facts.size
+    headers = tuple(build_hf_headers().items())
+    known = known_source(entry).sha256
+    return Source(url, headers, size, known or sha256, git_sha1, version=f"{facts.commit_hash} {etag}")
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.verified")
+
+
+def _read_record(path: Path) -> dict:
+    try:
+        record = json.loads(_record_path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _write_record(path: Path, digest: str, checked: str, version: str = "") -> None:
+    facts = path.stat()
+    record = {"sha256": digest, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "checked": checked}
+    with suppress(UserError):  # in a folder of somebody else: the next run hashes again
+        write_json(_record_path(path), record | ({"version": version} if version else {}))
+
+
+# For the scripts
+
+
+def cache_dir() -> Path:
+    """Files that scripts fetch by URL. NEON_CACHE_DIR, else the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NEON_CACHE_DIR") or Path(home) / "neon")
+
+
+def fetch(path_or_url: str | Path) -> Path:
+    """The local file of a path, or of a URL: fetched once, checked, then used without a network.
+
+    A URL of the manifest goes (or already is) where `download_models.sh` puts it, any other into the cache. Every rank
+    may call it: one process of a node downloads, the others wait. Raises UserError.
+    """
+    text = str(path_or_url)
+    if not re.match(r"https?://", text):
+        return find_file(path_or_url)
+    known = next((entry for entry in MANIFEST.entries if entry.url == text), None)
+    name = (
+        known.name if known else re.sub(r"[^\w.-]+", "_", text.split("?")[0].rstrip("/").rsplit("/", 1)[-1]) or "file"
+    )
+    entry = known or Entry(name, "cache", url=text, licence="")
+    cached = cache_dir() / "downloads" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}_{name}"
+    places = [ROOT / entry.destination, cached] if known else [cached]
+    path = next((place for place in places if state_of(entry, place).usable), None)
+    if path is None:
+        in_checkout = known and (ROOT / "download_models.sh").exists() and os.access(ROOT / entry.folder, os.W_OK)
+        path = places[0] if in_checkout else cached
+    try:
+        ensure(entry, path, say=_say)
+    except Unreachable as error:
+        command = MANIFEST.command(entry.name) if known else None
+        hint = f"where there is a network, run `{command}`" if command else f"put the file at {path} yourself"
+        raise UserError(f"{error.message}; {hint}") from error
+    return path
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+# The command
+
+
+def _bytes(size: int | None) -> str:
+    return "? bytes" if size is None else f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size:,} bytes"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """A manifest of one's own, JSON: {"entries": [{"name", "folder", "url" or "repo", ...}], "rows", "default"}."""
+    try:
+        content = json.loads(path.read_text())
+        entries = tuple(Entry(**{**e, "aliases": tuple(e.get("aliases", ()))}) for e in content["entries"])
+        rows = {row: tuple(names) for row, names in content.get("rows", {}).items()}
+        return Manifest(entries, rows, tuple(content.get("default", [entry.name for entry in entries])))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--manifest {path}: not a manifest ({type(error).__name__}: {error})") from error
+
+
+@click.command("download", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("words", nargs=-1, metavar="[ROW | FILE]...")
+@click.option("--list", "list_", is_flag=True, help="What there is to fetch and what is here; makes no request.")
+@click.option("--dry_run", "--dry-run", is_flag=True, help="What would be fetched; makes no request.")
+@click.option("--verify", is_flag=True, help="Hash the files that are here again; makes no request.")
+@click.option("--force", is_flag=True, help="Fetch anew what is already here.")
+@click.option(
+    "--root",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=ROOT,
+    help="Where checkpoints/ and fid_stats/ are.  [default: this checkout]",
+)
+@click.option(
+    "--manifest",
+    "manifest_path",
+    type=click.Path(path_type=Path),
+    help="Another list of files (JSON), for a mirror of your own.",
+)
+def main(
+    words: Sequence[str], list_: bool, dry_run: bool, verify: bool, force: bool, root: Path, manifest_path: Path | None
+) -> None:
+    """Fetch published files; without words, the ten official checkpoints and references.
+
+    ROW: xarl, xarb, xarh, vard16, vard36, edm-cifar10-cond, edm-cifar10-uncond, edm-ffhq, imm - all that the row's
+    commands need - or inception; or the name of a file. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
+    """
+    manifest = read_manifest(manifest_path) if manifest_path else MANIFEST
+    entries = manifest.select(tuple(words)) if words or not (list_ or verify) else list(manifest.entries)
+    if list_:
+        _list(manifest, entries, root)
+    elif dry_run:
+        _dry_run(entries, root, force)
+    elif verify:
+        _verify(entries, root, all_named=bool(words))
+    else:
+        _fetch_all(entries, root, force)
+
+
+def _list(manifest: Manifest, entries: list[Entry], root: Path) -> None:
+    for entry in entries:
+        here = "here" if (root / entry.destination).is_file() else "-"
+        rows = ", ".join(row for row, names in manifest.rows.items() if entry.name in names) or "no row"
+        click.echo(f"{here:5} {_bytes(entry.size):>12}  {entry.destination}  <- {entry.source}")
+        click.echo(f"{'':20}{rows}; {entry.licence}")
+
+
+def _dry_run(entries: list[Entry], root: Path, force: bool) -> None:
+    for entry in entries:
+        state = state_of(entry, root / entry.destination)
+        todo = "keep" if state.settled and not force else "check" if state.usable and not force else "fetch"
+        click.echo(f"{todo:5} {_bytes(entry.size):>12}  {entry.destination}  <- {entry.source}  ({state.text})")
+
+
+def _verify(entries: list[Entry], root: Path, all_named: bool) -> None:
+    bad = 0
+    for entry in entries:
+        state = state_of(entry, root / entry.destination, rehash=True)
+        if state is MISSING and not all_named:
+            continue
+        bad += not state.usable
+        click.echo(f"{'ok ' if state.usable else 'BAD'}  {entry.destination}  {state.text}")
+    if bad:
+        raise UserError(f"{bad} of these files are missing or damaged; the same command without --verify mends them")
+
+
+def _fetch_all(entries: list[Entry], root: Path, force: bool) -> None:
+    failed: list[tuple[Entry, UserError]] = []
+    down: dict[str, str] = {}  # hosts without an answer: one time-out is enough
+    for entry in entries:
+        path, host = root / entry.destination, urllib.parse.urlsplit(entry.url).netloc or "the hub"
+        try:
+            ensure(entry, path, force, _say, offline=down.get(host, ""))
+            click.echo(f"{entry.destination}: {state_of(entry, path).text}")
+        except UserError as error:
+            failed.append((entry, error))
+            if isinstance(error, Unreachable) and not error.connected:
+                down[host] = f"no connection to {host}"
+    if failed:
+        reasons = [(entry, error.message.removeprefix(f"{entry.name}: ")) for entry, error in failed]
+        lines = [f"  {entry.destination} <- {entry.source}: {reason}" for entry, reason in reasons]
+        raise UserError(f"{len(failed)} of {len(entries)} files are not here:\n" + "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

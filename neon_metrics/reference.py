@@ -1,0 +1,100 @@
+"""Reference statistics: mean and covariance of the features of real images, as the published .npz files hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from neon_files.atomic import atomic_path
+from neon_files.errors import UserError
+from neon_metrics.covariance import psd_factor
+from neon_metrics.statistics import FeatureStatistics
+
+FETCH_COMMAND = "bash download_models.sh"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """mu [D] and sigma [D, D], float64. Keep one object per process: its factor is computed once."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    name: str = field(default="reference", compare=False)  # for messages
+
+    @classmethod
+    def from_statistics(cls, statistics: FeatureStatistics, name: str = "reference") -> Reference:
+        """Of the images that `statistics` has seen."""
+        return cls(statistics.mean.cpu().numpy().copy(), statistics.covariance().cpu().numpy(), name)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits of the numbers, wherever they were read from."""
+        return hashlib.sha256(self.mu.tobytes() + self.sigma.tobytes()).hexdigest()[:16]
+
+    @cached_property
+    def factor(self) -> np.ndarray:
+        """L [D, r] with L L^T = sigma. UserError where sigma is not positive semi-definite."""
+        try:
+            return psd_factor(self.sigma)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error.message}") from error
+
+
+def load_reference(path: str | Path, num_features: int | None = None) -> Reference:
+    """`mu` and `sigma` of an .npz file in any float type, as float64; other arrays in the file are not read.
+
+    UserError naming the file and the problem: missing or unreadable file, missing key, wrong type or shape (D must be
+    `num_features` where given), values that are not finite, a sigma that is not symmetric or has negative variances.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of reference statistics; the published ones come with `{FETCH_COMMAND}`")
+    mu, sigma = _read(path)
+    for name, array, ndim in (("mu", mu, 1), ("sigma", sigma, 2)):
+        if array.dtype.kind != "f":
+            raise UserError(f"{path}: {name} holds {array.dtype}, not floating-point numbers")
+        if array.ndim != ndim or array.size == 0:
+            raise UserError(f"{path}: {name} has the shape {list(array.shape)}, expected {['D', 'D, D'][ndim - 1]!r}")
+    if sigma.shape != (len(mu), len(mu)):
+        raise UserError(f"{path}: mu has {len(mu)} features, but sigma has the shape {list(sigma.shape)}")
+    if num_features is not None and len(mu) != num_features:
+        raise UserError(f"{path}: made from {len(mu)} features, the detector gives {num_features}")
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    for name, array in (("mu", mu), ("sigma", sigma)):
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: {name} has {np.count_nonzero(~np.isfinite(array))} values that are not finite")
+    asymmetry = np.max(np.abs(sigma - sigma.T))
+    if asymmetry > 1e-5 * np.max(np.abs(sigma)):
+        raise UserError(f"{path}: sigma is not symmetric (largest difference {asymmetry:.3g}), so it is no covariance")
+    if np.min(np.diag(sigma)) < 0:
+        raise UserError(f"{path}: sigma has a negative variance ({np.min(np.diag(sigma)):.3g}), so it is no covariance")
+    return Reference(mu, (sigma + sigma.T) / 2, str(path))
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise UserError(f"{path}: a single array, not an .npz archive with mu and sigma")
+        with archive:
+            missing = [name for name in ("mu", "sigma") if name not in archive.files]
+            if missing:
+                there = ", ".join(archive.files) or "nothing"
+                raise UserError(f"{path}: no {' and no '.join(missing)} in it (it holds {there})")
+            return archive["mu"], archive["sigma"]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # numpy refuses arrays of objects with a ValueError: reading them would run a pickle
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable .npz archive of plain arrays ({reason})") from error
+
+
+def write_reference(path: str | Path, reference: Reference) -> None:
+    """An .npz with `mu` and `sigma`, float64, under its final name only when whole."""
+    with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
+        np.savez(file, mu=reference.mu, sigma=reference.sigma)

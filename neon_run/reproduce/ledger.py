@@ -1,0 +1,169 @@
+"""The folder of a run: which stages are done, with which settings, and what they cost.
+
+<out>/run.json              the row and its stages, for `neon status`
+<out>/stages/<stage>.json   written last: a stage that has it is done, as long as its key is the same
+<out>/stages/.<stage>.clock seconds so far of a stage that was stopped
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from neon_core.distributed import barrier, broadcast_object, is_main, print0, world_size
+from neon_files.atomic import write_json
+from neon_files.errors import UserError
+
+STAGES = ("fetch", "generate", "finetune", "search", "merge", "evaluate", "report")
+TICK = 5.0  # seconds between two entries of the clock
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of the JSON of `value`."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class Ledger:
+    """Runs stages at most once. Every rank makes the same calls; rank 0 alone reads and writes the records."""
+
+    def __init__(self, out_dir: str | Path, on_stage: Callable[[str], None] = lambda stage: None):
+        self.out_dir, self.on_stage = Path(out_dir), on_stage
+        self.keys: dict[str, str] = {}
+        self.about: dict[str, Any] = {}
+
+    def begin(self, row: str, command: str) -> None:
+        """Say whose run it is and how it is continued."""
+        self.about = {"row": row, "command": command}
+        self._write_about()
+
+    def _write_about(self) -> None:
+        if is_main():
+            write_json(self.out_dir / "run.json", {**self.about, "keys": self.keys})
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """The record of a finished stage, None where there is none."""
+        path = self.out_dir / "stages" / f"{stage}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def key(self, stage: str, settings: Mapping[str, Any], inputs: Sequence[str]) -> str:
+        return digest([stage, settings, [self.keys[name] for name in inputs]])
+
+    def run(
+        self, stage: str, settings: Mapping[str, Any], inputs: Sequence[str], work: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The outputs of `stage`: those on record for the same settings and inputs, else those of `work()`.
+
+        `work` gives {"outputs": JSON, "files": names relative to the folder, and costs: "images",
+        "network_evaluations", "training_images"}; it may have been begun by an earlier run and must go on from there.
+        """
+        settings = json.loads(json.dumps(settings, default=str))
+        key = self.keys[stage] = self.key(stage, settings, inputs)
+        self._write_about()
+        self.on_stage(stage)
+        found = broadcast_object(self._found(stage, key) if is_main() else None)
+        if found is not None:
+            print0(f"{stage}: done")
+            return found["outputs"]
+        print0(f"{stage}: begins")
+        with _Clock(self.out_dir / "stages" / f".{stage}.clock", key) as clock:
+            done = json.loads(json.dumps(work(), default=str))
+        record = {
+            "stage": stage,
+            "key": key,
+            "settings": settings,
+            "inputs": {name: self.keys[name] for name in inputs},
+            "outputs": done.pop("outputs", {}),
+            "files": done.pop("files", []),
+            "cost": {"seconds": round(clock.seconds, 1), **done},
+            "starts": clock.starts,
+            "world_size": world_size(),
+        }
+        if is_main():
+            write_json(self.out_dir / "stages" / f"{stage}.json", record)
+            clock.remove()
+        barrier()
+        return record["outputs"]
+
+    def _found(self, stage: str, key: str) -> dict[str, Any] | None:
+        record = self.record(stage)
+        whole = record and record["key"] == key and all((self.out_dir / name).exists() for name in record["files"])
+        return record if whole else None
+
+
+class _Clock:
+    """Seconds spent on a stage, over all its starts; on rank 0 also in a file, so that a kill loses a few seconds."""
+
+    def __init__(self, path: Path, key: str):
+        self.path, self.key = path, key
+        self.earlier, self.starts = 0.0, 1
+        if is_main() and path.exists():
+            saved = json.loads(path.read_text())
+            if saved["key"] == key:
+                self.earlier, self.starts = saved["seconds"], saved["starts"] + 1
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self.began
+
+    def __enter__(self) -> _Clock:
+        self.began = time.monotonic()
+        self._stop = threading.Event()
+        if is_main():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._write()
+            self._thread = threading.Thread(target=self._tick, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        if is_main():
+            self._thread.join()
+            self._write()
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _tick(self) -> None:
+        while not self._stop.wait(TICK):
+            self._write()
+
+    def _write(self) -> None:
+        write_json(self.path, {"key": self.key, "seconds": round(self.seconds, 1), "starts": self.starts})
+
+
+def status(out_dir: str | Path) -> str:
+    """What is done, what it cost, what is next. Raises UserError where there is no run."""
+    out_dir = Path(out_dir)
+    if not (out_dir / "run.json").exists():
+        raise UserError(f"{out_dir}: no run.json there; name the --out folder of a `neon reproduce`")
+    run = json.loads((out_dir / "run.json").read_text())
+    ledger = Ledger(out_dir)
+    lines = [
+        f"{run['row']} in {out_dir}",
+        f"{'stage':>10} {'':<9} {'seconds':>10} {'images':>10} {'network evals':>14}",
+    ]
+    following = None
+    for stage in STAGES:
+        record, clock = ledger.record(stage), out_dir / "stages" / f".{stage}.clock"
+        if record and record["key"] == run["keys"].get(stage, record["key"]) and not following:
+            cost = record["cost"]
+            images = cost.get("images") or cost.get("training_images")
+            cells = f"{cost['seconds']:>10.1f} {_count(images):>10} {_count(cost.get('network_evaluations')):>14}"
+            lines.append(f"{stage:>10} {'done':<9} {cells}")
+            continue
+        following = following or stage
+        begun = json.loads(clock.read_text()) if clock.exists() else None
+        state = f"{'begun':<9} {begun['seconds']:>10.1f}" if begun else "to do"
+        lines.append(f"{stage:>10} {state}".rstrip())
+    told = f"next: {following}; go on with: {run['command']}" if following else f"complete: {out_dir / 'report.html'}"
+    return "\n".join([*lines, told])
+
+
+def _count(number: int | None) -> str:
+    return f"{number:,}" if number else "-"

@@ -1,0 +1,164 @@
+"""Points of a sweep whose statistics grow: 5,000 images today, 10,000 and 50,000 later, none of them sampled twice.
+
+<out>/statistics/<snapshot>-w1.4-cfg2.7-<hash>.pt    what has been seen of the whole seed list at this setting
+<out>/points/<snapshot>-w1.4-cfg2.7-n5000-<hash>.json
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neon_core.distributed import barrier, broadcast_object, is_main, print0, world_size
+from neon_core.seeds import format_seeds
+from neon_files.atomic import atomic_path, write_json
+from neon_files.errors import UserError
+from neon_metrics.accumulator import MetricAccumulator
+from neon_metrics.evaluate import evaluate
+from neon_metrics.scores import fid
+from neon_run.search.sweep import BASE, Sweep
+
+
+class _Slice(MetricAccumulator):
+    """Counts image i of a slice as image `offset + i` of the whole run."""
+
+    offset = 0
+
+    def update(self, images: Tensor, indices: Tensor) -> None:
+        super().update(images, indices + self.offset)
+
+
+class GrowingSweep(Sweep):
+    """A sweep whose points are the first n images of one seed list, for growing n.
+
+    The statistics are those of the whole list, of which the first n images have been seen: so the Inception Score,
+    whose split depends on the final number, is right at the end too. Features are kept (float32), for KID, precision
+    and recall, and the bootstrap.
+    """
+
+    def grown(self, snapshot: str, w: float, seeds: Sequence[int], count: int, **varied: Any) -> dict[str, Any]:
+        """FID of the first `count` of `seeds` at one setting, found or made now; at the full count every metric.
+
+        Every rank calls it and gets the same. `sampled` says how many images were made for it now.
+        """
+        what, settings = self.describe(snapshot, w, seeds, **varied)
+        path = self._path(what, varied, count)
+        found = broadcast_object(json.loads(path.read_text()) if is_main() and path.exists() else None)
+        if found is None:
+            began = time.monotonic()
+            total, sampled = self._seen(what, settings, seeds, count, varied)
+            values = self._values(total)
+            found = broadcast_object(
+                {
+                    **what,
+                    **values,
+                    "num_images": count,
+                    "sampled": sampled,
+                    "seconds": round(time.monotonic() - began, 3),
+                    "world_size": world_size(),
+                    "device": str(self.evaluator.device),
+                }
+            )
+            found = json.loads(json.dumps(found, default=str))
+            if is_main():
+                write_json(path, found)
+            barrier()
+        told = "".join(f" | {name}={value:g}" for name, value in varied.items() if value is not None)
+        print0(f"{what['snapshot']} | w={w:g}{told} | images={count} | FID={found['fid']:.6f}")
+        return found
+
+    def statistics(self, snapshot: str, w: float, seeds: Sequence[int], **varied: Any) -> MetricAccumulator | None:
+        """What has been seen of this setting, on rank 0; None elsewhere, or if nothing has."""
+        what, _ = self.describe(snapshot, w, seeds, **varied)
+        return self._load(self._statistics_path(what, varied), len(seeds))
+
+    def describe(self, snapshot: str, w: float, seeds: Sequence[int], **varied: Any) -> tuple[dict, dict]:
+        """(everything that the statistics of a setting depend on, the sampler's settings)."""
+        snapshot = BASE if w == 0 else snapshot
+        settings = {**self.settings, **{name: value for name, value in varied.items() if value is not None}}
+        what = {"snapshot": snapshot, "w": w, "settings": settings, "seeds": format_seeds(seeds), **self.identity}
+        if snapshot != BASE:
+            what["snapshot_sha256"] = self._hash(snapshot)
+        return what, settings
+
+    def _seen(self, what, settings, seeds, count, varied) -> tuple[MetricAccumulator | None, int]:
+        """The statistics of the first `count` images on rank 0, and how many were sampled for them now."""
+        path = self._statistics_path(what, varied)
+        total = self._load(path, len(seeds))
+        start = broadcast_object(0 if total is None else total.num_seen)
+        if start >= count:
+            return self._first(total, count), 0
+        self._check_labels(seeds, start, count, settings)
+        self.move(what["snapshot"], what["w"])
+
+        def new_accumulator() -> MetricAccumulator:
+            part = _Slice(self.evaluator.detector, len(seeds), self.evaluator.metrics, keep_features=True)
+            part.offset = start
+            return part
+
+        part = evaluate(
+            self.backbone,
+            seeds[start:count],
+            new_accumulator,
+            settings=settings,
+            batch_size=self.batch_size,
+            work_dir=self.out_dir / "partial",
+            identity={**what, "start": start},
+        )
+        if is_main():
+            if total is None:
+                total = part
+            else:
+                total.merge(part)
+            with atomic_path(path) as temporary:
+                torch.save(total.state_dict(), temporary)
+        barrier()
+        return total, count - start
+
+    def _first(self, total: MetricAccumulator | None, count: int) -> MetricAccumulator | None:
+        """The first `count` of the images in `total`, from their features: sums cannot be undone."""
+        if total is None or total.num_seen == count:
+            return total
+        few = MetricAccumulator(self.evaluator.detector, total.num_images, ("fid",), keep_features=True)
+        few.feature_statistics.update(total.features[:count])
+        few.seen[:count] = True
+        return few
+
+    def _values(self, total: MetricAccumulator | None) -> dict[str, float]:
+        """FID, and every metric once all images have been seen; on rank 0, {} elsewhere."""
+        complete = broadcast_object(total is not None and bool(total.seen.all()))
+        if complete:
+            self.evaluator.real_features(self.batch_size)  # shared out over ranks
+        if total is None:
+            return {}
+        if complete:
+            return self.evaluator.compute(total, self.batch_size)
+        return {"fid": fid(total.feature_statistics, self.evaluator.reference), **self.evaluator.heldout_fid(total)}
+
+    def _load(self, path: Path, whole: int) -> MetricAccumulator | None:
+        if not is_main() or not path.exists():
+            return None
+        total = MetricAccumulator(self.evaluator.detector, whole, self.evaluator.metrics, keep_features=True)
+        total.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return total
+
+    def _statistics_path(self, what: dict, varied: dict) -> Path:
+        name = self._path(what, varied, 0).stem.replace("-n0-", "-")
+        return self.out_dir / "statistics" / f"{name}.pt"
+
+    def _check_labels(self, seeds: Sequence[int], start: int, count: int, settings: dict) -> None:
+        """UserError where an image's class depends on the length of the list: a grown set would be another one."""
+        part = self.backbone.assign_labels(seeds[start:count], **settings)
+        if part is None:
+            return
+        few = self.backbone.assign_labels(seeds[start : start + 1 + (count - start) // 2], **settings)
+        if not torch.equal(part[: len(few)], few):
+            raise UserError(
+                "with these sampler settings a label depends on the number of images, which a search varies"
+            )

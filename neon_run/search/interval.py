@@ -1,0 +1,65 @@
+"""How far an FID may be off by chance: a bootstrap over the global batches of its images."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from neon_metrics.reference import Reference
+from neon_metrics.scores import BiasedFidWarning, fid
+from neon_metrics.statistics import FeatureStatistics
+
+MAX_BLOCKS = 40  # of whole batches: each holds a covariance, 33 MB with 2048 features
+
+
+def block_statistics(features: Tensor, batch_size: int) -> list[FeatureStatistics]:
+    """float32 [n, D], in the order of the seeds -> statistics of up to 40 blocks of whole global batches."""
+    num_batches = -(-len(features) // batch_size)
+    blocks = np.array_split(np.arange(num_batches), min(num_batches, MAX_BLOCKS))
+    return [
+        FeatureStatistics(features.shape[1]).update(features[part[0] * batch_size : (part[-1] + 1) * batch_size])
+        for part in blocks
+    ]
+
+
+def bootstrap_fids(
+    blocks: list[FeatureStatistics], reference: Reference, *, resamples: int = 30, seed: int = 0
+) -> np.ndarray:
+    """float64 [resamples]: the FID of blocks drawn with replacement. One seed draws the same blocks for every model
+    whose images share their seeds, so differences of two results are paired.
+
+    Repeated images make every resample's FID too high, so its mean is of no use; its spread is the standard error.
+    """
+    rng = np.random.default_rng(seed)
+    values = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BiasedFidWarning)  # said once already, of the FID itself
+        for _ in tqdm(range(resamples), desc="bootstrap"):
+            counts = rng.multinomial(len(blocks), np.full(len(blocks), 1 / len(blocks)))
+            values.append(fid(_drawn(blocks, counts.tolist()), reference))
+    return np.array(values)
+
+
+def _drawn(blocks: list[FeatureStatistics], counts: list[int]) -> FeatureStatistics:
+    """The statistics of each block's images, counted so many times."""
+    images = torch.tensor([n * block.count for n, block in zip(counts, blocks, strict=True)], dtype=torch.float64)
+    means = torch.stack([block.mean for block in blocks])  # [blocks, D]
+    drawn = FeatureStatistics(blocks[0].num_features)
+    drawn.count = int(images.sum())
+    drawn.mean = images @ means / drawn.count
+    apart = (means - drawn.mean) * images[:, None].sqrt()
+    drawn.scatter = apart.T @ apart
+    for n, block in zip(counts, blocks, strict=True):
+        if n:
+            drawn.scatter.add_(block.scatter, alpha=n)
+    return drawn
+
+
+def interval(value: float, resampled: np.ndarray) -> dict[str, float]:
+    """{"value", "standard_error", "low", "high"}: 95 %, symmetric about the value that was measured."""
+    error = float(np.std(resampled, ddof=1))
+    return {"value": value, "standard_error": error, "low": value - 1.96 * error, "high": value + 1.96 * error}

@@ -1,0 +1,184 @@
+"""The grid over snapshot, w and guidance, in one process: networks loaded once and moved in place, the same seeds at
+every setting, every finished point kept in a file and found by the next run.
+
+    <out>/points/<snapshot>-w1.4-cfg2.7-n10000-<hash>.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from neon_core.backbone import Backbone
+from neon_core.distributed import barrier, broadcast_object, file_hash, is_main, print0
+from neon_core.merge import NeonWeights, check_w
+from neon_core.seeds import format_seeds
+from neon_files.atomic import write_json
+from neon_files.checkpoint import read_checkpoint
+from neon_files.errors import UserError
+from neon_metrics.evaluate import Evaluator
+from neon_run.merging.files import merge_files
+
+BASE = "base"  # the snapshot name of every point at w = 0: the base itself, whatever the snapshot
+Measure = Callable[[str, float, float | None], float]  # snapshot, w, guidance -> FID
+
+
+def find_checkpoints(folder: str | Path, first: int = 0, last: float = math.inf) -> dict[str, Path]:
+    """name -> file of the snapshots in a fine-tune's folder that have seen `first` to `last` images, in their order.
+
+    Ours (`snapshot-<images>.safetensors`) and the official loops' (`network-snapshot-<kimg>.pkl`,
+    `ar-ckpt-images_<n>.pth`, `checkpoint-checkpoint-<n>.pth`). Raises UserError where there is none.
+    """
+    patterns = {
+        r"snapshot-(\d+)\.safetensors": 1,
+        r"network-snapshot-(\d+)\.pkl": 1000,
+        r"ar-ckpt-images_(\d+)\.pth": 1,
+        r"checkpoint-checkpoint-(\d+)\.pth": 1,
+    }
+    found = []
+    for path in Path(folder).glob("*"):
+        for pattern, unit in patterns.items():
+            match = re.fullmatch(pattern, path.name)
+            if match and first <= int(match[1]) * unit <= last:
+                found.append((int(match[1]) * unit, path))
+    if not found:
+        raise UserError(f"{folder}: no snapshots of {first} to {last:g} images in it; name the folder of a fine-tune")
+    return {path.stem: path for _, path in sorted(found)}
+
+
+def early_stopped_grid(
+    snapshots: Iterable[str],
+    ws: Sequence[float],
+    guidances: Sequence[float | None],
+    measure: Measure,
+    tolerance: float = math.inf,
+) -> tuple[str, float, float | None]:
+    """The best (snapshot, w, guidance) of the grid, by FID; for one snapshot after the other:
+
+    guidance is not raised further once it is worse than the best of its w by more than `tolerance`, nor w once the
+    best of a w is worse than the best of the w before it by more than that (the official VAR and xAR sweeps).
+    """
+    best: tuple[float, tuple] = (math.inf, ())
+    for snapshot in snapshots:
+        before = math.inf
+        for w in ws:
+            best_of_w = math.inf
+            for guidance in guidances:
+                fid = measure(snapshot, w, guidance)
+                if not best[1] or fid < best[0]:
+                    best = (fid, (snapshot, w, guidance))
+                if fid > best_of_w + tolerance:
+                    break
+                best_of_w = min(best_of_w, fid)
+            if best_of_w > before + tolerance:
+                break
+            before = best_of_w
+    return best[1]
+
+
+class Sweep:
+    """Measured points of one base and its snapshots.
+
+    `settings` are those of `backbone.sample` at every point, `identity` says what else the numbers depend on (base
+    file and hash). The backbone's network moves; `restore` puts the base back. Every rank makes the same calls.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        evaluator: Evaluator,
+        snapshots: Mapping[str, Path],
+        out_dir: str | Path,
+        *,
+        settings: Mapping[str, Any],
+        batch_size: int,
+        identity: Mapping[str, Any],
+    ):
+        self.backbone, self.evaluator, self.snapshots = backbone, evaluator, dict(snapshots)
+        self.out_dir, self.settings, self.batch_size = Path(out_dir), dict(settings), batch_size
+        self.identity = {
+            **identity,
+            "batch_size": batch_size,
+            "reference": evaluator.reference.digest,
+            **({"heldout": evaluator.heldout.digest} if evaluator.heldout else {}),
+            "detector": evaluator.detector.name,
+            "metrics": list(evaluator.metrics),
+        }
+        self.theta_base = {name: value.detach().clone() for name, value in backbone.net.state_dict().items()}
+        self._weights: NeonWeights | None = None
+        self._at: str | None = None
+        self._hashes: dict[str, str] = {}
+
+    def measure(self, snapshot: str, w: float, seeds: Sequence[int], **varied: Any) -> dict[str, Any]:
+        """The metrics at one point, found or made now: `varied` (guidance, say) replaces entries of `settings`."""
+        check_w(w)
+        snapshot = BASE if w == 0 else snapshot
+        settings = {**self.settings, **varied}
+        what = {"snapshot": snapshot, "w": w, "settings": settings, "seeds": format_seeds(seeds), **self.identity}
+        if snapshot != BASE:
+            what["snapshot_sha256"] = self._hash(snapshot)
+        path = self._path(what, varied, len(seeds))
+        found = broadcast_object(json.loads(path.read_text()) if is_main() and path.exists() else None)
+        if found is None:
+            self.move(snapshot, w)
+            result = self.evaluator(
+                self.backbone,
+                seeds,
+                settings=settings,
+                batch_size=self.batch_size,
+                work_dir=self.out_dir / "partial",
+                identity=what,
+            )
+            found = json.loads(json.dumps({**what, **result}, default=str))
+            if is_main():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, found)
+            barrier()
+        told = "".join(f" | {name}={value}" for name, value in varied.items())
+        print0(f"{snapshot} | w={w:g}{told} | images={len(seeds)} | FID={found['fid']:.6f}")
+        return found
+
+    def move(self, snapshot: str, w: float) -> None:
+        """Put the network at theta_base - w (theta_syn - theta_base)."""
+        if snapshot == BASE or w == 0:
+            self.restore()
+            return
+        if self._at != snapshot:
+            self._weights = None  # before the next is read: one pair in memory at a time
+            device = next(self.backbone.net.parameters()).device
+            theta_syn = read_checkpoint(self.snapshots[snapshot]).state
+            self._weights = NeonWeights(self.backbone.net, self.theta_base, theta_syn, device)
+            self._at = snapshot
+        self._weights.set(w)
+
+    def restore(self) -> None:
+        """Put the base back, bit for bit."""
+        if self._weights is not None:
+            self._weights.set(0)
+
+    def points(self) -> list[dict[str, Any]]:
+        """Every point measured here so far, in the order of their files."""
+        return [json.loads(path.read_text()) for path in sorted((self.out_dir / "points").glob("*.json"))]
+
+    def write(self, base: str | Path, snapshot: str, w: float) -> Path:
+        """Merge the files of one point into <out>/neon.safetensors."""
+        out = self.out_dir / "neon.safetensors"
+        if is_main():
+            merge_files(base, self.snapshots[snapshot], w, out)
+        barrier()
+        return out
+
+    def _hash(self, snapshot: str) -> str:
+        if snapshot not in self._hashes:
+            self._hashes[snapshot] = file_hash(self.snapshots[snapshot])
+        return self._hashes[snapshot]
+
+    def _path(self, what: Mapping[str, Any], varied: Mapping[str, Any], count: int) -> Path:
+        key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        told = "".join(f"-{name}{value}" for name, value in varied.items())
+        return self.out_dir / "points" / f"{what['snapshot']}-w{what['w']:g}{told}-n{count}-{key}.json"
