@@ -21,7 +21,7 @@ import click
 
 from neon_files.atomic import write_json
 from neon_files.errors import UserError
-from neon_files.manifest import MANIFEST, ROOT, Entry, Manifest, find_file
+from neon_files.manifest import MANIFEST, ROOT, Entry, Manifest, find_file, read_manifest
 from neon_files.transfer import Source, Unreachable, compare, download, one_process, timeout_seconds
 
 Say = Callable[[str], None]
@@ -240,18 +240,14 @@ def _bytes(size: int | None) -> str:
     return "? bytes" if size is None else f"{size / 1e6:,.1f} MB" if size > 1e5 else f"{size:,} bytes"
 
 
-def read_manifest(path: Path) -> Manifest:
-    """A manifest of one's own, JSON: {"entries": [{"name", "folder", "url" or "repo", ...}], "rows", "default"}."""
-    try:
-        content = json.loads(path.read_text())
-        entries = tuple(Entry(**{**e, "aliases": tuple(e.get("aliases", ()))}) for e in content["entries"])
-        rows = {row: tuple(names) for row, names in content.get("rows", {}).items()}
-        return Manifest(entries, rows, tuple(content.get("default", [entry.name for entry in entries])))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--manifest {path}: not a manifest ({type(error).__name__}: {error})") from error
+_HELP = f"""Fetch published files; without words, the {len(MANIFEST.default)} official checkpoints and references.
+
+ROW: all that a row's commands need; one of {", ".join(MANIFEST.rows)}. FILE: the name of a single file.
+HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
+"""
 
 
-@click.command("download", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("download", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("words", nargs=-1, metavar="[ROW | FILE]...")
 @click.option("--list", "list_", is_flag=True, help="What there is to fetch and what is here; makes no request.")
 @click.option("--dry_run", "--dry-run", is_flag=True, help="What would be fetched; makes no request.")
@@ -272,11 +268,6 @@ def read_manifest(path: Path) -> Manifest:
 def main(
     words: Sequence[str], list_: bool, dry_run: bool, verify: bool, force: bool, root: Path, manifest_path: Path | None
 ) -> None:
-    """Fetch published files; without words, the ten official checkpoints and references.
-
-    ROW: xarl, xarb, xarh, vard16, vard36, edm-cifar10-cond, edm-cifar10-uncond, edm-ffhq, imm - all that the row's
-    commands need - or inception; or the name of a file. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
-    """
     manifest = read_manifest(manifest_path) if manifest_path else MANIFEST
     entries = manifest.select(tuple(words)) if words or not (list_ or verify) else list(manifest.entries)
     if list_:

@@ -1,14 +1,18 @@
 """Every file that a row of the table needs: where it is published, where it goes here, what is known of its bytes.
 
-Sizes and hashes are those of the publishers' pages; `confirmed=False` marks a hash that only third parties state. It
-is a hint then: what the hub says of its own file counts. No hash: the hub's own is used where there is one.
+The list is data, `manifest.json` beside this file. Sizes and hashes in it are those of the publishers' pages;
+`"confirmed": false` marks a hash that only third parties state. It is a hint then: what the hub says of its own file
+counts. No hash: the hub's own is used where there is one.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -16,10 +20,6 @@ import click
 from neon_files.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout
-MIT = "MIT"
-NON_COMMERCIAL = "CC BY-NC-SA 4.0: research and other non-commercial use only"
-DERIVED = f"derived from {NON_COMMERCIAL}, whatever its model card says"
-NOT_STATED = "no licence stated by its publisher"
 _SUFFIXES = (".pth", ".pkl", ".pt", ".ckpt", ".safetensors")
 
 
@@ -36,7 +36,7 @@ class Entry:
     size: int | None = None  # bytes
     sha256: str = ""
     confirmed: bool = True
-    licence: str = MIT
+    licence: str = "not stated"
     aliases: tuple[str, ...] = ()  # other spellings that commands use
 
     @property
@@ -52,111 +52,6 @@ class Entry:
         return NON_COMMERCIAL in self.licence
 
 
-_NEON, _VAR, _IMM, _XAR = "sinaalemohammad/Neon", "FoundationVision/var", "lumaai/imm", "OliverRen/xAR"
-_SD_VAE = "stabilityai/sd-vae-ft-ema"
-_EDM = "https://nvlabs-fi-cdn.nvidia.com/edm"
-_ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
-
-OFFICIAL = (
-    Entry("Neon_xARL_imagenet256.pth", "checkpoints", _NEON),
-    Entry("Neon_xARB_imagenet256.pth", "checkpoints", _NEON),
-    Entry("Neon_VARd16_imagenet256.pth", "checkpoints", _NEON),
-    Entry("Neon_VARd36_imagenet512.pth", "checkpoints", _NEON),
-    Entry("Neon_EDM_conditional_CIFAR10.pkl", "checkpoints", _NEON, licence=DERIVED),
-    Entry("Neon_EDM_unconditional_CIFAR10.pkl", "checkpoints", _NEON, licence=DERIVED),
-    Entry("Neon_EDM_FFHQ.pkl", "checkpoints", _NEON, licence=DERIVED),
-    Entry("Neon_imm_imagenet256.pkl", "checkpoints", _NEON, licence=DERIVED, aliases=("Neon_IMM_imagenet256.pth",)),
-    Entry("adm_in256_stats.npz", "fid_stats", _NEON),
-    Entry("adm_in512_stats.npz", "fid_stats", _NEON),
-)
-
-OTHERS = (
-    Entry("xAR-L.pth", "xAR/pretrained", _XAR, licence=NOT_STATED, aliases=("xAR_L.pth",)),
-    Entry("xAR-B.pth", "xAR/pretrained", _XAR, licence=NOT_STATED, aliases=("xAR_B.pth",)),
-    Entry("xAR-H.pth", "xAR/pretrained", _XAR, licence=NOT_STATED, aliases=("xAR_H.pth",)),
-    Entry(
-        "kl16.ckpt",
-        "xAR/pretrained",
-        "xwen99/mar-vae-kl16",
-        size=265_900_046,
-        sha256="34ce001bcfffb7af67ec8af1e683a30d7bd45760855ddc7deedc1330f2cfd38f",
-        confirmed=False,  # of a copy in another repository
-    ),
-    Entry(
-        "var_d16.pth",
-        "checkpoints",
-        _VAR,
-        sha256="4f6151aad91c94e03e224dd7358d8389fa05301c0c291279566998efb54b0ecb",
-        confirmed=False,  # as users of the file record it
-    ),
-    Entry("var_d36.pth", "checkpoints", _VAR),
-    Entry(
-        "vae_ch160v4096z32.pth",
-        "checkpoints",
-        _VAR,
-        size=436_075_834,
-        sha256="7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c",
-    ),
-    Entry(
-        "edm-cifar10-32x32-cond-vp.pkl",
-        "checkpoints",
-        url=f"{_EDM}/pretrained/edm-cifar10-32x32-cond-vp.pkl",
-        licence=NON_COMMERCIAL,
-    ),
-    Entry(
-        "edm-cifar10-32x32-uncond-vp.pkl",
-        "checkpoints",
-        url=f"{_EDM}/pretrained/edm-cifar10-32x32-uncond-vp.pkl",
-        licence=NON_COMMERCIAL,
-    ),
-    Entry(
-        "edm-ffhq-64x64-uncond-vp.pkl",
-        "checkpoints",
-        url=f"{_EDM}/pretrained/edm-ffhq-64x64-uncond-vp.pkl",
-        licence=NON_COMMERCIAL,
-    ),
-    Entry("cifar10-32x32.npz", "fid_stats", url=f"{_EDM}/fid-refs/cifar10-32x32.npz", licence=NON_COMMERCIAL),
-    Entry("ffhq-64x64.npz", "fid_stats", url=f"{_EDM}/fid-refs/ffhq-64x64.npz", licence=NON_COMMERCIAL),
-    Entry("imagenet256_ts_a2.pkl", "checkpoints", _IMM, licence=NON_COMMERCIAL),
-    Entry("imagenet256_s_a1.pkl", "checkpoints", _IMM, licence=NON_COMMERCIAL),
-    Entry("cifar10.pt", "checkpoints", _IMM, licence=NON_COMMERCIAL),
-    Entry("config.json", "checkpoints/sd-vae-ft-ema", _SD_VAE, size=547),
-    Entry("diffusion_pytorch_model.safetensors", "checkpoints/sd-vae-ft-ema", _SD_VAE),
-    Entry(
-        "weights-inception-2015-12-05-6726825d.pth",
-        "checkpoints",
-        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-        size=95_628_359,
-        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-        licence="Apache 2.0",
-    ),
-    Entry("VIRTUAL_imagenet256_labeled.npz", "fid_stats", url=f"{_ADM}/256/VIRTUAL_imagenet256_labeled.npz"),
-    Entry("VIRTUAL_imagenet512.npz", "fid_stats", url=f"{_ADM}/512/VIRTUAL_imagenet512.npz"),
-)
-
-_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-_SD_VAE_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
-
-# A word on the command line -> all that its row needs: Neon's and the base checkpoint, tokenizer, reference.
-ROWS = {
-    "xarl": ("Neon_xARL_imagenet256.pth", "xAR-L.pth", "kl16.ckpt", "adm_in256_stats.npz"),
-    "xarb": ("Neon_xARB_imagenet256.pth", "xAR-B.pth", "kl16.ckpt", "adm_in256_stats.npz"),
-    "xarh": ("xAR-H.pth", "kl16.ckpt", "adm_in256_stats.npz"),  # no Neon weights are published for this size
-    "vard16": ("Neon_VARd16_imagenet256.pth", "var_d16.pth", "vae_ch160v4096z32.pth", "adm_in256_stats.npz"),
-    "vard36": ("Neon_VARd36_imagenet512.pth", "var_d36.pth", "vae_ch160v4096z32.pth", "adm_in512_stats.npz"),
-    "edm-cifar10-cond": ("Neon_EDM_conditional_CIFAR10.pkl", "edm-cifar10-32x32-cond-vp.pkl", "cifar10-32x32.npz"),
-    "edm-cifar10-uncond": (
-        "Neon_EDM_unconditional_CIFAR10.pkl",
-        "edm-cifar10-32x32-uncond-vp.pkl",
-        "cifar10-32x32.npz",
-    ),
-    "edm-ffhq": ("Neon_EDM_FFHQ.pkl", "edm-ffhq-64x64-uncond-vp.pkl", "ffhq-64x64.npz"),
-    "imm": ("Neon_imm_imagenet256.pkl", "imagenet256_ts_a2.pkl", *_SD_VAE_FILES, "adm_in256_stats.npz"),
-    "inception": (),
-}
-ROWS = {row: (*names, _INCEPTION) for row, names in ROWS.items()}  # every evaluation needs it
-
-
 @dataclass(frozen=True)
 class Manifest:
     """Files, and the words that stand for groups of them."""
@@ -164,6 +59,7 @@ class Manifest:
     entries: tuple[Entry, ...]
     rows: dict[str, tuple[str, ...]]
     default: tuple[str, ...]  # names fetched where no word is given
+    licences: dict[str, str] = field(default_factory=dict)  # word -> the licence in full
 
     def entry(self, name: str) -> Entry | None:
         """By name or alias, whatever the case; a folder before it is ignored."""
@@ -194,7 +90,34 @@ class Manifest:
         return f"bash download_models.sh {shlex.quote(rows[0] if len(rows) == 1 else entry.name)}"
 
 
-MANIFEST = Manifest(OFFICIAL + OTHERS, ROWS, tuple(entry.name for entry in OFFICIAL))
+def read_manifest(path: str | Path) -> Manifest:
+    """The list of files in a JSON file: {"entries": [{"name", "folder", "url" or "repo", ...}], "rows", "default"}.
+
+    An entry's licence is a word of {"licences": {word: text}} or the text itself. Raises UserError.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        licences = dict(content.get("licences", {}))
+        entries = tuple(_entry(line, licences) for line in content["entries"])
+        rows = {row: tuple(names) for row, names in content.get("rows", {}).items()}
+        default = tuple(content.get("default", [entry.name for entry in entries]))
+        unknown = {*default, *itertools.chain(*rows.values())} - {entry.name for entry in entries}
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))} under rows or default, but not under entries")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a list of published files ({type(error).__name__}: {error})") from error
+    return Manifest(entries, rows, default, licences)
+
+
+def _entry(line: dict, licences: dict[str, str]) -> Entry:
+    entry = Entry(**line)
+    if bool(entry.repo) == bool(entry.url):
+        raise ValueError(f"{entry.name}: either a repo or a url")
+    return dataclasses.replace(entry, licence=licences.get(entry.licence, entry.licence), aliases=tuple(entry.aliases))
+
+
+MANIFEST = read_manifest(Path(__file__).with_name("manifest.json"))
+MIT, NON_COMMERCIAL = (MANIFEST.licences[word] for word in ("MIT", "non-commercial"))
 
 
 def find_file(path: str | Path) -> Path:

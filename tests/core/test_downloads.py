@@ -17,7 +17,7 @@ from loopback_hub import COMMIT, Loopback
 from neon_files import downloads, transfer
 from neon_files.downloads import fetch, main
 from neon_files.errors import UserError
-from neon_files.manifest import MANIFEST, NON_COMMERCIAL, ROWS, find_file
+from neon_files.manifest import MANIFEST, NON_COMMERCIAL, find_file, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 A = np.random.default_rng(0).bytes(700_000)
@@ -418,13 +418,30 @@ def test_list_is_consistent():
     for entry in MANIFEST.entries:
         assert bool(entry.repo) != bool(entry.url) and entry.licence
         assert len(entry.sha256) in (0, 64) and not Path(entry.folder).is_absolute()
-    for row in ROWS:
+    for row in MANIFEST.rows:
         chosen = {entry.name for entry in MANIFEST.select((row,))}
-        assert chosen == set(ROWS[row]) and any(name.startswith("weights-inception") for name in chosen)
-    in_rows = {name for names in ROWS.values() for name in names}
+        assert chosen == set(MANIFEST.rows[row]) and any(name.startswith("weights-inception") for name in chosen)
+    in_rows = {name for names in MANIFEST.rows.values() for name in names}
     assert set(MANIFEST.default) <= in_rows
     assert all(e.restricted for e in MANIFEST.entries if "edm" in (e.name + e.url).lower() or "lumaai" in e.repo)
     assert MANIFEST.entry("checkpoints/Neon_IMM_imagenet256.pth").name == "Neon_imm_imagenet256.pkl"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "AttributeError"),
+        ('{"entries": [{"name": "a", "folder": "b"}]}', "a: either a repo or a url"),
+        ('{"entries": [{"name": "a", "folder": "b", "url": "u", "colour": 1}]}', "colour"),
+        ('{"entries": [], "rows": {"r": ["a"]}}', "a under rows or default, but not under entries"),
+    ],
+)
+def test_a_list_of_ones_own_is_checked(tmp_path, content, reason):
+    (tmp_path / "own.json").write_text(content)
+    with pytest.raises(UserError, match=r"own\.json: not a list of published files") as caught:
+        read_manifest(tmp_path / "own.json")
+    assert reason in caught.value.message
 
 
 @pytest.mark.parametrize("package", ["neon_var", "neon_xar", "neon_edm", "neon_imm"])
@@ -447,7 +464,13 @@ def test_shell_script_passes_on_words_and_exit_code(tmp_path):
     assert result.returncode == 2 and "pip install -e ." in result.stderr
 
 
+def test_the_list_is_in_the_wheel():
+    tomllib = pytest.importorskip("tomllib", reason="the standard library reads TOML from Python 3.11 on")
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    assert "manifest.json" in data["neon_files"] and (ROOT / "neon_files" / "manifest.json").is_file()
+
+
 def test_documentation_lists_every_file_and_row():
     text = (ROOT / "docs" / "downloads.md").read_text()
-    assert all(f"`{name}`" in text for name in (*ROWS, *(entry.name for entry in MANIFEST.entries)))
+    assert all(f"`{name}`" in text for name in (*MANIFEST.rows, *(entry.name for entry in MANIFEST.entries)))
     assert all(f"`{entry.folder}/`" in text and entry.repo in text for entry in MANIFEST.entries)
