@@ -21,7 +21,7 @@ import click
 
 from neon_files.atomic import write_json
 from neon_files.errors import UserError
-from neon_files.manifest import MANIFEST, ROOT, Entry, Manifest, find_file, read_manifest
+from neon_files.manifest import MANIFEST, ROOT, Entry, Manifest, Missing, find_file, read_manifest
 from neon_files.transfer import Source, Unreachable, compare, download, one_process, timeout_seconds
 
 Say = Callable[[str], None]
@@ -200,32 +200,42 @@ def cache_dir() -> Path:
     return Path(os.environ.get("NEON_CACHE_DIR") or Path(home) / "neon")
 
 
+def is_url(text: str | Path) -> bool:
+    return re.match(r"https?://", str(text)) is not None
+
+
+def local_copy(url: str) -> tuple[Entry, Path]:
+    """The manifest's entry of a URL (one of its own for any other URL), and where its file is or will be."""
+    known = next((entry for entry in MANIFEST.entries if entry.url == url), None)
+    last = re.sub(r"[^\w.-]+", "_", url.split("?")[0].rstrip("/").rsplit("/", 1)[-1])
+    entry = known or Entry(last or "file", "cache", url=url, licence="")
+    cached = cache_dir() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{entry.name}"
+    if not known:
+        return entry, cached
+    official = ROOT / entry.destination
+    for path in (official, cached):
+        if state_of(entry, path).usable:
+            return entry, path
+    in_checkout = (ROOT / "download_models.sh").exists() and os.access(ROOT / entry.folder, os.W_OK)
+    return entry, official if in_checkout else cached
+
+
 def fetch(path_or_url: str | Path) -> Path:
     """The local file of a path, or of a URL: fetched once, checked, then used without a network.
 
     A URL of the manifest goes (or already is) where `download_models.sh` puts it, any other into the cache. Every rank
     may call it: one process of a node downloads, the others wait. Raises UserError.
     """
-    text = str(path_or_url)
-    if not re.match(r"https?://", text):
+    if not is_url(path_or_url):
         return find_file(path_or_url)
-    known = next((entry for entry in MANIFEST.entries if entry.url == text), None)
-    name = (
-        known.name if known else re.sub(r"[^\w.-]+", "_", text.split("?")[0].rstrip("/").rsplit("/", 1)[-1]) or "file"
-    )
-    entry = known or Entry(name, "cache", url=text, licence="")
-    cached = cache_dir() / "downloads" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}_{name}"
-    places = [ROOT / entry.destination, cached] if known else [cached]
-    path = next((place for place in places if state_of(entry, place).usable), None)
-    if path is None:
-        in_checkout = known and (ROOT / "download_models.sh").exists() and os.access(ROOT / entry.folder, os.W_OK)
-        path = places[0] if in_checkout else cached
+    entry, path = local_copy(str(path_or_url))
     try:
         ensure(entry, path, say=_say)
     except Unreachable as error:
-        command = MANIFEST.command(entry.name) if known else None
-        hint = f"where there is a network, run `{command}`" if command else f"put the file at {path} yourself"
-        raise UserError(f"{error.message}; {hint}") from error
+        command = MANIFEST.command(entry.name) if entry in MANIFEST.entries else None
+        remedy = f"where there is a network, run `{command}`" if command else f"put the file at {path} yourself"
+        reason = error.message.removeprefix(f"{entry.name}: ")
+        raise Missing(path_or_url, reason, remedy, entry if command else None) from error
     return path
 
 

@@ -15,9 +15,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import click
-
-from neon_files.errors import UserError
+from neon_files.errors import UserError, say
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout
 _SUFFIXES = (".pth", ".pkl", ".pt", ".ckpt", ".safetensors")
@@ -81,13 +79,16 @@ class Manifest:
                 raise UserError(f"{word}: neither a row nor a file; rows: {', '.join(self.rows)}; files: see --list")
         return list(dict.fromkeys(self.entry(name) for name in names))
 
-    def command(self, name: str) -> str | None:
-        """The shortest command that fetches a file of this name, None where it is not published."""
-        entry = self.entry(name)
-        if entry is None:
+    def command(self, *names: str) -> str | None:
+        """The shortest command that fetches the files of these names; None where one of them is not published."""
+        entries = [self.entry(name) for name in names]
+        if None in entries:
             return None
-        rows = [row for row, names in self.rows.items() if entry.name in names]
-        return f"bash download_models.sh {shlex.quote(rows[0] if len(rows) == 1 else entry.name)}"
+        wanted = {entry.name for entry in entries}
+        rows = [row for row, files in self.rows.items() if wanted <= set(files)]
+        whole = [row for row in rows if wanted == set(self.rows[row])]
+        words = whole[:1] or (rows if len(rows) == 1 else list(dict.fromkeys(e.name for e in entries)))
+        return f"bash download_models.sh {shlex.join(words)}"
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -120,10 +121,18 @@ MANIFEST = read_manifest(Path(__file__).with_name("manifest.json"))
 MIT, NON_COMMERCIAL = (MANIFEST.licences[word] for word in ("MIT", "non-commercial"))
 
 
+class Missing(UserError):
+    """A file that is not here: `path` as the user wrote it, its manifest `entry` where it is published."""
+
+    def __init__(self, path: str | Path, reason: str, remedy: str, entry: Entry | None = None):
+        super().__init__(f"{path}: {reason}; {remedy}")
+        self.path, self.reason, self.entry = path, reason, entry
+
+
 def find_file(path: str | Path) -> Path:
     """`path`, or the file that is meant: beside it, same name but for case and a weight file's ending; this is said.
 
-    Raises UserError that names the command to fetch the file.
+    Raises Missing, which names the command to fetch the file, and UserError for a folder or several candidates.
     """
     path = Path(path)
     if path.is_dir():
@@ -134,16 +143,15 @@ def find_file(path: str | Path) -> Path:
     names = {path.name, *((known.name, *known.aliases) if known else ())}
     alike = [other for other in _files_beside(path) if any(_same_file_name(other.name, name) for name in names)]
     if len(alike) == 1:
-        if os.environ.get("RANK", "0") == "0":
-            click.echo(f"{path}: not there; using {alike[0]}", err=True)
+        say(f"{path}: not there; using {alike[0]}")
         return alike[0]
     if alike:
         raise UserError(f"{path}: does not exist; name one of {', '.join(str(other) for other in alike)}")
     if known is None:
-        raise UserError(
-            f"{path}: does not exist; name another file (`bash download_models.sh --list`: what is published)"
-        )
-    raise UserError(f"{path}: does not exist; `{MANIFEST.command(path.name)}` puts {known.name} into {known.folder}/")
+        remedy = "nobody publishes a file of this name (`bash download_models.sh --list`), so name another one"
+        raise Missing(path, "does not exist", remedy)
+    remedy = f"`{MANIFEST.command(path.name)}` puts {known.name} into {known.folder}/"
+    raise Missing(path, "does not exist", remedy, known)
 
 
 def _files_beside(path: Path) -> list[Path]:

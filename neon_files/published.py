@@ -1,12 +1,50 @@
-"""A file that a command needs, wherever it is: here, where `download_models.sh` puts it, or fetched now."""
+"""Files that a command needs, wherever they are: here, where `download_models.sh` puts them, or fetched now."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from neon_files.downloads import ensure, fetch
+from neon_files.downloads import ensure, fetch, is_url, local_copy
 from neon_files.errors import UserError, say
-from neon_files.manifest import MANIFEST, ROOT
+from neon_files.manifest import MANIFEST, ROOT, Missing
+
+
+def find_all(wanted: Mapping[str, str | Path | None]) -> dict[str, Path]:
+    """The local file of every flag: {"--vae_ckpt": path or URL, ...} -> {"--vae_ckpt": path}; None is left out.
+
+    Paths are sought as by `find_file`; URLs are fetched, unless a path is missing. Raises one UserError that names
+    every file that is not here with its flag, and one command that fetches all of them that are published.
+    """
+    wanted = {flag: value for flag, value in wanted.items() if value is not None}
+    files: dict[str, Path] = {}
+    lacking: dict[str, UserError] = {}
+    for flag, value in sorted(wanted.items(), key=lambda item: is_url(item[1])):  # what needs no network comes first
+        try:
+            files[flag] = _already_here(str(value)) if is_url(value) and lacking else fetch(value)
+        except UserError as error:
+            lacking[flag] = error
+    if lacking:
+        raise UserError(_one_line({flag: lacking[flag] for flag in wanted if flag in lacking}))
+    return {flag: files[flag] for flag in wanted}
+
+
+def _already_here(url: str) -> Path:
+    entry, path = local_copy(url)
+    if entry in MANIFEST.entries and not path.is_file():
+        raise Missing(url, "not fetched yet", "", entry)
+    return path  # a URL that nobody publishes has no command; the next run fetches it
+
+
+def _one_line(lacking: Mapping[str, UserError]) -> str:
+    published = {flag: e for flag, e in lacking.items() if isinstance(e, Missing) and e.entry}
+    clauses = [f"{flag} {error.message}" for flag, error in lacking.items() if flag not in published]
+    if published:
+        names = [f"{flag} {e.path}" + (f" ({e.reason})" if is_url(e.path) else "") for flag, e in published.items()]
+        command = MANIFEST.command(*(e.entry.name for e in published.values()))
+        it = "it" if len(published) == 1 else "them"
+        clauses.insert(0, f"not here: {', '.join(names)}; `{command}` fetches {it}")
+    return "; ".join(clauses)
 
 
 def obtain(path_or_url: str | Path) -> Path:

@@ -18,6 +18,7 @@ from neon_files import downloads, transfer
 from neon_files.downloads import fetch, main
 from neon_files.errors import UserError
 from neon_files.manifest import MANIFEST, NON_COMMERCIAL, find_file, read_manifest
+from neon_files.published import find_all
 
 ROOT = Path(__file__).resolve().parents[2]
 A = np.random.default_rng(0).bytes(700_000)
@@ -405,6 +406,67 @@ def test_path_is_only_looked_for(tmp_path):
         fetch(tmp_path / "kl16.ckpt")
     with pytest.raises(UserError, match=r"`bash download_models\.sh xarl` puts Neon_xARL_imagenet256\.pth into checkp"):
         find_file("checkpoints/Neon_xARL_imagenet256.pth")
+
+
+@pytest.fixture
+def empty_home(tmp_path, monkeypatch):
+    """A working directory and a root without any published file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(downloads, "ROOT", tmp_path / "root")
+    monkeypatch.setenv("NEON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+def test_all_files_that_a_command_lacks_are_named_in_one_line_with_one_command(empty_home):
+    wanted = {
+        "--var_ckpt": "checkpoints/Neon_VARd16_imagenet256.pth",
+        "--vae_ckpt": Path("elsewhere/vae_ch160v4096z32.pth"),
+        "--fid_stats": "fid_stats/adm_in256_stats.npz",
+        "--detector": None,
+    }
+    with pytest.raises(UserError) as caught:
+        find_all(wanted)
+    assert caught.value.message == (
+        "not here: --var_ckpt checkpoints/Neon_VARd16_imagenet256.pth, --vae_ckpt elsewhere/vae_ch160v4096z32.pth, "
+        "--fid_stats fid_stats/adm_in256_stats.npz; `bash download_models.sh vard16` fetches them"
+    )
+    (empty_home / "fid_stats").mkdir()
+    (empty_home / "fid_stats" / "adm_in256_stats.npz").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"^not here: --vae_path kl16\.ckpt; `bash .*sh kl16\.ckpt` fetches it$"):
+        find_all({"--fid_stats": wanted["--fid_stats"], "--vae_path": "kl16.ckpt"})
+    assert find_all({"--fid_stats": wanted["--fid_stats"], "--detector": None}) == {
+        "--fid_stats": Path("fid_stats/adm_in256_stats.npz")
+    }
+
+
+def test_files_that_nobody_publishes_and_folders_are_named_beside_the_command(empty_home):
+    (empty_home / "folder").mkdir()
+    wanted = {"--base": "mine.pth", "--fid_stats": "folder", "--reference": "fid_stats/cifar10-32x32.npz"}
+    with pytest.raises(UserError) as caught:
+        find_all(wanted | {"--heldout": "fid_stats/ffhq-64x64.npz"})
+    assert caught.value.message == (
+        "not here: --reference fid_stats/cifar10-32x32.npz, --heldout fid_stats/ffhq-64x64.npz; "
+        "`bash download_models.sh cifar10-32x32.npz ffhq-64x64.npz` fetches them; "
+        "--base mine.pth: does not exist; nobody publishes a file of this name (`bash download_models.sh --list`), "
+        "so name another one; --fid_stats folder: is a folder; name a file in it"
+    )
+
+
+def test_urls_are_named_with_the_paths_or_fetched(server, empty_home, monkeypatch):
+    urls = {e.name: e.url for e in MANIFEST.entries}
+    base, reference = urls["edm-ffhq-64x64-uncond-vp.pkl"], urls["ffhq-64x64.npz"]
+    with pytest.raises(UserError) as caught:
+        find_all({"--network": base, "--syn": "Neon_EDM_FFHQ.pkl", "--ref": reference, "--other": server.url + "/x"})
+    assert caught.value.message == (
+        f"not here: --network {base} (not fetched yet), --syn Neon_EDM_FFHQ.pkl, --ref {reference} (not fetched yet); "
+        "`bash download_models.sh edm-ffhq` fetches them"
+    )
+    with pytest.raises(UserError, match=r"\(not fetched yet\), --ref .* fetches them; --other .* yourself$"):
+        find_all({"--other": server.url + "/x", "--network": base, "--ref": reference})
+    assert server.requests == []
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert find_all({"--other": f"{server.url}/files/a.pth"})["--other"].read_bytes() == A
 
 
 # The list itself
