@@ -1,6 +1,8 @@
 """Script for the tests: one stage of the method with the pico backbone, under any number of ranks.
 
 python -m torch.distributed.run --standalone --nproc_per_node=2 tests/core/pico_run.py generate OUT
+
+`fail` and `user_error`: the set is made, then rank 1 fails while the others wait for it.
 """
 
 import json
@@ -52,14 +54,14 @@ def main(stage, out, num, batch, save_seconds, mode, checkpointing):
     torch.set_num_threads(1)
     backbone = SlowPico.fresh(seed=3)
     with session("cpu") as device:
+        if stage not in ("finetune", "evaluate"):
+            generate_set(backbone, range(num), out / "set", settings=RECIPE.generate, batch_size=batch)
         if stage == "fail" and rank() == 1:
             raise RuntimeError("rank one breaks")
         if stage == "user_error" and rank() == 1:
             raise UserError("--flag 7: not what was expected; use 8")
         if stage in ("fail", "user_error"):
             torch.distributed.barrier()
-        if stage in ("generate", "all"):
-            generate_set(backbone, range(num), out / "set", settings=RECIPE.generate, batch_size=batch)
         if stage in ("finetune", "all"):
             data = training_data(backbone, ImageSet(out / "set"), device)
             self_train(backbone, data, RECIPE.train, out / "run", seed=5, device=device, mode=mode,

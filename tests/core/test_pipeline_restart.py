@@ -18,10 +18,9 @@ def count(folder: Path, pattern: str) -> int:
     return len(list(folder.glob(pattern)))
 
 
-@pytest.mark.slow
 def test_killed_in_every_stage_on_other_numbers_of_ranks(tmp_path):
-    """Five launches of PyTorch, two of them with two ranks, slowed down so that each can be killed in its stage: about
-    a minute. The fine-tune keeps to one process, since sums over ranks round differently and so do its weights."""
+    """Slowed down so that each start can be killed in its stage. The fine-tune keeps to one process, since sums over
+    ranks round differently and so do its weights."""
     files, out = tmp_path / "files", tmp_path / "out"
     files.mkdir()
     make_files(files)

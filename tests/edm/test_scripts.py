@@ -1,40 +1,16 @@
 """The four scripts as a user runs them: on a pickle of pico size, alone and on two ranks, and with bad input."""
 
-import importlib.util
 import json
 
-import click
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from edm.conftest import write_pico
-from launch import ROOT, launch
+from launch import call, fails, launch, module
 
 from neon_files.image_set import ImageSet
 from neon_run.merging.command import merge_command
-
-
-def script(name: str) -> click.Command:
-    spec = importlib.util.spec_from_file_location(f"edm_{name}_script", ROOT / "edm" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-def call(capsys, name: str, *args) -> str:
-    """stdout of a script run in this process, which spares the start of an interpreter."""
-    capsys.readouterr()
-    script(name).main([str(arg) for arg in args], standalone_mode=False)
-    return capsys.readouterr().out
-
-
-def fails(name: str, *args) -> str:
-    """The one line that a user sees; exit code 2."""
-    result = CliRunner().invoke(script(name), [str(arg) for arg in args])
-    assert result.exit_code == 2, result.output
-    (line,) = [line for line in result.output.splitlines() if line.startswith("Error:")]
-    return line
 
 
 def test_scripts_run_from_anywhere_without_installation(tmp_path):
@@ -53,13 +29,13 @@ def test_scripts_run_from_anywhere_without_installation(tmp_path):
     ],
 )
 def test_calculate_fid_takes_the_official_flags_in_both_spellings(args):
-    context = script("calculate_fid").make_context("calculate_fid", args.split())
+    context = module("edm/calculate_fid.py").main.make_context("calculate_fid", args.split())
     assert context.params["network"].endswith(".pkl") and context.params["reference"].endswith(".npz")
 
 
 def test_generate_takes_the_official_flags():
     args = "--outdir S --network a.pkl --seeds 0-5,9 --subdirs --class 1 --batch 2 --steps 9 --S_churn 2 --rho 7"
-    params = script("generate").make_context("generate", args.split()).params
+    params = module("edm/generate.py").main.make_context("generate", args.split()).params
     assert params["seeds"] == [0, 1, 2, 3, 4, 5, 9] and params["num_steps"] == 9 and params["subdirs"]
 
 
@@ -73,7 +49,7 @@ def test_generate_takes_the_official_flags():
     ],
 )
 def test_finetune_takes_the_official_training_commands(args):
-    params = script("finetune").make_context("finetune", args.split()).params
+    params = module("edm/finetune.py").main.make_context("finetune", args.split()).params
     assert params["network"] == "base.pkl" and params["cond"] is ("cifar10" in args)
 
 
@@ -88,24 +64,24 @@ def test_finetune_takes_the_official_training_commands(args):
     ],
 )
 def test_flags_that_make_no_sense_are_refused_at_once(args, said):
-    result = CliRunner().invoke(script("calculate_fid"), ["--network", "a.pkl", "--ref", "b.npz", *args])
+    result = CliRunner().invoke(module("edm/calculate_fid.py").main, ["--network", "a.pkl", "--ref", "b.npz", *args])
     assert result.exit_code == 2 and said in result.output
 
 
 def test_missing_files_are_named_before_anything_is_made(tmp_path, reference_file, inception_file):
     base = write_pico(tmp_path / "base.safetensors")
     given = ["--detector", inception_file, "--seeds", "0-7"]
-    line = fails("calculate_fid", "--network", tmp_path / "none.pkl", "--ref", reference_file, *given)
+    line = fails("edm/calculate_fid.py", "--network", tmp_path / "none.pkl", "--ref", reference_file, *given)
     assert "none.pkl" in line and "download_models.sh" in line
-    line = fails("finetune", "--transfer", base, "--data", tmp_path / "nowhere", "--outdir", tmp_path / "run")
+    line = fails("edm/finetune.py", "--transfer", base, "--data", tmp_path / "nowhere", "--outdir", tmp_path / "run")
     assert "nowhere" in line and not (tmp_path / "run").exists()
     line = fails(
-        "sweep", "--base", base, "--snapshots", tmp_path, "--ref", reference_file, "--out_dir", tmp_path / "out"
+        "edm/sweep.py", "--base", base, "--snapshots", tmp_path, "--ref", reference_file, "--out_dir", tmp_path / "out"
     )
     assert "no snapshots" in line
-    line = fails("generate", "--network", base, "--class", 4, "--outdir", tmp_path / "S")
+    line = fails("edm/generate.py", "--network", base, "--class", 4, "--outdir", tmp_path / "S")
     assert "classes 0 to 3" in line and not list((tmp_path / "S").iterdir())
-    line = fails("generate", "--network", base, "--outdir", base)
+    line = fails("edm/generate.py", "--network", base, "--outdir", base)
     assert "--outdir" in line
 
 
@@ -116,18 +92,18 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_a_published_pickle_to_neon_and_its_fid(tmp_path, golden_data, reference_file, inception_file, capsys):
+def test_from_a_published_pickle_to_neon_and_its_fid(tmp_path, golden_data, reference_file, inception_file):
     """All stages through the scripts. More than ten seconds for 24 images through the Inception network."""
     base = golden_data / "edm" / "pickle_snapshot.pkl"
     data, run_dir, sweep_dir = tmp_path / "S", tmp_path / "run", tmp_path / "sweep"
-    out = call(capsys, "generate", "--network", base, "--seeds", "0-11", "--steps", 3, "--outdir", data, "--batch", 5)
+    out = call("edm/generate.py", "--network", base, "--seeds", "0-11", "--steps", 3, "--outdir", data, "--batch", 5)
     assert out.startswith("12 images | ")
     images = ImageSet(data)
     assert len(images) == 12 and images.shape == (3, 8, 8)
     assert all(f"_label{k}.png" in name for name, k in zip(images.names, images.class_indices.tolist(), strict=True))
 
     out = call(
-        capsys, "finetune", "--transfer", base, "--data", data, "--outdir", run_dir, "--duration", 0.002,
+        "edm/finetune.py", "--transfer", base, "--data", data, "--outdir", run_dir, "--duration", 0.002,
         "--batch", 100, "--batch-gpu", 50, "--tick", 1, "--snap", 1, "--lr", 10,
     )  # fmt: skip
     assert out.startswith("2 snapshots | ")
@@ -136,7 +112,7 @@ def test_from_a_published_pickle_to_neon_and_its_fid(tmp_path, golden_data, refe
 
     evaluation = ["--ref", reference_file, "--detector", inception_file, "--num_steps", 3, "--max_batch_size", 4]
     lines = call(
-        capsys, "sweep", "--base", base, "--snapshots", run_dir, "--w", "0.5,1", "--min_training_step", 2,
+        "edm/sweep.py", "--base", base, "--snapshots", run_dir, "--w", "0.5,1", "--min_training_step", 2,
         "--seeds_test", "0-5", "--no_final", "--out_dir", sweep_dir, *evaluation,
     ).splitlines()  # fmt: skip
     assert lines[-1].startswith("best: snapshot-000002000 | w=")
@@ -147,9 +123,7 @@ def test_from_a_published_pickle_to_neon_and_its_fid(tmp_path, golden_data, refe
     fid = {}
     for name, network in (("base", base), ("neon", neon)):
         json_file = tmp_path / f"{name}.json"
-        out = call(
-            capsys, "calculate_fid", "--network_pkl", network, "--seeds", "0-5", "--json", json_file, *evaluation
-        )
+        out = call("edm/calculate_fid.py", "--network_pkl", network, "--seeds", "0-5", "--json", json_file, *evaluation)
         fid[name] = json.loads(json_file.read_text())["fid"]
         assert out == f"FID={fid[name]:.6f} | conditional | steps=3\n"
     (point,) = (sweep_dir / "points").glob("snapshot-000002000-w1-*.json")
@@ -160,7 +134,7 @@ def test_from_a_published_pickle_to_neon_and_its_fid(tmp_path, golden_data, refe
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_same_set_fine_tune_and_fid(tmp_path, reference_file, inception_file, capsys):
+def test_two_ranks_make_the_same_set_fine_tune_and_fid(tmp_path, reference_file, inception_file):
     """More than ten seconds for three launches of two processes each."""
     base = write_pico(tmp_path / "base.safetensors", dropout=0.0)
     fids, losses, sets = [], [], []
@@ -175,7 +149,7 @@ def test_two_ranks_make_the_same_set_fine_tune_and_fid(tmp_path, reference_file,
         )  # fmt: skip
         for name, *args in stages:
             if ranks == 1:
-                out = call(capsys, name, *args)
+                out = call(f"edm/{name}.py", *args)
             else:
                 done = launch(f"edm/{name}.py", *args, ranks=ranks)
                 assert done.returncode == 0, done.stderr

@@ -1,19 +1,15 @@
 """The scripts as a user runs them: on tiny stand-ins for the published files, on one and two ranks, with bad input."""
 
-import importlib.util
 import json
-import re
 import shutil
 
-import click
 import pytest
 import torch
 from imm.tiny import LATENT, PIXEL, write_detector, write_net, write_vae
-from launch import ROOT, launch
+from launch import call, fails, launch
 
 from neon_core.kl_vae import AutoencoderKL, to_diffusers_names
 from neon_files.checkpoint import read_checkpoint, write_checkpoint
-from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
 from neon_imm.vae_files import SD_VAE_CONFIG
 from neon_run.merging.files import merge_files
@@ -22,26 +18,6 @@ README = (
     "--model_ckpt checkpoints/Neon_IMM_imagenet256.pth --num_images 50000 --batch_size 64 --img_size 256 "
     "--fid_stats fid_stats/adm_in256_stats.npz"
 )
-
-
-def script(name: str) -> click.Command:
-    spec = importlib.util.spec_from_file_location(f"imm_{name}_script", ROOT / "imm" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-def runs(name: str, *args) -> None:
-    """The command in this process: importing torch takes longer than the work."""
-    script(name).main([str(arg) for arg in args], standalone_mode=False)
-
-
-def fails(name: str, *args, match: str) -> None:
-    """The command ends in a UserError that says `match`."""
-    with pytest.raises(click.ClickException) as caught:
-        runs(name, *args)
-    assert isinstance(caught.value, UserError | click.UsageError) and caught.value.exit_code == 2
-    assert re.search(match, caught.value.format_message())
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +32,8 @@ def files(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["generate", "finetune", "sweep", "calculate_fid", "encode"])
-def test_scripts_explain_themselves(name, capsys):
-    runs(name, "--help")
-    assert "Usage" in capsys.readouterr().out
+def test_scripts_explain_themselves(name):
+    assert "Usage" in call(f"imm/{name}.py", "--help")
 
 
 def test_the_readme_command_finds_the_published_file_and_says_so(files, tmp_path):
@@ -92,7 +67,7 @@ def test_the_readme_command_finds_the_published_file_and_says_so(files, tmp_path
     assert len(result["checkpoint_sha256"]) == 64 and not result["detector_is_official"]
 
 
-def test_from_images_over_moments_to_a_merged_network(files, tmp_path, capsys):
+def test_from_images_over_moments_to_a_merged_network(files, tmp_path):
     """generate on two ranks, encode, fine-tune on two ranks from the zip and on one from the images, merge, sweep.
 
     Half a minute: four ranks import torch, and Inception sees sixteen images.
@@ -102,13 +77,12 @@ def test_from_images_over_moments_to_a_merged_network(files, tmp_path, capsys):
     made = ["--network", base, "--num_images", 20, "--num_steps", 2, "--batch_size", 6, *vae]
     two = launch("imm/generate.py", "--outdir", tmp_path / "S", *made, ranks=2, timeout=600)
     assert two.returncode == 0, two.stderr
-    runs("generate", "--outdir", tmp_path / "S1", *made)
+    call("imm/generate.py", "--outdir", tmp_path / "S1", *made)
     images, again = ImageSet(tmp_path / "S"), ImageSet(tmp_path / "S1")
     assert torch.equal(images.images(range(20)), again.images(range(20)))  # bit for bit on 1 and 2 ranks
     assert images.class_indices.tolist() == sorted([*range(10), *range(10)])
 
-    runs("encode", "--source", tmp_path / "S", "--dest", tmp_path / "S.zip", *vae)
-    assert "items=20" in capsys.readouterr().out
+    assert "items=20" in call("imm/encode.py", "--source", tmp_path / "S", "--dest", tmp_path / "S.zip", *vae)
     train = [
         "--network", base, "--images", 32, "--batch_size", 16, "--micro_batch_size", 8, "--lr", 1e-3, "--precision",
         "fp32", "--snapshot_images", 16, "--ema_decay", 0.5, *vae,
@@ -116,7 +90,7 @@ def test_from_images_over_moments_to_a_merged_network(files, tmp_path, capsys):
     zipped = launch("imm/finetune.py", "--data", tmp_path / "S.zip", "--outdir", tmp_path / "zip", *train, ranks=2,
                     timeout=600)  # fmt: skip
     assert zipped.returncode == 0 and "unused" not in zipped.stderr, zipped.stderr  # a warning of needless search
-    runs("finetune", "--data", tmp_path / "S", "--outdir", tmp_path / "png", *train)
+    call("imm/finetune.py", "--data", tmp_path / "S", "--outdir", tmp_path / "png", *train)
     snapshots = [read_checkpoint(tmp_path / run / "snapshot-000000032.safetensors").state for run in ("zip", "png")]
     start = read_checkpoint(base).state
     moved = max((snapshots[0][name] - start[name]).abs().max().item() for name in start)
@@ -132,8 +106,8 @@ def test_from_images_over_moments_to_a_merged_network(files, tmp_path, capsys):
     grid = ["--w", "0,1", "--cfgs", "1.5", "--num_images", 4, "--final_images", 4, "--num_steps", 1]
     judge = ["--detector", files / "inception.safetensors", "--fid_stats", files / "stats.npz"]
     run = ["--network", base, "--snapshots", tmp_path / "zip", "--out_dir", tmp_path / "sweep", *grid, *judge, *vae]
-    runs("sweep", *run, "--json", tmp_path / "sweep.json")
-    assert capsys.readouterr().out.splitlines()[-1].startswith("best: FID=")
+    out = call("imm/sweep.py", *run, "--json", tmp_path / "sweep.json")
+    assert out.splitlines()[-1].startswith("best: FID=")
     assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 4  # base, two snapshots, the best again
     assert (tmp_path / "sweep" / "neon.safetensors").exists()
 
@@ -143,12 +117,17 @@ def test_from_images_over_moments_to_a_merged_network(files, tmp_path, capsys):
 
 def test_a_missing_checkpoint_is_named_with_its_remedy(files, tmp_path):
     args = ["--fid_stats", files / "stats.npz", "--detector", files / "inception.safetensors"]
-    fails("calculate_fid", "--model_ckpt", tmp_path / "no.pkl", *args, match=r"no\.pkl.*download_models")
+    fails("imm/calculate_fid.py", "--model_ckpt", tmp_path / "no.pkl", *args, match=r"no\.pkl.*download_models")
 
 
 def test_a_missing_reference_is_found_before_the_network_is_built(files, tmp_path):
     fails(
-        "calculate_fid", "--model_ckpt", files / "dit.safetensors", "--fid_stats", tmp_path / "no.npz", match=r"no\.npz"
+        "imm/calculate_fid.py",
+        "--model_ckpt",
+        files / "dit.safetensors",
+        "--fid_stats",
+        tmp_path / "no.npz",
+        match=r"no\.npz",
     )
 
 
@@ -168,7 +147,7 @@ def test_a_missing_reference_is_found_before_the_network_is_built(files, tmp_pat
 def test_flags_that_do_not_fit_are_named(files, args, match):
     common = ["--model_ckpt", files / "dit.safetensors", "--fid_stats", files / "stats.npz", "--vae"]
     common += [files / "vae.safetensors", "--detector", files / "inception.safetensors", "--device", "cpu"]
-    fails("calculate_fid", *common, *args, match=match)
+    fails("imm/calculate_fid.py", *common, *args, match=match)
 
 
 def test_guidance_for_an_unconditional_network_is_refused(files, tmp_path):
@@ -182,15 +161,15 @@ def test_guidance_for_an_unconditional_network_is_refused(files, tmp_path):
         "--device",
         "cpu",
     ]
-    fails("generate", *args, "--cfg", 2, "--num_images", 4, match="knows no classes")
-    fails("generate", *args, "--per_class_count", 4, match="per_class_count")
+    fails("imm/generate.py", *args, "--cfg", 2, "--num_images", 4, match="knows no classes")
+    fails("imm/generate.py", *args, "--per_class_count", 4, match="per_class_count")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04cos\nsystem\n(S'true'\ntR.", b"PK\x03\x04 cut short"])
 def test_foreign_and_hostile_checkpoints_are_refused(tmp_path, content):
     path = tmp_path / "bad.pkl"
     path.write_bytes(content)
-    fails("generate", "--network", path, "--outdir", tmp_path / "S", "--device", "cpu", match=r"bad\.pkl")
+    fails("imm/generate.py", "--network", path, "--outdir", tmp_path / "S", "--device", "cpu", match=r"bad\.pkl")
     assert not list((tmp_path / "S").glob("*.json"))
 
 
@@ -198,13 +177,13 @@ def test_a_finetune_says_what_is_wrong_with_its_data(files, tmp_path):
     (tmp_path / "empty").mkdir()
     args = ["--network", files / "dit.safetensors", "--vae", files / "vae.safetensors", "--device", "cpu", "--outdir",
             tmp_path / "run"]  # fmt: skip
-    fails("finetune", *args, "--data", tmp_path / "none", match="no such folder")
-    fails("finetune", *args, "--data", tmp_path / "empty", match="no images")
+    fails("imm/finetune.py", *args, "--data", tmp_path / "none", match="no such folder")
+    fails("imm/finetune.py", *args, "--data", tmp_path / "empty", match="no images")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "manifest.json").write_text("{}")
-    fails("finetune", *args, "--data", tmp_path / "half", match="not finished")
+    fails("imm/finetune.py", *args, "--data", tmp_path / "half", match="not finished")
     (tmp_path / "cut.zip").write_bytes(b"PK")
-    fails("finetune", *args, "--data", tmp_path / "cut.zip", match="cut short")
+    fails("imm/finetune.py", *args, "--data", tmp_path / "cut.zip", match="cut short")
 
 
 def test_a_label_out_of_range_and_an_odd_micro_batch_are_named(files, tmp_path):
@@ -217,5 +196,5 @@ def test_a_label_out_of_range_and_an_odd_micro_batch_are_named(files, tmp_path):
     create_labels(tmp_path / "S")
     args = ["--network", files / "dit.safetensors", "--vae", files / "vae.safetensors", "--device", "cpu", "--outdir",
             tmp_path / "run", "--data", tmp_path / "S", "--batch_size", 16]  # fmt: skip
-    fails("finetune", *args, "--micro_batch_size", 6, match="matrix_size")
-    fails("finetune", *args, "--micro_batch_size", 8, match="99")
+    fails("imm/finetune.py", *args, "--micro_batch_size", 6, match="matrix_size")
+    fails("imm/finetune.py", *args, "--micro_batch_size", 8, match="99")

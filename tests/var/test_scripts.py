@@ -1,14 +1,12 @@
 """The scripts as a user starts them: on one process and on two, from base to result line, and with wrong input."""
 
 import json
-import runpy
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, launch
+from launch import call, fails, launch
 from PIL import Image
 from var.tiny import write_tiny
 
@@ -16,19 +14,6 @@ from neon_files.checkpoint import read_checkpoint
 
 TUNE = ("--images", 16, "--batch_size", 8, "--micro_batch_size", 4, "--lr", 1e-3, "--ramp_images", 32,
         "--snapshot_images", 8, "--precision", "fp32")  # fmt: skip
-
-
-def start(script, *args) -> int:
-    """Run a script in this process (a new one takes seconds to import torch); its exit status."""
-    kept = sys.argv, sys.path
-    sys.argv, sys.path = [script, *map(str, args)], list(sys.path)
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        return end.code or 0
-    finally:
-        sys.argv, sys.path = kept
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +24,8 @@ def place(tmp_path_factory):
     models = ("--var_ckpt", var, "--vae_ckpt", vae)
     made = SimpleNamespace(folder=folder, var=var, vae=vae, models=models, set=folder / "set", run=folder / "run")
     generate = ("--outdir", made.set, "--num_images", 11, "--batch_size", 4, "--top_k", 30)
-    assert start("VAR/generate.py", *models, *generate) == 0
-    assert start("VAR/finetune.py", *models, "--data", made.set, "--outdir", made.run, *TUNE) == 0
+    call("VAR/generate.py", *models, *generate)
+    call("VAR/finetune.py", *models, "--data", made.set, "--outdir", made.run, *TUNE)
     return made
 
 
@@ -94,12 +79,12 @@ def test_the_first_step_has_a_learning_rate_of_zero(place):
 
 def test_kept_token_crops_train_too(place, tmp_path):
     args = ("VAR/finetune.py", *place.models, "--data", place.set, *TUNE, "--token_crops", 2)
-    assert start(*args, "--outdir", tmp_path / "run") == 0
+    call(*args, "--outdir", tmp_path / "run")
     assert np.isfinite(train_losses(tmp_path / "run")).all()
 
 
 @pytest.mark.slow
-def test_sweep_and_calculate_fid_agree_on_a_merged_file(place, tmp_path, capsys):
+def test_sweep_and_calculate_fid_agree_on_a_merged_file(place, tmp_path):
     """Inception on eight images: more than ten seconds, and the only way through the scripts' last part."""
     from neon_metrics.inception import InceptionV3
 
@@ -110,12 +95,11 @@ def test_sweep_and_calculate_fid_agree_on_a_merged_file(place, tmp_path, capsys)
     common = ("--vae_ckpt", place.vae, "--batch_size", 2, "--fid_stats", stats, "--detector", detector,
               "--metrics", "fid", "--top_k", 30)  # fmt: skip
     search = ("--base", place.var, "--snapshots", place.run, "--w", "1.5", "--cfg", "2", "--num_images", 4)
-    assert start("VAR/sweep.py", *search, "--final_images", 0, "--out_dir", tmp_path / "sweep", *common) == 0
-    best = capsys.readouterr().out.strip().splitlines()[-1]
+    out = call("VAR/sweep.py", *search, "--final_images", 0, "--out_dir", tmp_path / "sweep", *common)
+    best = out.splitlines()[-1]
     official = ("--N", 4, "--img_size", 48, "--cfg", 2, "--cuda", "--temp_dir", "x")
     script, merged = "VAR/VAR_imagenet_256/calculate_fid.py", tmp_path / "sweep" / "neon.safetensors"
-    assert start(script, "--var_ckpt", merged, *official, *common) == 0
-    line = capsys.readouterr().out.strip().splitlines()[-1]
+    line = call(script, "--var_ckpt", merged, *official, *common).splitlines()[-1]
     assert best.removeprefix("best: ").split(" | ")[1:4] == line.split(" | ")[1:4] == ["cfg=2", "N=4", "depth=3"]
     told = [float(text.split("FID=")[1].split(" | ")[0]) for text in (best, line)]
     assert told[0] == pytest.approx(told[1], rel=1e-4)
@@ -141,12 +125,11 @@ CKPT = "--var_ckpt {}/var.safetensors"
         ("sweep.py", "--base {}/var.safetensors --w 1,x --out_dir {}/z", "not a list of numbers"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(place, capsys, script, args, message):
+def test_wrong_input_is_one_line_and_exit_code_2(place, script, args, message):
     args = args.replace("{}", str(place.folder)).split()
     if "--vae_ckpt" not in args:
         args += ["--vae_ckpt", place.vae]
-    assert start(f"VAR/{script}", *args) == 2
-    assert message in capsys.readouterr().err
+    assert message in fails(f"VAR/{script}", *args)
 
 
 def test_an_error_ends_two_ranks_with_one_message(place, tmp_path):

@@ -1,15 +1,13 @@
 """The scripts as a user starts them: README's flags, several ranks, wrong input."""
 
-import importlib.util
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, launch
+from launch import ROOT, call, fails, launch, module
 from PIL import Image
 from xar.pico import write_pico
 
@@ -26,24 +24,6 @@ README_COMMANDS = [
 ]
 SHORT = ("--images", 16, "--batch_size", 8, "--micro_batch_size", 4, "--lr", 1e-3, "--ramp_images", 16, "--ema_decay",
          0.5, "--snapshot_images", 8, "--precision", "fp32")  # fmt: skip
-
-
-def script(name: str):
-    """A script of xAR/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"xar_script_{name}", ROOT / "xAR" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
-
-
-def call(name: str, *flags, **replace):
-    """Its command in this process; errors are raised."""
-    module = script(name)
-    for attribute, value in replace.items():
-        setattr(module, attribute, value)
-    return module.main.main([str(flag) for flag in flags], standalone_mode=False)
 
 
 def succeed(*args, **options):
@@ -69,7 +49,7 @@ def pixels(folder: Path) -> dict[str, np.ndarray]:
 
 def test_any_number_of_images_comes_out_once_each_and_the_same_from_one_process_as_from_two(place, tmp_path):
     folder, flags, made = place
-    call("generate", *flags, *made, "--outdir", tmp_path / "one", "--device", "cpu")
+    call("xAR/generate.py", *flags, *made, "--outdir", tmp_path / "one", "--device", "cpu")
     two, one = pixels(folder / "S"), pixels(tmp_path / "one")
     assert sorted(two) == [f"{seed:06d}_label{seed % 10}.png" for seed in range(11)]
     assert two.keys() == one.keys() and all(np.array_equal(two[name], one[name]) for name in two)
@@ -82,7 +62,7 @@ def test_a_fine_tune_on_two_ranks_has_the_losses_of_one_process_and_leaves_buffe
     run = succeed("xAR/finetune.py", *flags, "--data", folder / "S", "--outdir", tmp_path / "two", *SHORT, ranks=2)
     assert "unused" not in run.stderr  # as DistributedDataParallel warns of a needless search
     assert len(list(folder.glob("S.prepared/moments-*/part-*.npy"))) == 1  # encoded once, beside the set
-    call("finetune", *flags, "--data", folder / "S", "--outdir", tmp_path / "one", *SHORT, "--device", "cpu")
+    call("xAR/finetune.py", *flags, "--data", folder / "S", "--outdir", tmp_path / "one", *SHORT, "--device", "cpu")
     logs = [[json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
     losses = [[line["loss"] for line in log] for log in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -95,7 +75,7 @@ def test_a_fine_tune_on_two_ranks_has_the_losses_of_one_process_and_leaves_buffe
 
 
 @pytest.mark.parametrize("command", README_COMMANDS)
-def test_the_readme_commands_run_with_stand_ins_for_their_files(place, tmp_path, command, capsys):
+def test_the_readme_commands_run_with_stand_ins_for_their_files(place, tmp_path, command, monkeypatch, capsys):
     """The files are picos, so --img_size is theirs; the feature network is a stand-in too."""
     folder, _, _ = place
     assert len(README_COMMANDS) == 2
@@ -116,7 +96,10 @@ def test_the_readme_commands_run_with_stand_ins_for_their_files(place, tmp_path,
         unit = Reference(np.zeros(3), np.eye(3), str(reference))
         return Evaluator(unit, device=options["device"], metrics=("fid",), detector=detector)
 
-    call("calculate_fid", *flags, "--json", tmp_path / "r.json", "--device", "cpu", Evaluator=stand_in)
+    script = module("xAR/calculate_fid.py")
+    monkeypatch.setattr(script, "Evaluator", stand_in)
+    flags += ["--json", tmp_path / "r.json", "--device", "cpu"]
+    script.main.main([str(flag) for flag in flags], standalone_mode=False)
     out, err = capsys.readouterr()
     result = json.loads((tmp_path / "r.json").read_text())
     assert seen == [("fid_stats/adm_in256_stats.npz", ("fid", "is"))]
@@ -139,22 +122,22 @@ def test_the_readme_commands_run_with_stand_ins_for_their_files(place, tmp_path,
 )
 def test_wrong_input_is_one_sentence_before_any_model_is_built(place, flags, message, monkeypatch):
     folder, files, _ = place
-    module = script("calculate_fid")
+    script = module("xAR/calculate_fid.py")
 
     def never(*_, **__):
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(module.XARBackbone, "load", never)
+    monkeypatch.setattr(script.XARBackbone, "load", never)
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     every = {"--model": "xar_base", "--model_ckpt": files[1], "--vae_path": files[3], "--fid_stats": folder / "no.npz"}
     merged = [str(part) for pair in (every | given).items() for part in pair]
     with pytest.raises(UserError, match=message) as caught:
-        module.main.main(merged, standalone_mode=False)
+        script.main.main(merged, standalone_mode=False)
     assert caught.value.exit_code == 2 and "\n" not in caught.value.message
 
 
 def test_a_size_that_the_model_cannot_make_is_refused(place, tmp_path):
     _, flags, made = place
-    with pytest.raises(UserError, match="--img_size 512: this model makes 32 x 32 images only"):
-        call("generate", *flags, *made, "--outdir", tmp_path / "S", "--img_size", 512, "--device", "cpu")
+    args = (*flags, *made, "--outdir", tmp_path / "S", "--img_size", 512, "--device", "cpu")
+    fails("xAR/generate.py", *args, match="--img_size 512: this model makes 32 x 32 images only")
     assert not list(tmp_path.rglob("*.png"))
