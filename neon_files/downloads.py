@@ -21,7 +21,8 @@ import click
 
 from neon_files.atomic import write_json
 from neon_files.errors import UserError
-from neon_files.manifest import MANIFEST, ROOT, Entry, Manifest, Missing, find_file, read_manifest
+from neon_files.home import cache_dir, home
+from neon_files.manifest import MANIFEST, Entry, Manifest, Missing, find_file, read_manifest
 from neon_files.transfer import Source, Unreachable, compare, download, one_process, timeout_seconds
 
 Say = Callable[[str], None]
@@ -194,12 +195,6 @@ def _write_record(path: Path, digest: str, checked: str, version: str = "") -> N
 # For the scripts
 
 
-def cache_dir() -> Path:
-    """Files that scripts fetch by URL. NEON_CACHE_DIR, else the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("NEON_CACHE_DIR") or Path(home) / "neon")
-
-
 def is_url(text: str | Path) -> bool:
     return re.match(r"https?://", str(text)) is not None
 
@@ -212,18 +207,15 @@ def local_copy(url: str) -> tuple[Entry, Path]:
     cached = cache_dir() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{entry.name}"
     if not known:
         return entry, cached
-    official = ROOT / entry.destination
-    for path in (official, cached):
-        if state_of(entry, path).usable:
-            return entry, path
-    in_checkout = (ROOT / "download_models.sh").exists() and os.access(ROOT / entry.folder, os.W_OK)
-    return entry, official if in_checkout else cached
+    official = home() / entry.destination
+    usable = [path for path in (official, cached) if state_of(entry, path).usable]
+    return entry, usable[0] if usable else official
 
 
 def fetch(path_or_url: str | Path) -> Path:
     """The local file of a path, or of a URL: fetched once, checked, then used without a network.
 
-    A URL of the manifest goes (or already is) where `download_models.sh` puts it, any other into the cache. Every rank
+    A URL of the manifest goes (or already is) where the download command puts it, any other into the cache. Every rank
     may call it: one process of a node downloads, the others wait. Raises UserError.
     """
     if not is_url(path_or_url):
@@ -266,8 +258,7 @@ HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
 @click.option(
     "--root",
     type=click.Path(file_okay=False, path_type=Path),
-    default=ROOT,
-    help="Where checkpoints/ and fid_stats/ are.  [default: this checkout]",
+    help="Where checkpoints/ and fid_stats/ are.  [default: NEON_HOME, else the checkout, else the user's cache]",
 )
 @click.option(
     "--manifest",
@@ -276,8 +267,15 @@ HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
     help="Another list of files (JSON), for a mirror of your own.",
 )
 def main(
-    words: Sequence[str], list_: bool, dry_run: bool, verify: bool, force: bool, root: Path, manifest_path: Path | None
+    words: Sequence[str],
+    list_: bool,
+    dry_run: bool,
+    verify: bool,
+    force: bool,
+    root: Path | None,
+    manifest_path: Path | None,
 ) -> None:
+    root = root or home()
     manifest = read_manifest(manifest_path) if manifest_path else MANIFEST
     entries = manifest.select(tuple(words)) if words or not (list_ or verify) else list(manifest.entries)
     if list_:

@@ -11,13 +11,12 @@ import dataclasses
 import itertools
 import json
 import os
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from neon_files.errors import UserError, say
+from neon_files.home import download_command, home
 
-ROOT = Path(__file__).resolve().parents[1]  # of the checkout
 _SUFFIXES = (".pth", ".pkl", ".pt", ".ckpt", ".safetensors")
 
 
@@ -26,7 +25,7 @@ class Entry:
     """One published file: on the hub (`repo` and `path`) or at a plain `url`."""
 
     name: str  # what it is called on disk
-    folder: str  # under the root of the checkout
+    folder: str  # under `home()`
     repo: str = ""  # hub repository
     path: str = ""  # in the repository; default: name
     url: str = ""
@@ -88,7 +87,7 @@ class Manifest:
         rows = [row for row, files in self.rows.items() if wanted <= set(files)]
         whole = [row for row in rows if wanted == set(self.rows[row])]
         words = whole[:1] or (rows if len(rows) == 1 else list(dict.fromkeys(e.name for e in entries)))
-        return f"bash download_models.sh {shlex.join(words)}"
+        return download_command(*words)
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -130,9 +129,11 @@ class Missing(UserError):
 
 
 def find_file(path: str | Path) -> Path:
-    """`path`, or the file that is meant: beside it, same name but for case and a weight file's ending; this is said.
+    """`path`, or the file that is meant; this is said.
 
-    Raises Missing, which names the command to fetch the file, and UserError for a folder or several candidates.
+    That is one beside it with the same name but for case and a weight file's ending; else, for a bare name or the
+    place of a published file relative to `home()` (like `fid_stats/NAME`), the one there. Raises Missing, which names
+    the command to fetch the file, and UserError for a folder or several candidates.
     """
     path = Path(path)
     if path.is_dir():
@@ -142,15 +143,17 @@ def find_file(path: str | Path) -> Path:
     known = MANIFEST.entry(path.name)
     names = {path.name, *((known.name, *known.aliases) if known else ())}
     alike = [other for other in _files_beside(path) if any(_same_file_name(other.name, name) for name in names)]
+    if not alike and known and path in (Path(path.name), Path(known.folder, path.name)):
+        alike = [place for place in (home() / known.destination,) if place.is_file()]
     if len(alike) == 1:
         say(f"{path}: not there; using {alike[0]}")
         return alike[0]
     if alike:
         raise UserError(f"{path}: does not exist; name one of {', '.join(str(other) for other in alike)}")
     if known is None:
-        remedy = "nobody publishes a file of this name (`bash download_models.sh --list`), so name another one"
+        remedy = f"nobody publishes a file of this name (`{download_command('--list')}`), so name another one"
         raise Missing(path, "does not exist", remedy)
-    remedy = f"`{MANIFEST.command(path.name)}` puts {known.name} into {known.folder}/"
+    remedy = f"`{MANIFEST.command(path.name)}` puts {known.name} into {home() / known.folder}"
     raise Missing(path, "does not exist", remedy, known)
 
 

@@ -1,4 +1,4 @@
-"""Files that a command needs, wherever they are: here, where `download_models.sh` puts them, or fetched now."""
+"""Files that a command needs, wherever they are: here, where the download command puts them, or fetched now."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 from neon_files.downloads import ensure, fetch, is_url, local_copy
 from neon_files.errors import UserError, say
-from neon_files.manifest import MANIFEST, ROOT, Missing
+from neon_files.home import home
+from neon_files.manifest import MANIFEST, Missing
 
 
 def find_all(wanted: Mapping[str, str | Path | None]) -> dict[str, Path]:
@@ -54,10 +55,9 @@ def obtain(path_or_url: str | Path) -> Path:
     """
     try:
         return fetch(path_or_url)
-    except UserError:
-        entry = MANIFEST.entry(str(path_or_url))
-        if entry is None:
+    except Missing as error:
+        if error.entry is None or is_url(path_or_url):
             raise
-    place = ROOT / entry.destination
-    ensure(entry, place, say=say)
-    return place
+        place = home() / error.entry.destination
+        ensure(error.entry, place, say=say)
+        return place

@@ -86,7 +86,8 @@ def one_process(final: Path) -> Iterator[None]:
             lock.acquire()
     except OSError as error:
         reason = "a broken link" if final.parent.is_symlink() and not final.parent.exists() else error.strerror
-        raise UserError(f"{final.parent}: cannot write there ({reason}); mend it or name another folder") from error
+        remedy = "mend that, or set NEON_HOME to another folder"
+        raise UserError(f"{final.parent}: cannot write there ({reason}); {remedy}") from error
     try:
         yield
     finally:

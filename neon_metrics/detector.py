@@ -17,12 +17,11 @@ from neon_core.precision import float32_precision
 from neon_files.atomic import sha256_file
 from neon_files.checkpoint import load_strict, read_checkpoint
 from neon_files.errors import UserError
-from neon_files.manifest import ROOT
+from neon_files.home import download_command, home
 from neon_metrics.inception import NUM_CLASSES, NUM_FEATURES, InceptionV3, folded, normalise, resize_tf1
 
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-FETCH_COMMAND = "bash download_models.sh inception"
 
 
 class Detector(Protocol):
@@ -108,7 +107,7 @@ class InceptionDetector:
 def default_weight_paths() -> list[Path]:
     """Where the published weights are looked for, in this order."""
     folders = [
-        ROOT / "checkpoints",
+        home() / "checkpoints",
         Path("checkpoints"),
         Path(torch.hub.get_dir()) / "checkpoints",
     ]
@@ -124,11 +123,12 @@ def find_inception_weights() -> Path:
             if digest != WEIGHTS_SHA256:
                 raise UserError(
                     f"{path}: sha256 is {digest}, not {WEIGHTS_SHA256}, so the file is damaged or another one; "
-                    f"delete it and run `{FETCH_COMMAND}`"
+                    f"delete it and run `{download_command('inception')}`"
                 )
             return path
     looked = " or ".join(str(path) for path in places)
-    raise UserError(f"the Inception weights are missing (looked for {looked}); fetch them with `{FETCH_COMMAND}`")
+    command = download_command("inception")
+    raise UserError(f"the Inception weights are missing (looked for {looked}); fetch them with `{command}`")
 
 
 def load_inception(
@@ -149,7 +149,9 @@ def load_inception(
     else:
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"{path}: no such file; the published Inception weights come with `{FETCH_COMMAND}`")
+            raise UserError(
+                f"{path}: no such file; the published Inception weights come with `{download_command('inception')}`"
+            )
         digest = sha256_file(path)
     official = digest == WEIGHTS_SHA256
     name = "inception-v3-compat" if official else f"inception-v3-compat, unofficial weights {digest[:8]}"

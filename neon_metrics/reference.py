@@ -13,10 +13,9 @@ import numpy as np
 
 from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
+from neon_files.home import download_command
 from neon_metrics.covariance import psd_factor
 from neon_metrics.statistics import FeatureStatistics
-
-FETCH_COMMAND = "bash download_models.sh"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,9 @@ def load_reference(path: str | Path, num_features: int | None = None) -> Referen
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file of reference statistics; the published ones come with `{FETCH_COMMAND}`")
+        raise UserError(
+            f"{path}: no such file of reference statistics; the published ones come with `{download_command()}`"
+        )
     mu, sigma = _read(path)
     for name, array, ndim in (("mu", mu, 1), ("sigma", sigma, 2)):
         if array.dtype.kind != "f":

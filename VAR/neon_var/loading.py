@@ -10,16 +10,15 @@ import torch
 
 from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
 from neon_files.errors import UserError
+from neon_files.home import CHECKOUT, home
 from neon_var.recipes import ARCHITECTURES, VAE_FILE, tokenizer
 from neon_var.var import VAR
 from neon_var.vqvae import VQVAE
 
-ROOT = Path(__file__).resolve().parents[2]
-VAE_PLACES = (  # ours first, then where the official scripts look
-    ROOT / "checkpoints" / VAE_FILE,
+OFFICIAL_PLACES = (  # of the official scripts
     Path(VAE_FILE),
-    ROOT / "VAR" / "VAR_imagenet_256" / "pretrained" / VAE_FILE,
-    ROOT / "VAR" / "VAR_imagenet_512" / "pretrained" / VAE_FILE,
+    CHECKOUT / "VAR" / "VAR_imagenet_256" / "pretrained" / VAE_FILE,
+    CHECKOUT / "VAR" / "VAR_imagenet_512" / "pretrained" / VAE_FILE,
 )
 
 
@@ -79,10 +78,9 @@ def find_vae(path: str | Path | None) -> Path:
     """`path`, or the first of the usual places that holds the published tokenizer."""
     if path is not None:
         return Path(path)
-    for place in VAE_PLACES:
-        if place.exists():
-            return place
-    return VAE_PLACES[0]  # whose absence read_checkpoint reports, with the command that fetches it
+    ours = home() / "checkpoints" / VAE_FILE
+    present = (place for place in (ours, *OFFICIAL_PLACES) if place.exists())
+    return next(present, ours)  # whose absence read_checkpoint reports, with the command that fetches it
 
 
 def _own_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from neon_core.kl_vae import AutoencoderKL, to_ldm_names
 from neon_files.checkpoint import load_strict, read_checkpoint, write_checkpoint
 from neon_files.errors import UserError
+from neon_files.home import download_command, home
 
 SD_VAE = "stabilityai/sd-vae-ft-ema"
-CHECKOUT = Path(__file__).resolve().parents[2]  # where download_models.sh puts its files
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "model.safetensors")
 
@@ -31,7 +31,7 @@ def load_vae(source: str | Path | None = None) -> AutoencoderKL:
     """The autoencoder at `source`, on the CPU, in eval mode and without gradients.
 
     `source` is a diffusers folder (config.json beside the weights), one weight file, or a hub repository (SD_VAE);
-    `checkpoints/<last part of the name>`, here or in the checkout, is preferred to a download. Latent-diffusion keys
+    `checkpoints/<last part of the name>`, here or in `home()`, is preferred to a download. Latent-diffusion keys
     and both diffusers spellings are read. Raises UserError where nothing is found, or the hub cannot be reached.
     """
     weights, config = locate_vae(source)
@@ -57,7 +57,7 @@ def locate_vae(source: str | Path | None = None) -> tuple[Path, dict | None]:
     """(weight file, diffusers config or None), fetched if need be but not read. Raises UserError."""
     source = str(source or SD_VAE)
     name = source.rstrip("/").split("/")[-1]
-    places = [Path(source), *(folder / "checkpoints" / name for folder in (Path(), CHECKOUT))]
+    places = [Path(source), *(folder / "checkpoints" / name for folder in (Path(), home()))]
     local = next((place for place in places if place.exists()), places[-1])
     if local.is_file():
         return local, None
@@ -92,7 +92,7 @@ def _fetch(repository: str) -> tuple[Path, dict]:
         raise UserError(
             f"the VAE {repository} is neither under checkpoints/{repository.split('/')[-1]}/ nor in the hub's cache, "
             f"and cannot be fetched now ({type(error).__name__}); where there is a network, run "
-            "`bash download_models.sh imm`, or name a folder with its config.json and weights as --vae"
+            f"`{download_command('imm')}`, or name a folder with its config.json and weights as --vae"
         ) from error
     return Path(weights), _read_config(Path(config))
 

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import pytest
 from click.testing import CliRunner
 from loopback_hub import COMMIT, Loopback
 
-from neon_files import downloads, transfer
+from neon_files import home as home_module
+from neon_files import transfer
 from neon_files.downloads import fetch, main
 from neon_files.errors import UserError
+from neon_files.home import home
 from neon_files.manifest import MANIFEST, NON_COMMERCIAL, find_file, read_manifest
 from neon_files.published import find_all
 
@@ -389,7 +392,7 @@ def test_url_is_fetched_once_into_the_cache(server, tmp_path, monkeypatch):
 
 def test_published_url_is_found_where_the_script_puts_it(server, tmp_path, monkeypatch):
     entry = next(entry for entry in MANIFEST.entries if entry.name == "cifar10-32x32.npz")
-    monkeypatch.setattr(downloads, "ROOT", tmp_path)
+    monkeypatch.setenv("NEON_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("NEON_CACHE_DIR", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"run `bash download_models\.sh cifar10-32x32\.npz`"):
@@ -404,7 +407,7 @@ def test_path_is_only_looked_for(tmp_path):
     assert fetch(tmp_path / "x.npz") == tmp_path / "x.npz"
     with pytest.raises(UserError, match=r"kl16\.ckpt: does not exist; `bash download_models\.sh kl16\.ckpt` puts"):
         fetch(tmp_path / "kl16.ckpt")
-    with pytest.raises(UserError, match=r"`bash download_models\.sh xarl` puts Neon_xARL_imagenet256\.pth into checkp"):
+    with pytest.raises(UserError, match=r"`bash download_models\.sh xarl` puts Neon_xARL_imagenet256\.pth into .*/ch"):
         find_file("checkpoints/Neon_xARL_imagenet256.pth")
 
 
@@ -412,7 +415,7 @@ def test_path_is_only_looked_for(tmp_path):
 def empty_home(tmp_path, monkeypatch):
     """A working directory and a root without any published file."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(downloads, "ROOT", tmp_path / "root")
+    monkeypatch.setenv("NEON_HOME", str(tmp_path / "root"))
     monkeypatch.setenv("NEON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
@@ -467,6 +470,92 @@ def test_urls_are_named_with_the_paths_or_fetched(server, empty_home, monkeypatc
     assert server.requests == []
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert find_all({"--other": f"{server.url}/files/a.pth"})["--other"].read_bytes() == A
+
+
+# Where files go
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """As from a wheel: the code lies in a folder without download_models.sh."""
+    monkeypatch.setattr(home_module, "CHECKOUT", tmp_path / "site-packages")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("NEON_HOME", raising=False)
+    monkeypatch.delenv("NEON_CACHE_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_files_of_a_checkout_stay_in_it_unless_neon_home_is_set(tmp_path, monkeypatch):
+    monkeypatch.delenv("NEON_HOME", raising=False)
+    assert home() == ROOT and home_module.download_command("xarl") == "bash download_models.sh xarl"
+    monkeypatch.setenv("NEON_HOME", str(tmp_path))
+    assert home() == tmp_path
+
+
+def test_an_installed_package_keeps_files_in_the_users_cache(installed, monkeypatch):
+    assert home() == installed / "cache" / "neon" and home_module.cache_dir() == home()
+    with pytest.raises(UserError, match=r"`neon download xarl` puts Neon_xARL_.*pth into .*neon/checkpoints$"):
+        find_file("checkpoints/Neon_xARL_imagenet256.pth")
+    with pytest.raises(UserError, match=r"`neon download xarl` fetches it$"):
+        find_all({"--base": "checkpoints/xAR-L.pth"})
+    monkeypatch.setenv("NEON_HOME", "~/models")
+    assert home() == Path.home() / "models"
+
+
+@pytest.mark.parametrize(
+    ("platform", "variable", "folder"),
+    [
+        ("linux", None, ".cache/neon"),
+        ("darwin", None, "Library/Caches/neon"),
+        ("win32", None, "AppData/Local/neon"),
+        ("win32", "LOCALAPPDATA", "neon"),
+    ],
+)
+def test_cache_folder_of_the_platform(installed, monkeypatch, platform, variable, folder):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(installed))
+    if variable:
+        monkeypatch.setenv(variable, str(installed))
+    assert home() == installed / folder
+
+
+def test_the_place_of_a_published_file_is_also_sought_in_the_home(installed, capsys):
+    there = home() / "fid_stats" / "adm_in256_stats.npz"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(b"x")
+    assert find_file("fid_stats/adm_in256_stats.npz") == there and find_file("ADM_in256_stats.npz") == there
+    assert f"fid_stats/adm_in256_stats.npz: not there; using {there}" in capsys.readouterr().err
+    with pytest.raises(UserError, match="does not exist"):  # another folder means another file
+        find_file("mine/adm_in256_stats.npz")
+    here = installed / "fid_stats" / "adm_in256_stats.npz"
+    here.parent.mkdir()
+    here.write_bytes(b"y")
+    assert find_file("fid_stats/adm_in256_stats.npz") == Path("fid_stats/adm_in256_stats.npz")
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(installed, server):
+    (installed / "cache").write_text("a file where the folder should be")
+    with pytest.raises(UserError) as caught:
+        fetch(f"{server.url}/files/a.pth")
+    sentence = f"{installed}/cache/neon/downloads: cannot write there (Not a directory); mend that, or set NEON_HOME to"
+    assert caught.value.message.startswith(sentence) and server.requests == []
+
+
+def test_download_command_of_an_installed_package_fills_the_home(tmp_path):
+    shutil.copytree(ROOT / "neon_files", tmp_path / "site" / "neon_files", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "NEON_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "neon_files.downloads", "--list", "imm"]
+    there = tmp_path / "home" / "checkpoints" / "cifar10.pt"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(b"x")
+    result = subprocess.run(
+        [*command, "cifar10.pt"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0 and "here       ? bytes  checkpoints/cifar10.pt" in result.stdout, result.stderr
+    assert result.stdout.count("<- hub") == 6
 
 
 # The list itself

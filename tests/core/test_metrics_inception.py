@@ -103,7 +103,7 @@ def test_resize_keeps_an_image_of_the_target_size_and_never_averages():
 def nowhere(tmp_path, monkeypatch):
     """No official weights in any of the default places; the folder of the first of them."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(detector_module, "ROOT", tmp_path / "project")
+    monkeypatch.setenv("NEON_HOME", str(tmp_path / "project"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "project/checkpoints"
 

@@ -211,7 +211,7 @@ def test_a_vae_that_cannot_be_fetched_is_one_clear_error(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("neon_imm.vae_files.CHECKOUT", tmp_path)
+    monkeypatch.setenv("NEON_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"sd-vae-ft-ema.*download_models.sh imm"):
         load_vae()
     with pytest.raises(UserError, match="no such file"):

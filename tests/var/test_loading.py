@@ -96,7 +96,9 @@ def test_a_foreign_network_is_refused(tmp_path, small_presets):
 def test_a_missing_file_names_the_command_that_fetches_it(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"missing\.pth.*download_models\.sh"):
         load_var(tmp_path / "missing.pth", "imagenet_256")
-    monkeypatch.setattr(loading, "VAE_PLACES", (tmp_path / "vae_ch160v4096z32.pth",))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NEON_HOME", str(tmp_path))
+    monkeypatch.setattr(loading, "OFFICIAL_PLACES", ())
     with pytest.raises(UserError, match=r"vae_ch160v4096z32\.pth.*download_models\.sh"):
         load_vae(None, tiny_var())
 
