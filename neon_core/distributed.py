@@ -1,14 +1,17 @@
-"""Ranks: set-up from torchrun's environment, tear-down, and errors that end all ranks with one message."""
+"""Ranks: set-up from a launcher's environment, tear-down, and errors that end all ranks with one message."""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 import torch
@@ -16,8 +19,12 @@ import torch.distributed as dist
 
 from neon_files.atomic import sha256_file
 from neon_files.errors import UserError
+from neon_files.launcher import end_with_launcher, is_launched, refuse
+from neon_files.stopping import Stopped, asked, signals_raise
 
+T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # of one collective: longer than any stage in which ranks wait for each other
+START_TIMEOUT = timedelta(minutes=10)  # in which all ranks must have started
 
 
 def rank() -> int:
@@ -70,6 +77,45 @@ def gather_objects(value) -> list:
     return values
 
 
+def largest(*numbers: int) -> list[int]:
+    """Each number's maximum over ranks. The hosts wait for each other, but for no device."""
+    if not dist.is_initialized():
+        return list(numbers)
+    values = torch.tensor(numbers, dtype=torch.int64)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def agree(subject: str | Path, look: Callable[[], T], describe: Callable[[T], Any] = lambda value: value) -> T:
+    """What `look` gives, once it gives all ranks the same: shared file systems show some machines new files late.
+
+    `describe` gives what is compared, where that is not the value itself. Every rank calls it. Looks again for a minute
+    (NEON_SHARED_FILES_SECONDS), then raises UserError that names what differs; one that all ranks' `look` raises, at
+    once.
+    """
+    began, patience = time.monotonic(), float(os.environ.get("NEON_SHARED_FILES_SECONDS", 60))
+    while True:
+        value = error = None
+        try:
+            value = look()
+            view = describe(value)
+        except UserError as raised:
+            error, view = raised, raised.message
+        views = gather_objects((view, error is not None, time.monotonic() - began > patience))
+        others = [number for number, other in enumerate(views) if other[:2] != views[0][:2]]
+        if not others and error is None:
+            return value
+        if not others:
+            raise error
+        if views[0][2]:
+            seen = [str(views[number][0])[:200] for number in (0, others[0])]
+            raise UserError(
+                f"{subject}: rank 0 sees {seen[0]}, rank {others[0]} sees {seen[1]}; put it where all machines see "
+                "the same files"
+            )
+        time.sleep(min(1.0, patience / 4))
+
+
 def file_hash(path: str | Path) -> str:
     """sha256 of a file, computed once for all ranks. Every rank calls it."""
     return broadcast_object(sha256_file(path) if is_main() else "")
@@ -77,46 +123,88 @@ def file_hash(path: str | Path) -> str:
 
 def pick_device(name: str) -> torch.device:
     """ "auto" -> CUDA where there is one, else the CPU; on CUDA each local rank has its own. Raises UserError."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name}: not a device; choose auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: not supported; choose auto, cpu or cuda")
     if device.type == "cuda":
-        count = torch.cuda.device_count()
-        index = device.index if device.index is not None else local_rank
-        if index >= count:
-            raise UserError(f"--device {name}: GPU {index} wanted, {count} present; start fewer processes or use cpu")
-        device = torch.device("cuda", index)
+        device = torch.device("cuda", _gpu(name, device.index))
         torch.cuda.set_device(device)
     return device
 
 
+def _gpu(name: str, wanted: int | None) -> int:
+    count, ranks = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
+    if not count:
+        raise UserError(f"--device {name}: no GPU is visible here; choose auto or cpu")
+    if wanted is None and count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):  # the launcher dealt the GPUs
+        return 0
+    if wanted is None and "LOCAL_RANK" not in os.environ and ranks > 1 and count > 1:
+        raise UserError("RANK is set but LOCAL_RANK is not, which says whose GPU is whose; start with torchrun")
+    index = wanted if wanted is not None else int(os.environ.get("LOCAL_RANK", 0))
+    if index >= count:
+        raise UserError(f"--device {name}: GPU {index} wanted, {count} present; start fewer processes or use cpu")
+    return index
+
+
 @contextmanager
 def session(device_name: str = "auto") -> Iterator[torch.device]:
-    """The device of this rank, with the process group of torchrun's environment around the body.
+    """The device of this rank, with the process group of a launcher's environment around the body.
 
     nccl serves CUDA tensors and gloo CPU tensors; without a launcher there is one process and no group. Where a rank
-    fails, the first to fail prints its error, all others leave silently, and every exit status is not 0.
+    fails, the first to fail prints its error, all others leave silently, and every exit status is not 0. SIGTERM and
+    Ctrl-C end the process with 143 and 130, after one line that says how to go on.
     """
-    if "RANK" not in os.environ:
-        yield pick_device(device_name)
+    if not is_launched():
+        with signals_raise():
+            try:
+                yield pick_device(device_name)
+            except Stopped as stopped:
+                print(stopped, file=sys.stderr, flush=True)
+                sys.exit(stopped.exit_code)
         return
-    store, this_rank, ranks = next(iter(dist.rendezvous("env://")))
-    store.set_timeout(TIMEOUT)
-    try:
-        device = pick_device(device_name)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=dist.PrefixStore("neon", store), rank=this_rank, world_size=ranks, timeout=TIMEOUT
-        )
-        yield device
-        dist.barrier()
-    except BaseException as error:
-        _leave(error, dist.PrefixStore("neon_failures", store))
+    store, this_rank, ranks = _meet()
+    end_with_launcher()
+    with signals_raise():
+        try:
+            device = pick_device(device_name)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend, store=dist.PrefixStore("neon", store), rank=this_rank, world_size=ranks, timeout=TIMEOUT
+            )
+            _check_gpus(device)
+            yield device
+            dist.barrier()
+        except BaseException as error:
+            _leave(error, dist.PrefixStore("neon_failures", store))
     dist.destroy_process_group()
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """(store, rank, number of ranks), when all have come."""
+    try:
+        store, this_rank, ranks = next(iter(dist.rendezvous("env://", timeout=START_TIMEOUT)))
+    except (RuntimeError, OSError) as error:
+        where, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            refuse(f"{where}: this port is taken; set another MASTER_PORT, or start with torchrun --standalone")
+        refuse(f"{where}: the ranks do not find each other there ({reason}); check MASTER_ADDR and MASTER_PORT")
+    store.set_timeout(TIMEOUT)
+    return store, this_rank, ranks
+
+
+def _check_gpus(device: torch.device) -> None:
+    """UserError where two ranks have the same GPU."""
+    if device.type != "cuda":
+        return
+    gpus = gather_objects((socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)))
+    for number, gpu in enumerate(gpus):
+        if gpu in gpus[:number]:
+            raise UserError(f"ranks {gpus.index(gpu)} and {number} have the same GPU; start fewer processes")
 
 
 def _leave(error: BaseException, store: dist.Store) -> None:
@@ -129,7 +217,13 @@ def _leave(error: BaseException, store: dist.Store) -> None:
     code = error.exit_code if isinstance(error, click.ClickException) else 1
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1
-    if isinstance(error, KeyboardInterrupt):
+    if asked():  # an error here may only be that another rank has stopped
+        code = 128 + asked()
+    if isinstance(error, Stopped):
+        code = error.exit_code
+        if first:
+            print(error, file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
         code = 130
     elif first and isinstance(error, click.ClickException):
         error.show()

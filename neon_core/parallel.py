@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from neon_core.distributed import is_main, rank, world_size
 from neon_files.errors import UserError
 
 MODES = ("ddp", "fsdp")
+
+
+def dealt(count: int) -> range:
+    """Numbers of the micro batches that this rank computes, of `count` in a step. Every rank computes equally many,
+    since all take part in every collective: a number from `count` on is one of another rank's, of weight 0."""
+    rounds = -(-count // world_size())
+    return range(rank(), rounds * world_size(), world_size())
 
 
 def shard(net: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -26,6 +34,8 @@ def shard(net: nn.Module, blocks: Sequence[nn.Module]) -> None:
         from torch.distributed.fsdp import fully_shard
     except ImportError as error:
         raise UserError(f"--parallel fsdp needs torch 2.6 or newer, this is {torch.__version__}; use ddp") from error
+    for parameter in net.parameters():
+        parameter.data = parameter.data.contiguous()  # channels_last cannot be sharded
     for block in blocks:
         fully_shard(block)
     fully_shard(net)
@@ -59,20 +69,28 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """A full tensor laid out as `reference` is: on its device, and sharded where that one is."""
-    if not hasattr(reference, "full_tensor"):
-        return tensor.to(reference.device)
-    from torch.distributed.tensor import distribute_tensor
+def on_rank_0(tensor: Tensor) -> Tensor | None:
+    """`whole` in the host's memory on rank 0, None elsewhere: no rank holds more than one full tensor at a time."""
+    full = whole(tensor.detach())
+    return full.cpu() if is_main() else None
 
-    return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
+
+@torch.no_grad()
+def like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """A copy of a full tensor, laid out as `reference` is: device, strides, shards. Fused optimizers read memory in
+    the order of the parameter's, whatever the strides."""
+    if hasattr(reference, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        tensor = distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
+    return torch.empty_like(reference, dtype=tensor.dtype).copy_(tensor)
 
 
 def optimizer_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """{parameter number: {name: full tensor}}, the same for replicated and sharded runs. A collective."""
+    """{parameter number: {name: full tensor}} on rank 0, the same for replicated and sharded runs. A collective."""
     numbers = {id(p): i for i, p in enumerate(net.parameters())}
     return {
-        numbers[id(p)]: {k: whole(v).cpu() if isinstance(v, Tensor) else v for k, v in state.items()}
+        numbers[id(p)]: {k: on_rank_0(v) if isinstance(v, Tensor) else v for k, v in state.items()}
         for p, state in optimizer.state.items()
     }
 
@@ -83,15 +101,15 @@ def load_optimizer_state(net: nn.Module, optimizer: torch.optim.Optimizer, saved
     for number, parameter in enumerate(net.parameters()):
         for name, value in saved.get(number, {}).items():
             if isinstance(value, Tensor) and value.ndim > 0:
-                value = like(value, parameter).clone()
+                value = like(value, parameter)
             elif isinstance(value, Tensor):  # the step count: a fused optimizer keeps it with the parameter
                 value = value.clone().to(parameter.device if fused else "cpu")
             optimizer.state[parameter][name] = value
 
 
 def network_state(net: nn.Module) -> dict[str, Tensor]:
-    """The state dict with full tensors on the CPU's side of a file. A collective."""
-    return {name: whole(value.detach()) for name, value in net.state_dict().items()}
+    """The state dict with full tensors, on rank 0. A collective."""
+    return {name: on_rank_0(value) for name, value in net.state_dict().items()}
 
 
 @torch.no_grad()

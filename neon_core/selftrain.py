@@ -1,8 +1,8 @@
 """The short fine-tune on the synthetic set: theta_base, S -> theta_syn. One loop for all backbones.
 
-A step of `batch_size` images is cut into micro batches of fixed size, which are dealt to the ranks; each has its own
-random stream, derived from (seed, step, micro batch). So the number of ranks changes sums by rounding only, and a run
-that was killed continues as if it had not been.
+A step of `batch_size` images is cut into micro batches of fixed size, which are dealt to any number of ranks; each has
+its own random stream, derived from (seed, step, micro batch). So the number of ranks changes sums by rounding only, and
+a run that was killed continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -25,12 +26,14 @@ from tqdm import tqdm
 
 from neon_core import parallel
 from neon_core.backbone import Backbone, TrainSettings
-from neon_core.distributed import all_reduce_, barrier, broadcast_object, is_main, rank, world_size
+from neon_core.distributed import agree, all_reduce_, barrier, broadcast_object, is_main, largest, world_size
 from neon_core.prepared import TrainingData
 from neon_core.seeds import derive_seed
-from neon_files.atomic import atomic_path
+from neon_files.atomic import atomic_path, write_json
 from neon_files.checkpoint import write_checkpoint
 from neon_files.errors import UserError
+from neon_files.run_files import intact, one_run, read_record, read_tensors, set_aside
+from neon_files.stopping import Stopped, signals_wait
 
 MicroBatch = tuple[Tensor, Tensor | None, torch.Generator]  # encoded images, labels, random stream
 OPTIMIZERS = {  # one kernel for all parameters where there is one
@@ -55,6 +58,7 @@ class FineTune:
     ):
         self.backbone, self.settings, self.device = backbone, settings, device
         self.images_seen = 0
+        self.gradient_norm: Tensor | None = None  # of the last step, where it is computed
         backbone.net.train().requires_grad_(True)
         if activation_checkpointing:
             parallel.checkpoint_activations(backbone.blocks())
@@ -83,21 +87,29 @@ class FineTune:
         """Learning rate of the next step."""
         return self.settings.lr * self.settings.schedule(self.images_seen)
 
-    def step(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """One optimizer step over this rank's share of the batch; every rank has equally many micro batches.
+    @property
+    def must_be_finite(self) -> bool:
+        """Whether losses and gradients that are not finite are an error (the scaler skips such steps of fp16)."""
+        return self.settings.nonfinite_gradients == "raise" and not self.scaler.is_enabled()
 
-        Returns the mean loss of this rank's share, a scalar on the device. Raises UserError where the gradient is
-        not finite and `nonfinite_gradients` is "raise" (fp16 steps are skipped by the scaler instead).
+    def step(self, micro_batches: Sequence[MicroBatch], count: int | None = None) -> Tensor:
+        """One optimizer step over this rank's share of the batch: those that `parallel.dealt(count)` numbers.
+
+        Returns this rank's part of the mean loss, times the number of ranks: a scalar on the device, which nothing
+        here waits for. `count` is the number of micro batches over all ranks, by default as many on each.
         """
         settings = self.settings
+        count = count or len(micro_batches) * world_size()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros([], device=self.device)
-        for number, (x, labels, generator) in enumerate(micro_batches, start=1):
-            wait = number < len(micro_batches) and isinstance(self._loss, DistributedDataParallel)
+        numbers = parallel.dealt(count)
+        for number, (x, labels, generator) in zip(numbers, micro_batches, strict=True):
+            wait = number != numbers[-1] and isinstance(self._loss, DistributedDataParallel)
             with self._loss.no_sync() if wait else nullcontext(), _deterministic_dropout(generator):
-                loss = self._loss(x, labels, generator, settings.precision) / len(micro_batches)
+                # the gradient is averaged over ranks, so the sum over all ranks is the mean over the batch
+                loss = self._loss(x, labels, generator, settings.precision) / (count / world_size()) * (number < count)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self._condition_gradients()
@@ -115,14 +127,9 @@ class FineTune:
         if settings.nonfinite_gradients == "zero":
             for parameter in parameters:
                 parameter.grad.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
-        must_be_finite = settings.nonfinite_gradients == "raise" and not self.scaler.is_enabled()
-        if settings.clip_norm is not None or must_be_finite:
+        if settings.clip_norm is not None or self.must_be_finite:
             norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
-            if must_be_finite and not torch.isfinite(parallel.whole(norm)):
-                raise UserError(
-                    f"the gradient is not finite after {self.images_seen} images; lower the learning rate, or use "
-                    "--precision fp32"
-                )
+            self.gradient_norm = parallel.whole(norm)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -134,20 +141,21 @@ class FineTune:
         torch._foreach_add_(self.ema, parameters, alpha=1.0 - beta)
 
     def theta_syn(self) -> dict[str, Tensor]:
-        """The fine-tuned weights under their published names: the average if there is one, with the net's buffers.
-        A collective where the network is sharded."""
+        """The fine-tuned weights under their published names, on rank 0: the average if there is one, with the net's
+        buffers. A collective."""
         state = parallel.network_state(self.backbone.net)
         if self.ema is not None:
             for (name, _), value in zip(self.backbone.net.named_parameters(), self.ema, strict=True):
-                state[name] = parallel.whole(value)
+                state[name] = parallel.on_rank_0(value)
         return state
 
     def state_dict(self) -> dict:
-        """Everything to continue from, in full tensors: a run may go on with other ranks or another mode."""
+        """Everything to continue from, in full tensors on rank 0: a run may go on with other ranks or another mode.
+        A collective."""
         return {
             "images_seen": self.images_seen,
             "net": parallel.network_state(self.backbone.net),
-            "ema": None if self.ema is None else [parallel.whole(value) for value in self.ema],
+            "ema": None if self.ema is None else [parallel.on_rank_0(value) for value in self.ema],
             "optimizer": parallel.optimizer_state(self.backbone.net, self.optimizer),
             "scaler": self.scaler.state_dict(),
         }
@@ -158,7 +166,7 @@ class FineTune:
         parallel.load_optimizer_state(self.backbone.net, self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            self.ema = [parallel.like(new, old).clone() for new, old in zip(state["ema"], self.ema, strict=True)]
+            self.ema = [parallel.like(new, old) for new, old in zip(state["ema"], self.ema, strict=True)]
 
 
 def snapshot_plan(settings: TrainSettings) -> list[int]:
@@ -182,6 +190,17 @@ def find_snapshots(out_dir: str | Path) -> dict[int, Path]:
     return {int(path.stem.removeprefix("snapshot-")): path for path in found}
 
 
+def check_sizes(settings: TrainSettings) -> None:
+    """UserError where the micro batches do not fill the batch, with the nearest sizes that do."""
+    batch, micro = settings.batch_size, settings.micro_batch_size
+    if not 0 < micro <= batch or batch % micro:  # never replaced in silence: the random numbers depend on it
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        nearest = sorted({max((n for n in divisors if n < micro), default=1), *[n for n in divisors if n > micro][:1]})
+        raise UserError(
+            f"--micro_batch_size {micro} does not divide the batch size {batch}; use {' or '.join(map(str, nearest))}"
+        )
+
+
 def self_train(
     backbone: Backbone,
     data: TrainingData,
@@ -200,11 +219,12 @@ def self_train(
 
     Returns images seen -> snapshot. Files: `settings.json`, `log.jsonl` (a line per step), `state.pt` (to continue
     from: at every snapshot and every `state_minutes`), `snapshot-<images>.safetensors`. Every rank calls it. Raises
-    UserError where the folder holds a run with other settings, or the sizes do not divide. `mode` (ddp or fsdp) and
-    `activation_checkpointing` trade memory for time. Afterwards the backbone holds the raw fine-tuned weights.
+    UserError where the folder holds a run with other settings, the sizes do not divide, or the loss or its gradient is
+    not finite; Stopped, with the state written, after a signal. `mode` (ddp or fsdp) and `activation_checkpointing`
+    trade memory for time. Afterwards the backbone holds the raw fine-tuned weights.
     """
     out_dir = Path(out_dir)
-    shares = _shares(settings)
+    check_sizes(settings)
     identity = {
         "settings": dataclasses.asdict(settings),
         "seed": seed,
@@ -212,52 +232,143 @@ def self_train(
         **(provenance or {}),
     }
     identity = json.loads(json.dumps(identity, default=str))
-    if is_main():
-        _claim(out_dir, identity)
-    barrier()
-    plan = snapshot_plan(settings)
-    if broadcast_object(snapshot_path(out_dir, plan[-1]).exists()):
-        return find_snapshots(out_dir)
-    run = FineTune(backbone, settings, device, mode=mode, activation_checkpointing=activation_checkpointing)
-    if broadcast_object((out_dir / "state.pt").exists()):
-        run.load_state_dict(torch.load(out_dir / "state.pt", map_location="cpu", weights_only=True, mmap=True))
-    if is_main():
-        _cut_log(out_dir / "log.jsonl", run.images_seen)
-    saved_at = time.monotonic()
-    bar = tqdm(
-        total=plan[-1], initial=run.images_seen, unit="img", desc="fine-tune", disable=not (progress and is_main())
-    )
-    first_step = run.images_seen // settings.batch_size
-    batches = islice(backbone.data_order(data.num_items, settings.batch_size, seed), first_step, None)
-    num_steps = plan[-1] // settings.batch_size
-    with open(out_dir / "log.jsonl", "a") if is_main() else nullcontext() as log:
-        for step, micro_batches in _prefetched(
-            backbone, data, batches, range(first_step, num_steps), shares, seed, device
-        ):
-            lr = run.lr
-            loss = float(all_reduce_(run.step(micro_batches))) / world_size()
-            if not math.isfinite(loss) and settings.nonfinite_gradients == "raise" and settings.precision != "fp16":
-                raise UserError(f"the loss is {loss} after {run.images_seen} images; lower the learning rate")
-            if log:
-                log.write(json.dumps({"images": run.images_seen, "loss": loss, "lr": lr}) + "\n")
-            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-            bar.update(settings.batch_size)
-            due = broadcast_object(time.monotonic() - saved_at > 60 * state_minutes) if step % 16 == 0 else False
-            if run.images_seen in plan:
-                _write_snapshot(run, out_dir, identity)
-                due = True
-            if due and run.images_seen < plan[-1]:
-                if log:
-                    log.flush()
-                _write_state(run, out_dir)
-                saved_at = time.monotonic()
-    bar.close()
-    if is_main():
-        (out_dir / "state.pt").unlink(missing_ok=True)
-    barrier()
-    parallel.keep_activations(backbone.blocks())
-    backbone.net.eval().requires_grad_(False)
-    return find_snapshots(out_dir)
+    with one_run(out_dir) if is_main() else nullcontext():
+        if is_main():
+            _claim(out_dir, identity)
+        barrier()
+        plan = snapshot_plan(settings)
+        missing = broadcast_object([n for n in plan if not snapshot_path(out_dir, n).exists()])
+        if missing:
+            run = FineTune(backbone, settings, device, mode=mode, activation_checkpointing=activation_checkpointing)
+            loop = _Loop(run, out_dir, identity, missing, state_minutes)
+            loop.resume()
+            loop.train(data, seed, progress)
+            parallel.keep_activations(backbone.blocks())
+            backbone.net.eval().requires_grad_(False)
+        if is_main():
+            (out_dir / "state.pt").unlink(missing_ok=True)
+        barrier()
+    return agree(out_dir, lambda: find_snapshots(out_dir), list)
+
+
+@dataclass
+class _Loop:
+    """The steps up to the last snapshot that is missing, and what they leave on disk."""
+
+    run: FineTune
+    out_dir: Path
+    identity: dict
+    missing: list[int]  # images seen at the snapshots to be written
+    state_minutes: float
+
+    def resume(self) -> None:
+        """Take over the state of an earlier run, and its log up to there. A state past a missing snapshot is no use."""
+        path = self.out_dir / "state.pt"
+        if is_main() and path.exists():
+            state = intact(path, read_tensors, mmap=True)
+            if state is not None and not _is_state_before(state, self.missing[0]):
+                set_aside(path, f"not a state before {self.missing[0]} images")
+        barrier()
+        if agree(path, path.exists):
+            self.run.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        self.log = _Log(self.out_dir / "log.jsonl", self.run)
+
+    def train(self, data: TrainingData, seed: int, progress: bool) -> None:
+        run, settings, end = self.run, self.run.settings, self.missing[-1]
+        bar = tqdm(
+            total=end, initial=run.images_seen, unit="img", desc="fine-tune", disable=not (progress and is_main())
+        )
+        steps = range(run.images_seen // settings.batch_size, end // settings.batch_size)
+        saved_at = time.monotonic()
+        with signals_wait() as stop_asked:
+            for step, micro_batches in _prefetched(run, data, steps, seed):
+                # the step
+                lr = run.lr
+                self.log.add(run.step(micro_batches, settings.batch_size // settings.micro_batch_size), lr)
+                bar.update(settings.batch_size)
+
+                # what all ranks do now: the hosts agree, waiting for no device
+                stop, late = largest(stop_asked(), time.monotonic() - saved_at > 60 * self.state_minutes)
+                at_snapshot = run.images_seen in self.missing
+                write_state = (stop or late or at_snapshot) and run.images_seen < end
+
+                # what is written: the log first, which also refuses numbers that are not finite
+                if at_snapshot or write_state or step % 16 == 0:
+                    bar.set_postfix(loss=f"{self.log.settle():.4g}", refresh=False)
+                if at_snapshot:
+                    self._write_snapshot()
+                if write_state:
+                    self._write_state()
+                    saved_at = time.monotonic()
+                if stop and run.images_seen < end:
+                    raise Stopped(stop)
+        bar.close()
+
+    def _write_snapshot(self) -> None:
+        run, state = self.run, self.run.theta_syn()
+        if is_main():
+            metadata = {**self.identity, "images_seen": run.images_seen}
+            path = snapshot_path(self.out_dir, run.images_seen)
+            write_checkpoint(path, state, config=run.backbone.network_config(), metadata=metadata)
+        barrier()
+
+    def _write_state(self) -> None:
+        state = self.run.state_dict()
+        if is_main():
+            with atomic_path(self.out_dir / "state.pt") as temporary:
+                torch.save(state, temporary)
+        barrier()
+
+
+class _Log:
+    """`log.jsonl`, a line per step. Losses stay on the device until `settle`, so that no step waits for them."""
+
+    def __init__(self, path: Path, run: FineTune):
+        self.path, self.run = path, run
+        self.lines = _earlier_lines(path, run.images_seen) if is_main() else []
+        self.open: list[tuple[int, float, Tensor, Tensor]] = []  # images seen, lr, loss, gradient norm
+
+    def add(self, loss: Tensor, lr: float) -> None:
+        norm = self.run.gradient_norm
+        self.open.append((self.run.images_seen, lr, loss, loss.new_zeros([]) if norm is None else norm))
+
+    def settle(self) -> float:
+        """Write the lines of all steps so far, on rank 0; the last loss. A collective. Raises UserError where a loss
+        or a gradient is not finite and must be."""
+        losses = all_reduce_(torch.stack([loss for _, _, loss, _ in self.open])).tolist()
+        norms = torch.stack([norm for *_, norm in self.open]).tolist()
+        for (images, lr, *_), loss, norm in zip(self.open, losses, norms, strict=True):
+            loss /= world_size()
+            if self.run.must_be_finite and not (math.isfinite(loss) and math.isfinite(norm)):
+                part = "gradient" if math.isfinite(loss) else "loss"
+                raise UserError(
+                    f"the {part} is not finite after {images - self.run.settings.batch_size} images; lower the "
+                    "learning rate, or use --precision fp32"
+                )
+            self.lines.append(json.dumps({"images": images, "loss": loss, "lr": lr}))
+        self.open = []
+        if is_main():
+            with atomic_path(self.path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in self.lines), encoding="utf-8")
+        return loss
+
+
+def _earlier_lines(path: Path, images_seen: int) -> list[str]:
+    """The lines of a log before the steps that will be done again, up to the first that is damaged."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["images"] > images_seen:
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        kept.append(line)
+    return kept
+
+
+def _is_state_before(state: object, images: int) -> bool:
+    parts = {"images_seen", "net", "ema", "optimizer", "scaler"}
+    return isinstance(state, dict) and parts <= state.keys() and state["images_seen"] < images
 
 
 class _Loss(nn.Module):
@@ -274,35 +385,18 @@ class _Loss(nn.Module):
             return self.loss(x, labels, generator)
 
 
-def _shares(settings: TrainSettings) -> int:
-    """Micro batches per rank and step. Raises UserError where sizes do not divide."""
-    count, rest = divmod(settings.batch_size, settings.micro_batch_size)
-    if rest:
-        raise UserError(
-            f"--micro_batch_size {settings.micro_batch_size} does not divide the batch size {settings.batch_size}"
-        )
-    if count % world_size():
-        raise UserError(
-            f"{count} micro batches of {settings.micro_batch_size} cannot be dealt evenly to {world_size()} ranks; "
-            "use a number of processes that divides it, or a smaller --micro_batch_size"
-        )
-    return count // world_size()
-
-
-def _prefetched(
-    backbone: Backbone,
-    data: TrainingData,
-    batches: Iterator[np.ndarray],
-    steps: range,
-    shares: int,
-    seed: int,
-    device: torch.device,
-) -> Iterator[tuple[int, list[MicroBatch]]]:
+def _prefetched(run: FineTune, data: TrainingData, steps: range, seed: int) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, this rank's micro batches); files of the next step are read while this one trains."""
+    backbone, settings, device = run.backbone, run.settings, run.device
+    count = settings.batch_size // settings.micro_batch_size
+    batches = islice(backbone.data_order(data.num_items, settings.batch_size, seed), steps.start, None)
 
     def read(indices: np.ndarray) -> list[tuple[int, Tensor, Tensor | None]]:
-        parts = np.split(indices, shares * world_size())
-        return [(m, *data.batch(parts[m])) for m in range(rank(), len(parts), world_size())]
+        parts = np.split(indices, count)
+        return [(m % count, *map(to_pinned, data.batch(parts[m % count]))) for m in parallel.dealt(count)]
+
+    def to_pinned(tensor: Tensor | None) -> Tensor | None:  # what is not pinned is copied while the device waits
+        return tensor.pin_memory() if tensor is not None and device.type == "cuda" else tensor
 
     with ThreadPoolExecutor(max_workers=1) as reader:
         upcoming: Future | None = reader.submit(read, next(batches)) if len(steps) else None
@@ -314,7 +408,8 @@ def _prefetched(
                 generator = torch.Generator(device).manual_seed(derive_seed("micro batch", seed, step, number))
                 with torch.no_grad():
                     x = backbone.encode(prepared.to(device, non_blocking=True), generator)
-                micro_batches.append((x, None if labels is None else labels.to(device), generator))
+                labels = None if labels is None else labels.to(device, non_blocking=True)
+                micro_batches.append((x, labels, generator))
             yield step, micro_batches
 
 
@@ -336,50 +431,17 @@ class _deterministic_dropout:
 
 
 def _claim(out_dir: Path, identity: dict) -> None:
-    found = out_dir / "settings.json"
-    if found.exists():
-        earlier = json.loads(found.read_text())
+    """Record whose fine-tune this folder holds. UserError where it holds another one."""
+    path = out_dir / "settings.json"
+    if path.exists():
+        earlier = read_record(path)
         if earlier != identity:
             a, b = ({**x, **x.get("settings", {})} for x in (earlier, identity))
             key = next(k for k in sorted({*a, *b}) if k != "settings" and a.get(k) != b.get(k))
             raise UserError(
                 f"{out_dir}: holds a fine-tune with {key} = {a.get(key)!r}, not {b.get(key)!r}; name another --outdir"
             )
-        return
-    if find_snapshots(out_dir):
+    elif find_snapshots(out_dir):
         raise UserError(f"{out_dir}: holds snapshots but no settings.json; name an empty or new --outdir")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_path(found) as temporary:
-        temporary.write_text(json.dumps(identity, indent=1, sort_keys=True) + "\n")
-
-
-def _cut_log(path: Path, images_seen: int) -> None:
-    """Drop the lines of steps that will be done again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["images"] <= images_seen:
-                kept.append(line)
-        except ValueError:  # cut short by the kill
-            break
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in kept))
-
-
-def _write_snapshot(run: FineTune, out_dir: Path, identity: dict) -> None:
-    state = run.theta_syn()
-    if is_main():
-        metadata = {**identity, "images_seen": run.images_seen}
-        path = snapshot_path(out_dir, run.images_seen)
-        write_checkpoint(path, state, config=run.backbone.network_config(), metadata=metadata)
-    barrier()
-
-
-def _write_state(run: FineTune, out_dir: Path) -> None:
-    state = run.state_dict()
-    if is_main():
-        with atomic_path(out_dir / "state.pt") as temporary:
-            torch.save(state, temporary)
-    barrier()
+    else:
+        write_json(path, identity)

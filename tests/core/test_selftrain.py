@@ -100,6 +100,44 @@ def test_average_follows_its_definition_and_is_what_is_published():
     assert torch.equal(run.theta_syn()["mask"], run.backbone.net.mask)
 
 
+class Convolved(PicoBackbone):
+    """With a weight of four dimensions, which may lie in memory in two ways."""
+
+    @classmethod
+    def laid_out(cls, memory_format):
+        backbone = cls.fresh()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            backbone.net.conv = torch.nn.Conv2d(3, 3, 3, padding=1).to(memory_format=memory_format)
+        return backbone
+
+    def self_training_loss(self, x, labels, generator):
+        z = torch.randn(len(x), 8, generator=generator)
+        return (self.net.conv(self.net(z, labels)) - x).square().mean()
+
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("restored", LAYOUTS)
+@pytest.mark.parametrize("saved", LAYOUTS)
+def test_a_restored_state_lies_in_memory_as_its_parameters_do(saved, restored):
+    """EDM's weights are channels_last on GPUs only; the fused Adam reads moments in the order of the weights."""
+    rule = settings(optimizer="adam", ema=Ema(decay=0.5), schedule=Constant())
+    first, second = (FineTune(Convolved.laid_out(layout), rule, CPU) for layout in (saved, restored))
+    for seed in range(3):
+        first.step([batch(8, seed)])
+    second.load_state_dict(first.state_dict())
+    for run in (first, second):
+        run.step([batch(8, 3)])
+    weight = second.backbone.net.conv.weight
+    assert second.optimizer.state[weight]["exp_avg"].stride() == weight.stride() == second.ema[-2].stride()
+    ours, theirs = second.theta_syn(), first.theta_syn()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weight, first.backbone.net.conv.weight, rtol=1e-5, atol=1e-7)
+
+
 def test_halflife_warmup_and_rampup_of_the_average():
     assert Ema(halflife_images=100).beta(0, 50) == pytest.approx(0.5**0.5)
     assert Ema(halflife_images=100, rampup_ratio=0.05).beta(200, 50) == pytest.approx(0.5**5)
@@ -122,11 +160,12 @@ def spoil(run):
     run.backbone.net.out.bias.register_hook(lambda grad: torch.full_like(grad, math.nan))
 
 
-def test_nonfinite_gradients_raise_or_become_zero():
-    run = FineTune(PicoBackbone.fresh(), settings(nonfinite_gradients="raise"), CPU)
-    spoil(run)
-    with pytest.raises(UserError, match="gradient is not finite"):
-        run.step([batch()])
+def test_gradients_that_are_not_finite_end_the_run_or_become_zero(tmp_path):
+    backbone = PicoBackbone.fresh()
+    backbone.net.out.bias.register_hook(lambda grad: torch.full_like(grad, math.nan))
+    with pytest.raises(UserError, match="the gradient is not finite after 0 images"):
+        self_train(backbone, data(), settings(), tmp_path, device=CPU)
+    assert not find_snapshots(tmp_path) and not (tmp_path / "state.pt").exists()
     run = FineTune(PicoBackbone.fresh(), settings(nonfinite_gradients="zero", schedule=Constant()), CPU)
     before = run.backbone.net.out.bias.detach().clone()
     spoil(run)
@@ -209,9 +248,11 @@ def test_an_interrupted_run_continues_with_the_same_losses(tmp_path):
             assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
 
 
-def test_sizes_that_do_not_divide_are_named(tmp_path):
-    with pytest.raises(UserError, match="--micro_batch_size 3 does not divide the batch size 8"):
-        self_train(PicoBackbone.fresh(), data(), settings(micro_batch_size=3), tmp_path, device=CPU)
+@pytest.mark.parametrize("micro, remedy", [(3, "use 2 or 4"), (5, "use 4 or 8"), (9, "use 8"), (16, "use 8")])
+def test_sizes_that_do_not_divide_are_refused_with_those_that_do(tmp_path, micro, remedy):
+    with pytest.raises(UserError, match=f"--micro_batch_size {micro} does not divide the batch size 8; {remedy}"):
+        self_train(PicoBackbone.fresh(), data(), settings(micro_batch_size=micro), tmp_path, device=CPU)
+    assert not any(tmp_path.iterdir())
 
 
 def test_sharding_without_ranks_is_refused(tmp_path):
