@@ -26,7 +26,7 @@ def is_launched() -> bool:
             )
         return False
     missing = [name for name, value in given.items() if not value]
-    numbers = [name for name in ENVIRONMENT if "MASTER_ADDR" != name]
+    numbers = [name for name in ENVIRONMENT if name != "MASTER_ADDR"]
     if missing:
         refuse(f"RANK is set but {', '.join(missing)} is not; start with torchrun, or unset RANK")
     for name in (*numbers, "LOCAL_RANK"):
