@@ -26,7 +26,7 @@ quickstart-fast: $(READY)  ## the same with one seed, a shorter training and a s
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-notebook: $(READY)  ## execute toy_appendix.ipynb, fast setting, about a minute
+notebook: $(READY)  ## execute toy_appendix.ipynb, fast setting, under half a minute
 	$(BIN)/python tests/toy/run_notebook.py
 
 lint: $(READY)  ## style and formatting

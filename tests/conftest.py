@@ -4,8 +4,12 @@ import re
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from neon_files.checkpoint import write_checkpoint
+from neon_metrics.inception import InceptionV3
 
 GOLDEN_DATA = Path(__file__).parent / "golden" / "data"
 
@@ -24,6 +28,29 @@ def one_thread():
 def golden_data() -> Path:
     """Folder of the golden cases that ship with the tests."""
     return GOLDEN_DATA
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Weights that fit the Inception network, drawn so that its features tell images apart."""
+    path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = InceptionV3()
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+    write_checkpoint(path, net.state_dict())
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference_file(tmp_path_factory):
+    """Statistics of the right size, of no images in particular."""
+    path = tmp_path_factory.mktemp("reference") / "reference.npz"
+    features = np.random.default_rng(0).standard_normal((16, 2048))
+    np.savez(path, mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    return path
 
 
 def pytest_terminal_summary(terminalreporter):

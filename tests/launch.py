@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from multiprocessing import connection
 from pathlib import Path
@@ -129,7 +130,8 @@ class Completed(subprocess.CompletedProcess):
 
 
 def launch(script, *args, ranks: int = 0, timeout: float = 300, cwd=None, **env) -> Completed:
-    """Run to the end; stdout and stderr as text. `ranks=0`: a plain process without a launcher's environment.
+    """Run to the end; stdout and stderr as text. `ranks=0`: a plain process without a launcher's environment. `script`
+    may be "-c", as Python takes it: the first argument is the code.
 
     Unlike torchrun, nothing ends the other ranks where one fails: they have to end by themselves before `timeout`.
     """
@@ -163,6 +165,16 @@ def kill_tree(running: Ranks) -> None:
     running.wait(30)
 
 
+def kill_when(running: Ranks, condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    """`kill_tree` as soon as `condition()` holds."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert running.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < limit, "never got to the point of the kill"
+        time.sleep(0.02)
+    kill_tree(running)
+
+
 def torchrun(script, *args, ranks: int, timeout: float = 300, **env) -> subprocess.CompletedProcess:
     """`launch` with the real launcher, which takes several seconds for itself."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -176,10 +188,11 @@ def _start(script, args, ranks: int, cwd, env: dict, files: list[str]) -> Ranks:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks)}
         shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    context, processes = _server(), []
+    context, processes = forkserver(), []
+    file = script if script == "-c" else str(ROOT / script)
     for rank in range(max(ranks, 1)):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
-        given = (str(ROOT / script), [str(arg) for arg in args], str(cwd or ROOT), shared | own, files)
+        given = (file, [str(arg) for arg in args], str(cwd or ROOT), shared | own, files)
         processes.append(context.Process(target=_be_the_script, args=given, name=str(script)))
         processes[-1].start()
     running = Ranks(processes, store)
@@ -187,8 +200,9 @@ def _start(script, args, ranks: int, cwd, env: dict, files: list[str]) -> Ranks:
     return running
 
 
-def _server() -> multiprocessing.context.ForkServerContext:
-    """One per test process, started by the first fork, with the environment that its imports read."""
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Its processes have torch imported. One server per test process, started here the first time, with the environment
+    that imports read."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     kept = dict(os.environ)
@@ -213,6 +227,12 @@ def _be_the_script(script: str, args: list[str], cwd: str, env: dict[str, str], 
     os.chdir(cwd)
     tests_only = {str(ROOT / folder) for folder in (".", "VAR", "xAR", "edm", "imm", "tests")}
     given = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    sys.path[:] = [str(Path(script).parent), *given, *(p for p in sys.path if p not in tests_only)]
-    sys.argv = [script, *args]
-    runpy.run_path(script, run_name="__main__")
+    sys.path[:] = [*given, *(folder for folder in sys.path if folder not in tests_only)]
+    if script == "-c":
+        sys.path.insert(0, "")
+        sys.argv = ["-c", *args[1:]]
+        exec(args[0], {"__name__": "__main__"})
+    else:
+        sys.path.insert(0, str(Path(script).parent))
+        sys.argv = [script, *args]
+        runpy.run_path(script, run_name="__main__")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from launch import launch
 
 from neon_files import atomic
 from neon_files.atomic import atomic_path, remove_stale, sha256_file, write_json
@@ -76,8 +77,7 @@ except UserError as error:
 def test_real_write_beyond_the_limit_of_the_system(tmp_path, writer):
     final = tmp_path / "x"
     final.write_text("good")
-    command = [sys.executable, "-c", LIMITED, writer, str(final)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = launch("-c", LIMITED, writer, final)
     assert (str(final) in result.stdout and "not written" in result.stdout) or "could not be written" in result.stdout
     assert final.read_text() == "good" and os.listdir(tmp_path) == ["x"], result.stderr
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -2,14 +2,12 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from launch import kill_when, start
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -285,7 +283,7 @@ from neon_run.merging import folders, weight_file
 rule = weight_file.neon_rule
 def slow(name, *ends):
     if name == "head.bias":
-        print("merging", flush=True)
+        open(sys.argv[4], "w").close()
         time.sleep(600)
     return rule(name, *ends)
 weight_file.neon_rule = slow
@@ -295,11 +293,10 @@ folders.merge_folders(sys.argv[1], sys.argv[2], 1.5, sys.argv[3])
 
 def test_killed_merge_leaves_no_final_folder_and_the_next_run_cleans_up(tmp_path):
     base, syn = pipeline(tmp_path / "base", 1), pipeline(tmp_path / "syn", 2)
-    command = [sys.executable, "-c", SLOW_MERGE, str(base), str(syn), str(tmp_path / "out")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "merging\n"
-        process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    merging = tmp_path / "merging"
+    process = start("-c", SLOW_MERGE, base, syn, tmp_path / "out", merging)
+    kill_when(process, merging.exists)
+    merging.unlink()
     assert not (tmp_path / "out").exists() and (tmp_path / ".out.part").is_dir()
     merge_folders(base, syn, 1.5, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["base", "out", "syn"]

@@ -2,15 +2,13 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from launch import kill_when, launch, start
 from torch import nn
 
 from neon_core.merge import NeonWeights, neon_merge
@@ -311,7 +309,7 @@ from neon_run.merging import files, rules
 rule = rules.RULES["neon"]
 def slow(name, base, syn, w):
     if base.numel():  # empty ones ask for the type of the result
-        print("merging", flush=True)
+        open(sys.argv[4], "w").close()
         time.sleep(600)
     return rule(name, base, syn, w)
 rules.RULES["neon"] = slow
@@ -322,11 +320,10 @@ files.merge_files(sys.argv[1], sys.argv[2], 1.5, sys.argv[3])
 def test_killed_merge_leaves_no_final_file_and_the_next_run_cleans_up(tmp_path):
     base, syn = save(tmp_path / "base", BASE, "torch"), save(tmp_path / "syn", SYN, "torch")
     out = tmp_path / "out"
-    command = [sys.executable, "-c", SLOW_MERGE, str(base), str(syn), str(out)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "merging\n"
-        process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    merging = tmp_path / "merging"
+    process = start("-c", SLOW_MERGE, base, syn, out, merging)
+    kill_when(process, merging.exists)
+    merging.unlink()
     left = set(os.listdir(tmp_path))
     assert "out" not in left and len(left) == 3
     merge_files(base, syn, 1.5, out)
@@ -335,8 +332,11 @@ def test_killed_merge_leaves_no_final_file_and_the_next_run_cleans_up(tmp_path):
 
 
 PEAK_MERGE = """
-import sys, threading, time
+import ctypes, sys, threading, time
 from neon_run.merging.files import merge_files
+
+M_MMAP_THRESHOLD = -3
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)  # freed memory goes back to the system at once
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -366,9 +366,7 @@ def test_peak_memory_is_about_two_of_the_largest_tensor(tmp_path, container):
     for i in range(2):
         state = {f"layer{k}": torch.full((size // 4,), float(i + k)) for k in range(12)}
         big.append(save(tmp_path / f"big{i}", state, container))
-    command = [sys.executable, "-c", PEAK_MERGE, *map(str, small), str(tmp_path / "out"), *map(str, big)]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # freed memory goes back to the system at once
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    result = launch("-c", PEAK_MERGE, *small, tmp_path / "out", *big)
     peak = int(result.stdout) / size
     print(f"peak: {peak:.2f} tensors of {size >> 20} MiB")
     assert 0.5 < peak < 2.3, result.stderr

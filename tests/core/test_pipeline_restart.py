@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 from core.pico_rows import CPU, PLAN, make_files, pico_row
-from core.test_ranks import kill_when
-from launch import launch, start
+from launch import kill_when, launch, start
 
 from neon_run.reproduce.ledger import status
 from neon_run.reproduce.reproduction import Reproduction
@@ -26,7 +25,7 @@ def test_killed_in_every_stage_on_other_numbers_of_ranks(tmp_path):
     make_files(files)
     unbroken = Reproduction(pico_row(files), tmp_path / "unbroken", PLAN, CPU).run()
     stages = (
-        ("generate", 2, 0.5, lambda: count(out / "synthetic", "**/*.png") >= 3),
+        ("generate", 2, 0.2, lambda: count(out / "synthetic", "**/*.png") >= 3),
         ("finetune", 0, 0.1, lambda: (out / "finetune/state.pt").exists()),
         ("search", 2, 0.1, lambda: count(out / "search/points", "*.json") >= 3),
         ("evaluate", 0, 0.05, lambda: count(out / "search/points", "*-n200-*.json") >= 1),

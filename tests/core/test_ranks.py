@@ -1,12 +1,11 @@
 """1, 2 and 3 ranks give the same images bit for bit and the same statistics; errors and kills leave nothing broken."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from launch import kill_tree, launch, start, torchrun
+from launch import kill_when, launch, start, torchrun
 
 from neon_files.checkpoint import read_checkpoint
 
@@ -97,16 +96,6 @@ def test_torchrun_starts_the_ranks_and_passes_on_their_failure(runs, tmp_path):
     done = torchrun(SCRIPT, "user_error", tmp_path, ranks=2)
     assert done.returncode != 0 and done.stderr.count("--flag 7: not what was expected; use 8") == 1, done.stderr
     assert files(tmp_path / "set") == files(runs[0] / "set")
-
-
-def kill_when(process, condition, seconds=90.0):
-    """SIGKILL the process and all it started as soon as `condition()` holds."""
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "ended before it could be killed"
-        assert time.monotonic() < limit, "never got to the point of the kill"
-        time.sleep(0.02)
-    kill_tree(process)
 
 
 def test_a_killed_generation_goes_on_and_keeps_what_was_finished(runs, tmp_path):

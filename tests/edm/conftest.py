@@ -1,13 +1,11 @@
-"""Networks of a few thousand parameters, and an Inception of the real shape with made-up weights."""
+"""Networks of a few thousand parameters."""
 
-import numpy as np
 import pytest
 import torch
 
 from neon_edm.backbone import EDMBackbone
 from neon_edm.precond import build_network
 from neon_files.checkpoint import write_checkpoint
-from neon_metrics.inception import InceptionV3
 
 PICO = {
     "img_resolution": 8,
@@ -48,27 +46,4 @@ def write_pico(path, seed: int = 0, **changes):
     """A checkpoint of ours with a pico network."""
     backbone = pico_backbone(seed, **changes)
     write_checkpoint(path, backbone.net.state_dict(), config=backbone.network_config())
-    return path
-
-
-@pytest.fixture(scope="session")
-def inception_file(tmp_path_factory):
-    """Weights that fit the Inception network, drawn so that its features tell images apart."""
-    path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = InceptionV3()
-        for module in net.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(module.weight)
-    write_checkpoint(path, net.state_dict())
-    return path
-
-
-@pytest.fixture(scope="session")
-def reference_file(tmp_path_factory):
-    """Statistics of the right size, of no images in particular."""
-    path = tmp_path_factory.mktemp("reference") / "reference.npz"
-    features = np.random.default_rng(0).standard_normal((16, 2048))
-    np.savez(path, mu=features.mean(0), sigma=np.cov(features, rowvar=False))
     return path

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from launch import forkserver, launch, start
 
 from neon_core.merge import neon_merge
 from neon_core.seeds import parse_seeds
@@ -173,14 +172,14 @@ def test_another_length_of_the_base_is_not_judged(tmp_path, monkeypatch):
 def test_bad_flags_are_one_line_and_status_2(tmp_path):
     blocker = tmp_path / "file"
     blocker.touch()
-    for flags, named in ((["--seeds", "zero"], "'zero'"), (["--out", str(blocker)], str(blocker))):
-        done = subprocess.run([sys.executable, SCRIPT, "--fast", *flags], capture_output=True, text=True)
+    for flags, named in ((["--seeds", "zero"], "'zero'"), (["--out", blocker], str(blocker))):
+        done = launch(SCRIPT, "--fast", *flags)
         assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
-def test_a_workers_error_reaches_the_user_in_one_line(tmp_path):
-    """Starts a process that imports torch: ten seconds."""
+def test_a_workers_error_reaches_the_user_in_one_line(tmp_path, monkeypatch):
+    preloaded = forkserver()  # spares a worker's imports
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: preloaded)
     other = tmp_path / "seed-0" / "prepared" / "base" / "settings.json"
     other.parent.mkdir(parents=True)
     other.write_text('{"seed": "another"}')
@@ -191,21 +190,17 @@ def test_a_workers_error_reaches_the_user_in_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed(tmp_path):
-    """Starts a real run in its own processes, which each import torch: ten seconds."""
-    parent = psutil.Popen(
-        [sys.executable, SCRIPT, "--fast", "--out", str(tmp_path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    """Starts a real run, whose worker imports torch: five seconds."""
+    running = start(SCRIPT, "--fast", "--out", tmp_path)
+    (process,) = running.processes
     try:
         started = tmp_path / "seed-0" / "prepared" / "base" / "settings.json"
         wait_for(started.exists, 240)
-        children = parent.children(recursive=True)
+        children = psutil.Process(process.pid).children(recursive=True)
         assert children
     finally:
-        parent.kill()
-        parent.wait()
+        process.kill()  # the parent alone
+        running.wait()
     wait_for(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children), 30)
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from imm.tiny import LATENT, PIXEL, write_detector, write_net, write_vae
+from imm.tiny import LATENT, PIXEL, write_net, write_vae
 from launch import call, fails, launch
 
 from neon_core.kl_vae import AutoencoderKL, to_diffusers_names
@@ -21,13 +21,14 @@ README = (
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(tmp_path_factory, inception_file, reference_file):
     """A latent network, its autoencoder, a pixel network, detector and reference."""
     folder = tmp_path_factory.mktemp("files")
     write_net(folder / "dit.safetensors", LATENT)
     write_net(folder / "unet.safetensors", PIXEL)
     write_vae(folder / "vae.safetensors")
-    write_detector(folder)
+    (folder / "inception.safetensors").symlink_to(inception_file)
+    (folder / "stats.npz").symlink_to(reference_file)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from neon_core.kl_vae import AutoencoderKL
@@ -11,7 +10,6 @@ from neon_imm.backbone import IMMBackbone
 from neon_imm.precond import IMMPrecond
 from neon_imm.recipes import RECIPES
 from neon_imm.vae_files import save_vae
-from neon_metrics.inception import InceptionV3
 
 LATENT = {
     "img_resolution": 8,
@@ -74,12 +72,3 @@ def pixel_backbone(folder: Path, **kwargs) -> IMMBackbone:
     """An unconditional U-Net of 8x8 images."""
     net = write_net(folder / "unet.safetensors", {**PIXEL, **kwargs})
     return IMMBackbone.load(net, RECIPES["cifar10"], torch.device("cpu"))
-
-
-def write_detector(folder: Path) -> tuple[Path, Path]:
-    """(Inception weights, reference statistics), both random."""
-    torch.manual_seed(0)
-    write_checkpoint(folder / "inception.safetensors", InceptionV3().state_dict())
-    mu = np.random.default_rng(0).standard_normal(2048)
-    np.savez(folder / "stats.npz", mu=mu, sigma=np.eye(2048))
-    return folder / "inception.safetensors", folder / "stats.npz"

@@ -23,7 +23,7 @@ def printed(notebook: nbformat.NotebookNode) -> str:
 
 @pytest.mark.slow
 def test_all_cells_and_their_assertions_run_without_a_browser():
-    """About a minute: it trains 2 diffusion and 3 autoregressive models, and fine-tunes each several times."""
+    """Twenty seconds: it trains 2 diffusion and 3 autoregressive models, and fine-tunes each several times."""
     executed = execute(read_notebook(), "fast", timeout=600)  # raises where a cell does
     assert "setting fast" in printed(executed)
     assert readme_figure(executed).startswith(PNG)

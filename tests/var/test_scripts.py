@@ -84,15 +84,9 @@ def test_kept_token_crops_train_too(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_sweep_and_calculate_fid_agree_on_a_merged_file(place, tmp_path):
+def test_sweep_and_calculate_fid_agree_on_a_merged_file(place, tmp_path, inception_file, reference_file):
     """Inception on eight images: more than ten seconds, and the only way through the scripts' last part."""
-    from neon_metrics.inception import InceptionV3
-
-    torch.manual_seed(0)
-    detector, stats = tmp_path / "inception.pth", tmp_path / "stats.npz"
-    torch.save(InceptionV3().state_dict(), detector)
-    np.savez(stats, mu=np.zeros(2048), sigma=np.eye(2048))
-    common = ("--vae_ckpt", place.vae, "--batch_size", 2, "--fid_stats", stats, "--detector", detector,
+    common = ("--vae_ckpt", place.vae, "--batch_size", 2, "--fid_stats", reference_file, "--detector", inception_file,
               "--metrics", "fid", "--top_k", 30)  # fmt: skip
     search = ("--base", place.var, "--snapshots", place.run, "--w", "1.5", "--cfg", "2", "--num_images", 4)
     out = call("VAR/sweep.py", *search, "--final_images", 0, "--out_dir", tmp_path / "sweep", *common)
