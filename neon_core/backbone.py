@@ -82,7 +82,8 @@ class Backbone(Protocol):
     def sample(self, seeds: Sequence[int], labels: Tensor | None, **settings) -> Tensor:
         """Images for `seeds` [B] and `labels` [B] (or None): uint8 [B, C, img_size, img_size] on the device.
 
-        An image is a function of (weights, settings, its seed, its label): each draws from its own generator.
+        An image is a function of (weights, settings, its seed, its label): each draws from its own generator. Raises
+        NotFiniteImages (`pixels.check_finite`, before the cast) where the network gives NaN or infinity.
         """
         ...
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, file_hash, gather_objects, is_main, rank, world_size
+from neon_core.pixels import sample
 from neon_core.seeds import deal, format_seeds, global_batches
 from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
@@ -52,7 +53,7 @@ def generate_set(
     """Make, or finish making, the images of `seeds` under `out_dir`. Returns the manifest.
 
     `settings` go to `backbone.sample`; `provenance` (`origin` and the like) is recorded. Every rank calls it.
-    Raises UserError where the folder holds another set, or a seed twice.
+    Raises UserError where the folder holds another set, a seed twice, or the network gives NaN (NotFiniteImages).
     """
     out_dir = Path(out_dir)
     if len(set(seeds)) != len(seeds):
@@ -85,7 +86,7 @@ def generate_set(
         pending = []
         for number, b in enumerate(mine):
             part = list(batches[b])
-            images = backbone.sample([seeds[i] for i in part], None if labels is None else labels[part], **settings)
+            images = sample(backbone, [seeds[i] for i in part], None if labels is None else labels[part], settings)
             for future in pending:
                 future.result()
             pending = [

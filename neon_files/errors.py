@@ -12,6 +12,11 @@ class UserError(click.ClickException):
     exit_code = 2
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def say(text: str) -> None:
     """A note on stderr, once for all ranks of a launcher."""
     if os.environ.get("RANK", "0") == "0":

@@ -1,36 +1,44 @@
 """Image data sets in EDM's layout: a folder or .zip of images (or .npy latents) with a `dataset.json` of labels.
 
-Also read: one folder per class, as ImageNet is kept. Nothing is decoded before it is asked for.
+Also read: one folder per class, as ImageNet is kept, and its `train/` where there are splits. Nothing is decoded before
+it is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
 
-from neon_files.errors import UserError
+from neon_files import picture
+from neon_files.errors import UserError, one_line, say
+from neon_files.foreign import parse_json, read_npy
+from neon_files.image_labels import labels_of_folders, labels_of_listing
+from neon_files.image_store import Inside, Store, open_store
 
 IN_MEMORY_BYTES = 2 << 30  # a set up to this size is decoded once and kept
+LISTING_BYTES = 1 << 20, 1 << 16  # dataset.json may have: in any case, and for each image (a vector of 1,000 is 20 KB)
+MAX_LISTING_BYTES = 1 << 29
+SPLITS = {"train", "val", "valid", "validation", "test"}
+CHUNK = 256  # items that are looked at together
 
 
 class ImageSet:
     """Images and labels by index; items are sorted by name as strings, as the official training code does.
 
     `max_size` keeps a random subset (drawn with `random_seed`), in order; `xflip` then appends every item mirrored.
-    `use_labels=False` ignores labels. Raises UserError for a missing or empty set, an image without label, or images of
-    unequal shape.
+    `use_labels=False` ignores labels; they are read when they are first asked for. Grey images among colour ones
+    become RGB. Raises UserError for a missing, empty or unfinished set, for one with fewer images than its manifest
+    says, and later for an image that cannot be read, has another shape, or has no label.
     """
 
     def __init__(
@@ -43,14 +51,9 @@ class ImageSet:
         random_seed: int = 0,
     ):
         self.path = Path(path)
-        self._zip = _open_zip(self.path) if self.path.suffix.lower() == ".zip" else None
-        every = self._zip.namelist() if self._zip else _walk(self.path)
-        PIL.Image.init()
-        kinds = set(PIL.Image.EXTENSION) | {".npy"}
-        self.names = sorted(name for name in every if os.path.splitext(name)[1].lower() in kinds)
-        if not self.names:
-            raise UserError(f"{self.path}: no images in it; name a folder or .zip of images")
-        self._labels = self._read_labels("dataset.json" in every) if use_labels else None
+        self._store, self.names = _images(open_store(self.path), self.path)
+        self.manifest = self._read_manifest()
+        self._use_labels = use_labels
         self.indices = np.arange(len(self.names))
         if max_size is not None and max_size < len(self.names):
             np.random.RandomState(random_seed % (1 << 31)).shuffle(self.indices)
@@ -60,7 +63,10 @@ class ImageSet:
             self.flipped = np.repeat([False, True], len(self.indices))
             self.indices = np.tile(self.indices, 2)
         self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
-        self.shape = self._read(self.names[self.indices[0]]).shape  # (C, H, W)
+        first = self._read(self.names[self.indices[0]])
+        self.shape, self.dtype = first.shape, first.dtype  # (C, H, W)
+        if self.shape[0] == 1 and self.dtype == np.uint8 and self._has_colour():
+            self.shape = (3, *self.shape[1:])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -73,28 +79,37 @@ class ImageSet:
     def label_rows(self) -> np.ndarray:
         """float32 [n, width]: one-hot rows, or the vectors of the file. The width counts every file of the set,
         also those that `max_size` leaves out. Width 0 without labels."""
-        if self._labels is None:
+        labels = self._labels
+        if labels is None:
             return np.zeros((len(self), 0), dtype=np.float32)
-        labels = np.array(self._labels)
-        if labels.dtype.kind in "iu" and labels.ndim == 1:
-            labels = np.eye(int(labels.max()) + 1, dtype=np.float32)[labels]
-        return labels.astype(np.float32)[self.indices]
+        chosen = labels[self.indices]
+        if labels.ndim == 2:
+            return chosen.astype(np.float32)
+        rows = np.zeros((len(self), int(labels.max()) + 1), dtype=np.float32)
+        rows[np.arange(len(self)), chosen] = 1
+        return rows
 
     @cached_property
     def class_indices(self) -> Tensor | None:
         """int64 [n] class of each item, or None without labels. Raises UserError where labels are vectors."""
         if self._labels is None:
             return None
-        labels = np.array(self._labels)
-        if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        if self._labels.ndim != 1:
             raise UserError(f"{self.path}: dataset.json holds label vectors; class numbers are needed here")
-        return torch.from_numpy(labels.astype(np.int64)[self.indices])
+        return torch.from_numpy(self._labels[self.indices])
 
     @cached_property
     def digest(self) -> str:
-        """12 hex digits of the item list: names, subset and flips (not of the pixels)."""
+        """12 hex digits of the content: of the manifest, which says how a set was made and holds a digest of its
+        images, or where there is none, of every item's size and time (in a .zip: size and checksum); of the labels'
+        file; and of names, subset and flips."""
+        if self.manifest:
+            content = [self._store.read("manifest.json")]
+        else:
+            content = [stamp.encode() for stamp in self._store.stamps(self.names)]
+        content += [self._listing] if self._listing else []
         listing = "\n".join(self.names).encode() + self.indices.tobytes() + self.flipped.tobytes()
-        return hashlib.sha256(listing).hexdigest()[:12]
+        return hashlib.sha256(b"\n".join([listing, *content])).hexdigest()[:12]
 
     def arrays(self, items: Sequence[int]) -> np.ndarray:
         """[B, C, H, W] of the named items: uint8 images, or float32 latents; mirrored where the item is a flip."""
@@ -111,70 +126,129 @@ class ImageSet:
         """`arrays` as a tensor on the CPU."""
         return torch.from_numpy(self.arrays(np.asarray(items)))
 
+    def check(self, items: Sequence[int]) -> None:
+        """UserError where one of the named items cannot be read or has another shape."""
+        for start in range(0, len(items), CHUNK):
+            self.arrays(np.asarray(items[start : start + CHUNK]))
+
     @cached_property
     def _all(self) -> np.ndarray | None:
-        size = int(np.prod(self.shape)) * len(self.names) * (4 if self.names[0].endswith(".npy") else 1)
+        size = int(np.prod(self.shape)) * len(self.names) * self.dtype.itemsize
         return self._decode(np.arange(len(self.names))) if size <= IN_MEMORY_BYTES else None
 
     def _decode(self, positions: np.ndarray) -> np.ndarray:
-        arrays = list(self._pool.map(self._read, [self.names[i] for i in positions]))
-        for name, array in zip((self.names[i] for i in positions), arrays, strict=True):
-            if array.shape != self.shape:
+        names = [self.names[i] for i in positions]
+        out = np.empty((len(names), *self.shape), self.dtype)
+        for row, name, array in zip(out, names, self._pool.map(self._read, names), strict=True):
+            if array.dtype != self.dtype:
+                raise UserError(f"{self.path}: {name} holds {array.dtype}, the first item {self.dtype}; use one kind")
+            grey_as_colour = (1, *self.shape[1:]) == array.shape and self.shape[0] == 3 and array.dtype == np.uint8
+            if array.shape != self.shape and not grey_as_colour:
                 raise UserError(
                     f"{self.path}: {name} has shape {array.shape}, the first image {self.shape}; use one size"
                 )
-        return np.stack(arrays)
-
-    def _open(self, name: str) -> bytes:
-        return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
+            row[:] = array
+        return out
 
     def _read(self, name: str) -> np.ndarray:
+        """[C, H, W]."""
         try:
-            if name.endswith(".npy"):
-                array = np.load(io.BytesIO(self._open(name)), allow_pickle=False)
+            data = self._store.read(name)
+            if name.lower().endswith(".npy"):
+                array = read_npy(io.BytesIO(data), len(data))
                 return array.reshape(-1, *array.shape[-2:])
-            with PIL.Image.open(io.BytesIO(self._open(name))) as image:
-                array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{self.path}: {name} cannot be read as an image ({error}); make it again") from error
-        return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+            with picture.open_picture(data) as image:
+                return picture.pixels(image)
+        except Exception as error:  # foreign bytes: decoders raise many kinds
+            text = f"{self.path}: {name} cannot be read as an image ({one_line(error)}); replace or remove it"
+            raise UserError(text) from error
 
-    def _read_labels(self, has_listing: bool) -> list | None:
-        if has_listing:
+    def _has_colour(self) -> bool:
+        """Whether any image of a set that begins with a grey one is not grey, by the headers."""
+        if self.manifest:  # one network made them all
+            return False
+
+        def is_colour(name: str) -> bool:
             try:
-                entries = json.loads(self._open("dataset.json")).get("labels")
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{self.path}: dataset.json is not a JSON object ({error})") from error
-            if entries is None:
-                return None
-            table = {name.replace("\\", "/"): label for name, label in entries}
-            missing = [name for name in self.names if name not in table]
-            if missing:
-                raise UserError(
-                    f"{self.path}: dataset.json has no label for {missing[0]} and {len(missing) - 1} others"
-                )
-            return [table[name] for name in self.names]
-        folders = [name.split("/")[0] if "/" in name else None for name in self.names]
-        if None in folders or len(set(folders)) < 2:
+                with picture.open_picture(self._store.read(name)) as image:
+                    return picture.channels(image) == 3
+            except Exception:  # said when it is read
+                return False
+
+        chunks = (self.names[start : start + CHUNK] for start in range(0, len(self.names), CHUNK))
+        return any(any(self._pool.map(is_colour, chunk)) for chunk in chunks)
+
+    @cached_property
+    def _labels(self) -> np.ndarray | None:
+        """int64 [all items] or float64 [all items, width]."""
+        if not self._use_labels:
             return None
-        classes = {folder: number for number, folder in enumerate(sorted(set(folders)))}
-        return [classes[folder] for folder in folders]
+        if self._listing is not None:
+            return labels_of_listing(self._listing, self.names, f"{self.path}: dataset.json")
+        deeper = next((name for name in self._store.names if name.endswith("/dataset.json")), None)
+        if deeper:
+            raise UserError(f"{self.path}: its dataset.json lies deeper, at {deeper}; name the folder that holds it")
+        return labels_of_folders(self.names, str(self.path))
+
+    @cached_property
+    def _listing(self) -> bytes | None:
+        """The bytes of dataset.json."""
+        least, per_image = LISTING_BYTES
+        return self._side_file("dataset.json", min(least + per_image * len(self.names), MAX_LISTING_BYTES))
+
+    def _side_file(self, name: str, max_bytes: int) -> bytes | None:
+        if name not in self._store.names:
+            return None
+        try:
+            return self._store.read(name, max_bytes)
+        except Exception as error:  # foreign bytes
+            raise UserError(f"{self.path}: {name} cannot be read ({one_line(error)}); make it again") from error
+
+    def _read_manifest(self) -> dict[str, Any] | None:
+        """What a set of ours says of itself, None for one from elsewhere. UserError where it is not whole."""
+        data = self._side_file("manifest.json", 1 << 26)
+        found = None if data is None else parse_json(data, f"{self.path}: manifest.json")
+        if not isinstance(found, dict) or not str(found.get("format")).startswith("neon-synthetic-set"):
+            return None
+        again = "run the same generate command again, which makes only what is missing"
+        if "dataset.json" not in self._store.names:
+            raise UserError(f"{self.path}: this synthetic set was not finished; {again}")
+        if found.get("num_images") != len(self.names):
+            raise UserError(f"{self.path}: {len(self.names)} images are there, its manifest.json says "
+                            f"{found.get('num_images')}; {again}")  # fmt: skip
+        return found
 
 
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; make the set with the backbone's generate.py") from error
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: not a zip archive, or cut short; make it again") from error
+def _images(store: Store, path: Path) -> tuple[Store, list[str]]:
+    """The store of the set itself, and the sorted names of its images. UserError where there are none."""
+    pictures = picture.suffixes()
+    kinds = pictures | {".npy"}
+    while True:
+        names = sorted(name for name in store.names if os.path.splitext(name)[1].lower() in kinds)
+        if not names:
+            raise UserError(f"{path}: no images in it; name a folder or .zip of images")
+        inner = _set_inside(store, names, path)
+        if inner is None:
+            break
+        store = Inside(store, inner)
+    latents = [name for name in names if name.lower().endswith(".npy")]
+    if 0 < len(latents) < len(names):
+        other = next(name for name in names if not name.lower().endswith(".npy"))
+        raise UserError(f"{path}: holds images ({other}) and arrays ({latents[0]}); keep one kind in a set")
+    ignored = picture.other_suffixes()
+    others = [name for name in store.names if os.path.splitext(name)[1].lower() in ignored]
+    if others:
+        say(f"{path}: {others[0]} and {len(others) - 1} others are of kinds that are not read as images; left out")
+    return store, names
 
 
-def _walk(root: Path) -> list[str]:
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; make the set with the backbone's generate.py")
-    found = []
-    for folder, _, files in os.walk(root):
-        inside = os.path.relpath(folder, root).replace(os.sep, "/")
-        found += [file if inside == "." else f"{inside}/{file}" for file in files]
-    return found
+def _set_inside(store: Store, names: list[str], path: Path) -> str | None:
+    """The folder that holds the set: `train` beside other splits, or the only one, where the listing lies in it."""
+    if "dataset.json" in store.names:
+        return None
+    tops = {name.split("/")[0] for name in names if "/" in name}
+    if "train" in tops and len(tops) > 1 and tops <= SPLITS:
+        say(f"{path}: its train/ is used, {', '.join(sorted(tops - {'train'}))} left out")
+        return "train"
+    only = next(iter(tops)) if len(tops) == 1 and all("/" in name for name in names) else None
+    return only if only and f"{only}/dataset.json" in store.names else None

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from neon_core.pixels import check_finite
 from neon_core.seeds import PerImageRandom
 from neon_var.quantizer import MultiScaleQuantizer
 from neon_var.var import VAR
@@ -160,8 +161,8 @@ def sample_images(
 
 def to_uint8(images: Tensor, rounding: str = "truncate") -> Tensor:
     """uint8 of images in [0, 1]. "truncate" as the official scripts (in float16 the product is rounded to float16
-    first), which is half a level darker than "nearest"."""
-    levels = images.clamp(0, 1) * 255
+    first), which is half a level darker than "nearest". Raises NotFiniteImages."""
+    levels = check_finite(images).clamp(0, 1) * 255
     if rounding == "nearest":
         levels = levels.round()
     elif rounding != "truncate":

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from neon_core.pixels import check_finite
 from neon_files.errors import UserError
 
 
@@ -91,5 +92,8 @@ def edm_sampler(
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8: 127.5 x + 128, clamped to 0 .. 255 and truncated, as in every published figure."""
-    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    """[-1, 1] -> uint8: 127.5 x + 128, clamped to 0 .. 255 and truncated, as in every published figure.
+
+    Raises NotFiniteImages.
+    """
+    return (check_finite(images) * 127.5 + 128).clamp(0, 255).to(torch.uint8)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from neon_core.kl_vae import posterior
+from neon_core.pixels import check_finite
 
 # Per-channel statistics of the unscaled latents over ImageNet, from the published configuration.
 SD_VAE_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
@@ -21,8 +22,8 @@ SD_VAE_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """uint8 of images in [-1, 1], truncated: the published decoder's rule."""
-    return (images.float() * 0.5 + 0.5).clamp(0, 1).mul(255).to(torch.uint8)
+    """uint8 of images in [-1, 1], truncated: the published decoder's rule. Raises NotFiniteImages."""
+    return (check_finite(images).float() * 0.5 + 0.5).clamp(0, 1).mul(255).to(torch.uint8)
 
 
 class Codec(Protocol):
@@ -112,7 +113,7 @@ class VaeCodec:
             mean, std = x.chunk(2, dim=1)
             x = mean + (torch.randn_like(mean) if noise is None else noise) * std
         parts = self.unscale(x).split(self.chunk)
-        return torch.cat([to_pixels(self.vae.decode(part.to(self.dtype))) for part in parts])
+        return to_pixels(torch.cat([self.vae.decode(part.to(self.dtype)) for part in parts]))
 
 
 class RgbCodec:
@@ -130,4 +131,4 @@ class RgbCodec:
         return moments
 
     def decode(self, x: Tensor) -> Tensor:
-        return (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+        return (check_finite(x).float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)

@@ -121,6 +121,8 @@ def broken(kind, folder):
     elif kind == "json":
         (folder / "dataset.json").write_text("{")
     elif kind == "npy":
+        for picture in folder.iterdir():
+            picture.unlink()
         buffer = io.BytesIO()
         np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
         (folder / "a.npy").write_bytes(buffer.getvalue())
@@ -139,7 +141,9 @@ def broken(kind, folder):
 def test_a_broken_set_names_the_file(tmp_path, kind, text):
     broken(kind, tmp_path)
     with pytest.raises(UserError, match=text):
-        ImageSet(tmp_path).images([0, 1])
+        found = ImageSet(tmp_path)
+        found.images([0, 1])
+        _ = found.class_indices
 
 
 def test_missing_and_empty_sets(tmp_path):

@@ -414,7 +414,8 @@ def image_set(case: Case, names: list[str], pictures: list[np.ndarray], as_zip: 
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
                 (path / name).write_bytes(data)
         images = ImageSet(path, **case.config["dataset_kwargs"])
-        images.images(range(len(images)))  # decoded and kept before the folder goes
+        images.images(range(len(images)))  # decoded and kept before the folder goes, as are the labels
+        assert images.has_labels
         return images
 
 

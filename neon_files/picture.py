@@ -1,0 +1,76 @@
+"""One picture file -> uint8 [C, H, W]: grey or RGB, scaled by the full range of its kind, or refused."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import PIL.Image
+
+# Pillow's readers of plain pixels. Its others are stubs, documents and videos, or (PostScript) run a program.
+FORMATS = ("PNG", "JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "PPM", "TGA", "PCX", "SGI",
+           "QOI", "DDS")  # fmt: skip
+MAX_PIXELS = 1 << 26  # 8192 x 8192
+GREY = ("L", "I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+def suffixes() -> set[str]:
+    """Of the files that are taken for pictures: ".png", ".jpg", ..."""
+    PIL.Image.init()
+    return {suffix for suffix, kind in PIL.Image.EXTENSION.items() if kind in FORMATS}
+
+
+def other_suffixes() -> set[str]:
+    """Of files that Pillow knows too, and that are not taken for pictures here: .pdf, .eps, .h5, .fits, ..."""
+    return PIL.Image.EXTENSION.keys() - suffixes()
+
+
+def open_picture(data: bytes) -> PIL.Image.Image:
+    """The header is read, no pixel yet. Raises ValueError, and whatever Pillow raises, where it cannot be used."""
+    PIL.Image.init()
+    known = [name for name in FORMATS if name in PIL.Image.OPEN]  # AVIF needs a new Pillow
+    try:
+        image = PIL.Image.open(io.BytesIO(data), formats=known)
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(f"it is {describe(data)}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} are read")
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise ValueError("it has several frames; one picture a file is wanted")
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(f"32 bits a pixel (mode {image.mode}), whose black and white nobody knows; save it in 8 or 16")
+    return image
+
+
+def channels(image: PIL.Image.Image) -> int:
+    """1 for grey, 3 for all else, which becomes RGB."""
+    return 1 if image.mode in GREY else 3
+
+
+def pixels(image: PIL.Image.Image) -> np.ndarray:
+    """uint8 [C, H, W]. 16-bit grey v becomes round(v / 257). ValueError where pixels are transparent."""
+    has_alpha = "A" in image.getbands() or "transparency" in image.info
+    if has_alpha and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        raise ValueError("some pixels are transparent; put the picture on a background first")
+    if image.mode in GREY and image.mode != "L":
+        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
+        return grey.astype(np.uint8)[None]
+    array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def describe(data: bytes) -> str:
+    """What a file that is none of ours may be, from its first bytes."""
+    if not data:
+        return "empty"
+    kinds = {
+        b"<": "a web page or XML",
+        b"version https://git-lfs": "a pointer of git LFS, not the file it stands for",
+        b"\x80": "a pickle",
+        b"PK\x03\x04": "a zip archive",
+        b"\x93NUMPY": "a single .npy array",
+        b"\x89HDF": "an HDF5 file",
+        b"%PDF": "a PDF",
+    }
+    start = data[:64].lstrip()
+    return next((kind for mark, kind in kinds.items() if start.startswith(mark)), "of no kind that is read here")
