@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import runpy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +16,47 @@ from torch import Tensor, nn
 from neon_files.checkpoint import describe_mismatch, is_finite
 from neon_files.errors import UserError
 
+# Of what has passed through a layer, not trained: a variance may not be extrapolated, it would become negative.
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+_FRACTIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *_FLOAT8, torch.complex64, torch.complex128)
+_WHOLE = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_WHOLE += (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns (`*`, `?`, `[abc]`) fits `name` or what follows a dot or slash in it.
+
+    `norm.*` fits `norm.weight` and `block.0.norm.weight`, not `prenorm.weight`.
+    """
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*[./]{pattern}") for pattern in patterns)
+
 
 def extrapolate(base: Tensor, syn: Tensor, w: float) -> Tensor:
-    """The paper's merge of one tensor, in the dtype of `base`; half precision is computed in float32."""
+    """The paper's merge of one tensor, in the dtype of `base`; 16 and 8 bits are computed in float32."""
     if w == 0:
         return base.clone()  # bit for bit, also where base is -0.0 or syn overflows the difference
-    exact = torch.promote_types(base.dtype, torch.float32)
+    exact = torch.float32 if base.dtype in _FLOAT8 else torch.promote_types(base.dtype, torch.float32)
     theta_base, theta_syn = base.to(exact), syn.to(base.device, exact)
     theta_neon = theta_base - w * (theta_syn - theta_base)
+    if base.dtype in _FLOAT8:  # which end at their largest number where others become infinite
+        theta_neon = theta_neon.where(theta_neon.abs() <= torch.finfo(base.dtype).max, torch.nan)
     return theta_neon.to(base.dtype)
 
 
 def neon_rule(name: str, base: Tensor, syn: Tensor, w: float) -> Tensor:
     """`extrapolate` for numbers with a fraction; whole numbers, and masks (-inf, equal in both), stay as in the base.
 
-    Raises UserError naming the tensor where either side, or the result, is otherwise not finite.
+    Raises UserError naming the tensor where either side is no plain tensor of numbers, where only one has fractions,
+    and where either side, or the result, is otherwise not finite.
     """
-    if not base.is_floating_point():
+    for side, tensor in (("base", base), ("synthetic", syn)):
+        check_plain(name, tensor, f"the {side} checkpoint")
+    if (base.is_floating_point(), base.is_complex()) != (syn.is_floating_point(), syn.is_complex()):
+        raise UserError(
+            f"{name}: {base.dtype} in the base, {syn.dtype} in the synthetic checkpoint; convert one of them"
+        )
+    if base.dtype not in _FRACTIONS:
         return base.clone()
     if not (is_finite(base) and is_finite(syn)):
         if torch.equal(base, syn.to(base.device, base.dtype)):  # false if there is a NaN
@@ -44,22 +69,40 @@ def neon_rule(name: str, base: Tensor, syn: Tensor, w: float) -> Tensor:
     return theta_neon
 
 
+def check_plain(name: str, tensor: Tensor, place: str) -> None:
+    """UserError where `tensor` is no dense tensor of numbers: what it holds may be codes, a part, or nothing."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        kind = f"a {type(tensor).__name__}"  # DTensor, and the classes in which libraries keep codes with their scales
+    elif tensor.is_meta:
+        kind = "a meta tensor, which has no numbers"
+    elif tensor.layout != torch.strided:
+        kind = f"a sparse tensor ({tensor.layout})"
+    elif tensor.is_quantized or tensor.dtype not in (*_FRACTIONS, *_WHOLE):
+        kind = f"a tensor of the type {tensor.dtype}"
+    else:
+        return
+    raise UserError(f"{name}: is {kind} in {place}; save the network as plain dense tensors first")
+
+
 Rule = Callable[[str, Tensor, Tensor, float], Tensor]  # name, base, synthetic, w -> merged
 
 
 def neon_merge(
-    base: Mapping[str, Tensor], syn: Mapping[str, Tensor], w: float, rule: Rule = neon_rule, keep: Collection[str] = ()
+    base: Mapping[str, Tensor], syn: Mapping[str, Tensor], w: float, rule: Rule = neon_rule, keep: Iterable[str] = ()
 ) -> dict[str, Tensor]:
-    """The merged state dict, in new memory; names in `keep` (buffers, say) are copied from the base.
+    """The merged state dict, in new memory.
 
-    Raises UserError naming tensors that are missing, extra, of another shape or not finite. Any rule but the default
-    takes a missing tensor from the base and drops an extra one, as the official scripts do.
+    Names that fit a pattern of `keep` (see `matches`) are copied from the base, and by the default rule so are
+    STATISTICS. Raises UserError naming tensors that are missing, extra, of another shape or not finite. Any rule but
+    the default takes a missing tensor from the base and drops an extra one, as the official scripts do.
     """
     check_w(w)
-    check_names(rule, {k: tuple(v.shape) for k, v in base.items()}, {k: tuple(v.shape) for k, v in syn.items()})
+    keep = (*keep, *STATISTICS) if rule is neon_rule else tuple(keep)
+    ours, theirs = ({k: tuple(v.shape) for k, v in side.items() if not matches(k, keep)} for side in (base, syn))
+    check_names(rule, ours, theirs)
     with torch.no_grad():
         return {
-            name: rule(name, value, syn[name], w) if name in syn and name not in keep else value.clone()
+            name: rule(name, value, syn[name], w) if name in ours and name in theirs else value.clone()
             for name, value in base.items()
         }
 
@@ -83,7 +126,8 @@ class NeonWeights:
 
     Every `set` starts from the two given ends, so moving back and forth does not drift, and `set(0)` is the base bit
     for bit. The ends are held by reference in their own dtype (mapped files stay mapped), or copied to `device` where
-    that is given. Buffers are left alone, whole numbers too.
+    that is given. Buffers (running statistics, masks), whole numbers and what fits a pattern of `keep` come from the
+    base: `kept` names them, for whoever merges the files.
     """
 
     def __init__(
@@ -92,31 +136,36 @@ class NeonWeights:
         base: Mapping[str, Tensor],
         syn: Mapping[str, Tensor],
         device: torch.device | str | None = None,
+        keep: Iterable[str] = (),
     ):
-        parameters = dict(module.named_parameters())
-        self.parameters = {name: value for name, value in parameters.items() if value.is_floating_point()}
-        shapes = {name: tuple(value.shape) for name, value in self.parameters.items()}
-        for side, state in (("base", base), ("synthetic", syn)):
-            found = {name: tuple(state[name].shape) for name in shapes if name in state}
-            problems = describe_mismatch("the network", shapes, f"the {side} checkpoint", found)
-            if problems:
-                raise UserError(f"{type(module).__name__} cannot be moved: {problems}")
-        held = self._apart(base), self._apart(syn)
+        keep, entries = tuple(keep), dict(module.named_parameters())
+        moving = {k: v for k, v in entries.items() if v.dtype in _FRACTIONS and not matches(k, keep)}
+        entries |= dict(module.named_buffers())
+        self.parameters = moving
+        self._fixed = {name: value for name, value in entries.items() if name not in moving and name in base}
+        self.kept = tuple(self._fixed)
+        _check_fit(module, "base", base, moving | self._fixed)
+        _check_fit(module, "synthetic", syn, moving)
+        held = self._apart(base, entries), self._apart(syn, moving)
         if device is not None:
             held = tuple({name: value.to(device) for name, value in state.items()} for state in held)
-        self.base, self.syn = held
+        ends, self.syn = held
+        self.base = {name: ends[name] for name in moving}
+        self._base_fixed = {name: ends[name] for name in self._fixed}
         self.w: float | None = None
 
-    def _apart(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The ends, none of them in the memory of the live parameters, which `set` overwrites."""
-        live = {value.untyped_storage().data_ptr() for value in self.parameters.values()}
-        ends = {name: state[name].detach() for name in self.parameters}
+    def _apart(self, state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """The ends, none of them in the memory of the live tensors, which `set` overwrites."""
+        live = {v.untyped_storage().data_ptr() for v in (*self.parameters.values(), *self._fixed.values())}
+        ends = {name: state[name].detach() for name in names if name in state}
         return {k: v.clone() if v.untyped_storage().data_ptr() in live else v for k, v in ends.items()}
 
     @torch.no_grad()
     def set(self, w: float) -> None:
         """Move the module to `w`. On an error it is back at the base."""
         check_w(w)
+        for name, tensor in self._fixed.items():
+            tensor.copy_(self._base_fixed[name])
         try:
             for name, parameter in self.parameters.items():
                 ends = (state[name].to(parameter.device) for state in (self.base, self.syn))
@@ -133,10 +182,19 @@ class NeonWeights:
         """L2 norm of theta_syn - theta_base over the parameters; `w` times this is the length of the step."""
         total = 0.0
         for name, base in self.base.items():
-            difference = self.syn[name].to(base.device, torch.float32) - base.to(torch.float32)
+            exact = torch.complex64 if base.is_complex() else torch.float32
+            difference = self.syn[name].to(base.device, exact) - base.to(exact)
             difference = torch.where(torch.isfinite(difference), difference, 0.0)  # masks: inf - inf
-            total += difference.square().sum(dtype=torch.float64).item()
+            total += difference.abs().square().sum(dtype=torch.float64).item()
         return math.sqrt(total)
+
+
+def _check_fit(module: nn.Module, side: str, state: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    shapes = {name: tuple(value.shape) for name, value in live.items()}
+    found = {name: tuple(state[name].shape) for name in shapes if name in state}
+    problems = describe_mismatch("the network", shapes, f"the {side} checkpoint", found)
+    if problems:
+        raise UserError(f"{type(module).__name__} cannot be moved: {problems}")
 
 
 if __name__ == "__main__":  # the command lies two floors above; `neon merge` is the same

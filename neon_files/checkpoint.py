@@ -82,7 +82,7 @@ def load_strict(
 
 def is_finite(tensor: Tensor) -> bool:
     """No NaN, no infinity. One pass in the usual case: the sum of finite numbers is finite."""
-    if not tensor.is_floating_point():
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     if tensor.element_size() == 1:  # float8 has no arithmetic
         tensor = tensor.float()

@@ -5,32 +5,77 @@ neon merge base.pth synthetic.safetensors -w 1.5 -o neon.safetensors
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from neon_core.merge import check_w
+from neon_files.containers import open_weights
 from neon_files.errors import UserError
 from neon_files.manifest import find_file
 from neon_run.cli import run
 from neon_run.merging import folders
+from neon_run.merging.adapters import looks_like_adapter
 from neon_run.merging.files import merge_files
 from neon_run.merging.rules import NEON
+from neon_run.merging.steps import Steps, as_steps
+from neon_run.merging.weight_file import WeightFile
 
 
-def merge_paths(base: Path, syn: Path, w: float, out: Path, rule: str = "neon") -> None:
-    """`merge_files`, or its counterpart for two folders or two LoRA adapters, as the inputs are."""
+def merge_paths(
+    base: Path,
+    syn: Path,
+    w: float | Steps,
+    out: Path,
+    rule: str = NEON,
+    entries: Sequence[str | None] = (None, None),
+    scale: float | None = None,
+    dense: bool = False,
+) -> None:
+    """`merge_files`, or its counterpart for two folders or two adapters, as the inputs are."""
+    steps = as_steps(w)
     if base.is_dir() or syn.is_dir():
-        merge = folders.merge_folders
-    else:
-        base, syn = find_file(base), find_file(syn)
-        if not any(map(folders.is_adapter_file, (base, syn))):
-            merge_files(base, syn, w, out, rule)
-            return
-        merge = folders.merge_adapter_files
-    if rule != "neon":
-        raise UserError(f"--rule {rule}: only for two checkpoint files, not for folders and LoRA adapters")
-    merge(base, syn, w, out)
+        _refuse(rule != NEON, f"--rule {rule}")
+        _refuse(any(entries), "--entry")
+        folders.merge_folders(base, syn, steps, out, scale, dense)
+        return
+    ends = tuple(zip((find_file(base), find_file(syn)), entries, strict=True))
+    if not dense and any(looks_like_adapter(path, open_weights(path, entry).loaders) for path, entry in ends):
+        _refuse(rule != NEON, f"--rule {rule}")
+        folders.merge_adapter_files(*(WeightFile(path, entry) for path, entry in ends), steps, out, scale)
+        return
+    if scale is not None:
+        raise UserError("--scale: is of LoRA adapters, these are networks")
+    merge_files(base, syn, steps, out, rule, entries, dense)
+
+
+def _refuse(given: bool, flag: str) -> None:
+    if given:
+        raise UserError(f"{flag}: only for two checkpoint files, not for folders and LoRA adapters")
+
+
+def read_steps(given: Sequence[str], keep: Sequence[str]) -> Steps:
+    """The steps that `-w 1.0 --w 'up_blocks.*=0.5' --keep 'norm*'` say. Raises UserError."""
+    numbers = [text for text in given if "=" not in text]
+    if len(numbers) != 1:
+        raise UserError(f"-w: give one number for all tensors, beside any PATTERN=W; there are {len(numbers)}")
+    blocks = [text.rpartition("=")[::2] for text in given if "=" in text]
+    return Steps(_number(numbers[0]), tuple((pattern, _number(w)) for pattern, w in blocks), tuple(keep))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"-w {text}: is no number") from error
+
+
+def read_entries(given: Sequence[str]) -> tuple[str | None, str | None]:
+    """(BASE's, SYN's) entry. Raises UserError."""
+    if len(given) > 2:
+        raise UserError("--entry: once for both files, or twice: BASE's, then SYN's")
+    base, syn = (*given, *given)[:2] if given else ("", "")
+    return base or None, syn or None
 
 
 @click.command("merge")
@@ -42,35 +87,73 @@ def merge_paths(base: Path, syn: Path, w: float, out: Path, rule: str = "neon") 
     help="Instead of BASE and SYN: a LoRA adapter trained on synthetic data, file or folder; reversed.",
 )
 @click.option(
-    "-w", "--w", type=float, required=True, help="Merge weight; 0 gives BASE, -1 gives SYN, the paper's rows use w > 0."
+    "-w",
+    "--w",
+    "w",
+    multiple=True,
+    required=True,
+    metavar="W | PATTERN=W",
+    help="Merge weight; 0 gives BASE, -1 gives SYN, the paper's rows use w > 0. Again with a pattern for tensors of "
+    "their own w, like 'up_blocks.*=0.5'; the last that fits counts.",
 )
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True, help="Safetensors file to write; folder for folders."
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File to write, .safetensors or .pt; folder for folders.",
 )
+@click.option(
+    "--keep",
+    "--exclude",
+    "keep",
+    multiple=True,
+    metavar="PATTERN",
+    help="Tensors that come from BASE, besides running statistics; like '*norm*'. May be given again.",
+)
+@click.option(
+    "--entry",
+    multiple=True,
+    metavar="NAME",
+    help="State dict to take where a file holds several; once for both files, or BASE's, then SYN's ('': as usual).",
+)
+@click.option("--scale", type=float, help="alpha / r of LoRA adapters whose files do not say it.")
+@click.option("--dense", is_flag=True, help="Names that look like an adapter's are ordinary weights of a network.")
 @click.option(
     "--rule",
     default=NEON,
     show_default=True,
     help="neon, or official-NAME: what the official script of that backbone computes.",
 )
-def merge_command(base: Path | None, syn: Path | None, lora: Path | None, w: float, out: Path, rule: str) -> None:
+def merge_command(
+    base: Path | None,
+    syn: Path | None,
+    lora: Path | None,
+    w: Sequence[str],
+    out: Path,
+    keep: Sequence[str],
+    entry: Sequence[str],
+    scale: float | None,
+    dense: bool,
+    rule: str,
+) -> None:
     """BASE and SYN, checkpoints of one network -> base - w (syn - base).
 
     Files in any published container; folders (diffusers pipelines, sharded checkpoints): every weight file is merged,
     everything else copied; LoRA adapters: the products up @ down are merged.
     """
+    steps = read_steps(w, keep)
+    told = " | ".join([f"w={steps.w:g}", *(f"{pattern}={w:g}" for pattern, w in steps.blocks)])
     if lora is not None:
-        if base is not None or rule != "neon":
-            raise UserError("--lora: takes the place of BASE and SYN, and knows no --rule")
-        check_w(w)
-        folders.reverse_adapter(lora, w, out)
-        click.echo(f"{out} | w={w:g} | lora={lora.name}")
+        if base is not None or rule != NEON or entry or dense or scale is not None:
+            raise UserError("--lora: takes the place of BASE and SYN, and knows no --rule, --entry, --scale, --dense")
+        folders.reverse_adapter(lora, steps, out)
+        click.echo(f"{out} | {told} | lora={lora.name}")
         return
     if base is None or syn is None:
         raise click.UsageError("BASE and SYN are needed, two files or two folders; or --lora ADAPTER")
-    check_w(w)
-    merge_paths(base, syn, w, out, rule)
-    click.echo(f"{out} | w={w:g} | rule={rule} | base={base.name} | syn={syn.name}")
+    merge_paths(base, syn, steps, out, rule, read_entries(entry), scale, dense)
+    click.echo(f"{out} | {told} | rule={rule} | base={base.name} | syn={syn.name}")
 
 
 if __name__ == "__main__":

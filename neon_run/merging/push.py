@@ -21,7 +21,8 @@ from neon_files.errors import UserError
 from neon_files.manifest import MANIFEST, MIT, NON_COMMERCIAL
 from neon_files.safetensors_file import read_header
 from neon_run.merging.folders import PROVENANCE
-from neon_run.merging.lora import CONFIG, is_lora
+from neon_run.merging.lora import is_adapter
+from neon_run.merging.weight_file import ADAPTER_CONFIG
 
 MARK = "<!-- written by `neon push` -->"
 SHARE_ALIKE = "cc-by-nc-sa-4.0"
@@ -67,7 +68,7 @@ def read_weights(path: Path) -> Weights:
         own_card = files.pop("README.md", None)  # the base's, which would speak for other weights
         if own_card:
             click.echo(f"{own_card}: not pushed, the new model card takes its place", err=True)
-        return Weights(path, files, record, adapter=CONFIG in files)
+        return Weights(path, files, record, adapter=ADAPTER_CONFIG in files)
     if not path.is_file():
         raise UserError(f"{path}: does not exist; name merged weights")
     try:
@@ -77,7 +78,7 @@ def read_weights(path: Path) -> Weights:
     if "neon" not in header:
         raise UserError(f"{path}: its header records no merge; give weights that `neon merge` wrote")
     record = json.loads(header["neon"])
-    return Weights(path, {path.name: path}, record, sha256_file(path), is_lora(names))
+    return Weights(path, {path.name: path}, record, sha256_file(path), is_adapter(names))
 
 
 @dataclass(frozen=True)

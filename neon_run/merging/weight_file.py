@@ -1,10 +1,10 @@
-"""One weight file among others: opened under the names that its neighbours know, merged, written in its container."""
+"""One weight file among others: opened under the names that its neighbours know, checked, written in its container."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neon_core.distributed import print0
-from neon_core.merge import check_names, neon_rule
-from neon_files.atomic import atomic_path
-from neon_files.checkpoint import open_checkpoint, pack_metadata
+from neon_core.merge import check_plain
+from neon_files.atomic import atomic_path, write_json
+from neon_files.checkpoint import open_checkpoint
+from neon_files.containers import Weights
 from neon_files.errors import UserError
-from neon_files.safetensors_file import DTYPE_NAMES, read_header, write_safetensors
-from neon_run.merging import lora
+from neon_files.quantized import find_quantized
+from neon_files.safetensors_file import DTYPE_NAMES, Layout, read_header, write_safetensors
+
+ADAPTER_CONFIG = "adapter_config.json"
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".tar", ".th")
+NOT_WRITTEN = (".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot", ".tflite", ".pkl", ".npz", ".npy", ".distcp")
 
 Load = Callable[[], Tensor]
 Writer = Callable[[Path], None]  # writes one file of the result to the path it is given
@@ -30,13 +34,15 @@ class WeightFile:
     """One weight file, opened. Names are those in the file where it is safetensors."""
 
     path: Path
+    entry: str | None = None
     container: str = ""
-    loaders: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    loaders: dict[str, Load] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)  # tied tensors that the file names but does not hold
     header: dict[str, str] = field(default_factory=dict)
+    _content: dict | None = field(default=None, repr=False)  # of a torch file that is nothing but a state dict
 
     def __post_init__(self) -> None:
-        weights = open_checkpoint(self.path)
+        weights = open_checkpoint(self.path, self.entry)
         self.container, self.loaders = weights.container, weights.loaders
         if self.container == "safetensors":
             names, self.header = read_header(self.path)  # as they are: an index or another library knows them so
@@ -44,16 +50,16 @@ class WeightFile:
             self.aliases = {k: v for k, v in self.header.items() if k not in self.loaders and v in self.loaders}
         elif self.container == "pickle":
             raise UserError(f"{self.path}: is a pickled network, which is not written again; convert it to safetensors")
+        else:
+            self._content = _flat_content(self.path, len(self.loaders))
+            if self._content is not None:  # names as they are, with prefixes
+                self.loaders = dict(zip(self._content, weights.loaders.values(), strict=True))
+        check_weights(weights)
 
     @cached_property
-    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        found = {}
-        for name, load in self.loaders.items():
-            tensor = load()
-            if self.container == "safetensors" and tensor.dtype not in DTYPE_NAMES:
-                raise UserError(f"{self.path}: {name} has the type {tensor.dtype}, which we cannot write")
-            found[name] = (tensor.dtype, tuple(tensor.shape))
-        return found
+    def layout(self) -> Layout:
+        tensors = ((name, load()) for name, load in self.loaders.items())
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors}
 
     @cached_property
     def ties(self) -> list[list[str]]:
@@ -70,80 +76,98 @@ class WeightFile:
 
     @cached_property
     def adapter_config(self) -> dict[str, Any] | None:
-        path = self.path.with_name(lora.CONFIG)
+        """The settings of peft beside the file."""
+        path = self.path.with_name(ADAPTER_CONFIG)
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         except ValueError as error:
             raise UserError(f"{path}: is not JSON ({error}); mend it") from error
+        if not isinstance(settings, dict | None):
+            raise UserError(f"{path}: is no table of settings; download it again")
+        return settings
 
     def state(self) -> dict[str, Tensor]:
         return {name: load() for name, load in self.loaders.items()}
 
-    def adapter(self) -> lora.Adapter:
-        found = lora.read_adapter(str(self.path), self.state(), self.adapter_config, self.header)
-        if not found.scales_known:
-            print0(f"{self.path}: says no alpha; taken as equal to the rank, as loaders do", file=sys.stderr)
-        return found
+    def check_flat(self) -> None:
+        """UserError where the file holds more than its state dict, which a rewritten file would lose or leave stale."""
+        if self.container.startswith("torch") and self._content is None:
+            raise UserError(
+                f"{self.path}: holds more than one plain state dict, and the rest would not belong to the merged "
+                "weights; save its weights alone, or merge the two files with -o x.safetensors"
+            )
 
-    def write(
-        self, path: Path, state: Mapping[str, Tensor], header: Mapping[str, str], safetensors: bool = False
-    ) -> None:
-        """`state` in this file's container, or as safetensors."""
-        if safetensors or self.container == "safetensors":
-            layout = {name: (value.dtype, tuple(value.shape)) for name, value in state.items()}
+    def write(self, path: Path, state: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+        """`state` in this file's container."""
+        layout = {name: (value.dtype, tuple(value.shape)) for name, value in state.items()}
+        if self.container == "safetensors":
             write_safetensors(path, layout, lambda name: state[name], dict(header))
         else:
-            with atomic_path(path) as temporary:
-                torch.save(dict(state), temporary)
+            write_torch(path, layout, lambda name: state[name], getattr(self._content, "_metadata", None))
 
 
-def plain_writers(
-    names: Sequence[str], ours: Sequence[WeightFile], others: Sequence[WeightFile], w: float
-) -> dict[str, Writer]:
-    """Writers, by `names`, for the base's files `ours`, whose tensors lie anywhere in `others`; rule `neon`.
-
-    Raises UserError where the two sets are not of one network.
-    """
-    shapes = {name: shape for part in ours for name, (_, shape) in part.layout.items()}
-    theirs = _matched(shapes, ours, others)
-    check_names(neon_rule, shapes, {name: tuple(load().shape) for name, load in theirs.items()})
-    inputs = {"base": [part.path.name for part in ours], "synthetic": [part.path.name for part in others]}
-    header = pack_metadata(None, {"neon": {"w": w, "rule": "neon", **inputs}})
-    return {name: _plain_writer(part, theirs, w, header) for name, part in zip(names, ours, strict=True)}
+def _flat_content(path: Path, count: int) -> dict | None:
+    """The state dict that a torch file is, or None where it holds anything else; the file was read safely before."""
+    try:
+        with open(path, "rb") as file:
+            mapped = file.read(2) == b"PK"
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception:  # of whatever torch does not load and our own reader does
+        return None
+    flat = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
+    return content if flat and len(content) == count else None
 
 
-def _matched(shapes: Mapping[str, tuple], ours: Sequence[WeightFile], others: Sequence[WeightFile]) -> dict[str, Load]:
-    """The tensors of `others` under the names of `shapes`. Tied ones may be stored once here and twice there."""
-    theirs: dict[str, Load] = {}
-    for part in others:
-        twice = next((name for name in part.loaders if name in theirs), None)
-        if twice:
-            raise UserError(f"{part.path}: {twice} is also in another file of its folder; which one counts is unclear")
-        theirs |= part.loaders
-    for group in (group for part in (*others, *ours) for group in part.ties):
-        stored = [name for name in group if name in theirs]
-        wanted = [name for name in group if name in shapes]
-        if stored:
-            theirs |= {name: theirs[stored[0]] for name in wanted if name not in theirs}
-        for extra in (name for name in stored if name not in shapes and wanted):
-            if torch.equal(theirs[extra](), theirs[wanted[0]]()):
-                del theirs[extra]
-    return theirs
+def check_weights(weights: Weights) -> None:
+    """UserError where the tensors are not the numbers of a network: quantized, sparse, without memory."""
+    if weights.container.startswith("torch"):
+        for name, load in weights.loaders.items():
+            check_plain(name, load(), str(weights.path))
+    quantized = find_quantized(weights.layout())
+    if quantized:
+        codes, scale = quantized
+        raise UserError(
+            f"{weights.path}: {codes} holds quantized numbers, whose scale is {scale}; the two cannot be merged apart: "
+            "merge the network in full precision, then quantize"
+        )
 
 
-def _plain_writer(part: WeightFile, theirs: Mapping[str, Load], w: float, header: dict[str, str]) -> Writer:
-    def merged(name: str) -> Tensor:
-        with torch.no_grad():
-            return neon_rule(name, part.loaders[name](), theirs[name](), w)
+def is_torch_name(path: Path) -> bool:
+    """Whether a file of this name is expected to be a torch file. UserError for names of what we do not write."""
+    if path.suffix.lower() in NOT_WRITTEN:
+        raise UserError(f"-o {path}: {path.suffix} is not written; name a .safetensors or a .pt file")
+    return path.suffix.lower() in TORCH_SUFFIXES
 
-    def write(path: Path) -> None:
-        if part.container == "safetensors":
-            write_safetensors(path, part.layout, merged, {**part.header, **header})
-            return
-        state: dict[str, Tensor] = {}
-        for group in part.ties:
-            if all(torch.equal(theirs[name](), theirs[group[0]]()) for name in group):
-                state |= dict.fromkeys(group, merged(group[0]))  # still one tensor
-        part.write(path, {name: state[name] if name in state else merged(name) for name in part.loaders}, {})
 
-    return write
+def write_result(path: Path, layout: Layout, load: Callable[[str], Tensor], metadata: dict[str, str]) -> None:
+    """A single merged file, in the container that its suffix names; a torch file tells its provenance beside it."""
+    if not is_torch_name(path):
+        write_safetensors(path, layout, load, metadata)
+        return
+    write_torch(path, layout, load)
+    write_json(path.with_name(f"{path.name}.json"), {name: _maybe_json(text) for name, text in metadata.items()})
+
+
+def _maybe_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def write_torch(path: Path, layout: Layout, load: Callable[[str], Tensor], versions: Any = None) -> None:
+    """A plain state dict, whole in memory, since torch files cannot be written in parts; `versions` are of modules."""
+    state = OrderedDict((name, load(name)) for name in layout)
+    if versions is not None:
+        state._metadata = versions
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def check_writable(path: Path, layout: Layout) -> None:
+    """UserError where safetensors cannot hold a tensor."""
+    for name, (dtype, _) in layout.items():
+        if dtype not in DTYPE_NAMES:
+            raise UserError(
+                f"{path}: {name} has the type {dtype}, which safetensors cannot hold; convert it, or -o x.pt"
+            )

@@ -221,7 +221,7 @@ def spoil(base: Path, syn: Path, how: str) -> None:
         ("component missing", r"diffusion_pytorch_model\.safetensors: .* has no weights in its place"),
         ("other network", "not of one network"),
         ("twice", "is also in another file of its folder"),
-        ("format", "flax_model.msgpack: weights in a format that is not merged"),
+        ("format", r"flax_model\.msgpack: is not in the other folder, and is neither text nor weights"),
         ("cut short", "not a whole safetensors file"),
         ("nan", r"embed\.weight: not finite in the synthetic checkpoint"),
         ("broken link", "a broken link"),
@@ -279,14 +279,14 @@ def test_command(tmp_path):
 
 SLOW_MERGE = """
 import sys, time
-from neon_run.merging import folders, weight_file
-rule = weight_file.neon_rule
+from neon_run.merging import folders, weight_set
+rule = weight_set.neon_rule
 def slow(name, *ends):
     if name == "head.bias":
         open(sys.argv[4], "w").close()
         time.sleep(600)
     return rule(name, *ends)
-weight_file.neon_rule = slow
+weight_set.neon_rule = slow
 folders.merge_folders(sys.argv[1], sys.argv[2], 1.5, sys.argv[3])
 """
 

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from neon_core.merge import neon_merge
 from neon_files.errors import UserError
 from neon_run.merging.command import merge_command
-from neon_run.merging.lora import CONFIG, is_lora, merge_lora, read_adapter, reverse_lora
+from neon_run.merging.lora import is_adapter, merge_lora, read_adapter, reverse_lora
+from neon_run.merging.weight_file import ADAPTER_CONFIG as CONFIG
 
 SPELLINGS = {
     "peft": "base_model.model.{}.lora_A.weight base_model.model.{}.lora_B.weight",
@@ -160,7 +161,7 @@ def test_adapters_of_two_networks_are_refused():
     other = {name: value[..., :3] if "lora_A" in name else value for name, value in peft.items()}
     with pytest.raises(UserError, match="another shape in the two adapters"):
         merge_lora(read_adapter("a", peft), read_adapter("b", other), 1.0)
-    assert is_lora(kohya) and not is_lora({"floral.weight", "lora_mlp.weight"})
+    assert is_adapter(kohya) and not is_adapter({"floral.weight", "flora.weight", "explora.0.bias"})
 
 
 # Files and the command
@@ -235,7 +236,7 @@ def test_wrong_use_is_told(tmp_path):
         (["--lora", tmp_path / "none"], "does not exist"),
         (["--lora", adapter, plain, plain], "takes the place of BASE and SYN"),
         ([adapter, adapter], "give the two folders"),
-        ([plain, adapter], "is no LoRA adapter"),
+        ([plain, adapter], "is no adapter"),
         ([adapter, adapter, "--rule", "official-edm"], "only for two checkpoint files"),
         ([plain], "BASE and SYN are needed"),
         (["--lora", folder, "-w", "nan"], "must be a finite number"),

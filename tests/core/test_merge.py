@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from itertools import product
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from launch import kill_when, launch, start
 from torch import nn
 
-from neon_core.merge import NeonWeights, neon_merge
+from neon_core.merge import NeonWeights, matches, neon_merge
 from neon_files.atomic import sha256_file
 from neon_files.checkpoint import read_checkpoint, write_checkpoint
 from neon_files.errors import UserError
@@ -150,6 +151,115 @@ def test_all_rules_agree_on_plain_parameters():
     results = [neon_merge(floats(BASE), floats(SYN), 1.5, rule=rule) for rule in RULES.values()]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=2e-6)
+
+
+# What is kept, and what is no plain tensor
+
+
+def batch_norm_state(seed: int) -> dict:
+    net = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7))
+    state = {name: random(seed + number, value) for number, (name, value) in enumerate(net.state_dict().items())}
+    return state | {"1.running_var": state["1.running_var"].abs() * (4.0 if seed > 10 else 1.0)}
+
+
+def random(seed: int, like: torch.Tensor) -> torch.Tensor:
+    if not like.is_floating_point():
+        return torch.full_like(like, seed)
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_running_statistics_come_from_the_base_alike_in_dict_module_and_file(tmp_path):
+    base, syn = batch_norm_state(1), batch_norm_state(20)  # extrapolated, the variance would be negative
+    merged = neon_merge(base, syn, 1.5)
+    for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+        assert torch.equal(merged[name], base[name])
+    assert not torch.equal(merged["1.weight"], base["1.weight"])
+    net = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7))
+    net.load_state_dict(syn)  # whatever the module held, it gets the base's
+    moved = NeonWeights(net, base, syn)
+    moved.set(1.5)
+    assert same(net.state_dict(), merged) and set(moved.kept) == {n for n in base if "running" in n or "num_b" in n}
+    torch.save(base, tmp_path / "base")
+    torch.save({name: value for name, value in syn.items() if "num_batches" not in name}, tmp_path / "syn")
+    out = merge_files(tmp_path / "base", tmp_path / "syn", 1.5, tmp_path / "out")
+    assert same(read_checkpoint(out).state, merged)
+    assert torch.isfinite(net.eval()(torch.ones(2, 5))).all()
+
+
+def test_official_rules_know_no_statistics():
+    base, syn = batch_norm_state(1), batch_norm_state(20)
+    official = neon_merge(base, syn, 1.5, rule=find_rule("official-edm"))
+    assert (official["1.running_var"] < 0).any()
+
+
+def test_patterns_fit_a_name_or_what_follows_a_dot_in_it():
+    for pattern, names in (("norm.*", ["norm.weight", "block.0.norm.weight"]), ("b.bias", ["b.bias", "a.b.bias"])):
+        assert all(matches(name, [pattern]) for name in names)
+        assert not matches("prenorm.weight", [pattern]) and not matches("ab.bias", [pattern])
+
+
+def test_kept_tensors_need_no_counterpart():
+    syn = {"a.weight": SYN["a.weight"], "a.bias": torch.ones(3), "mask": SYN["mask"]}
+    merged = neon_merge(BASE, syn, 1.5, keep=("bias", "steps"))
+    assert torch.equal(merged["a.bias"], BASE["a.bias"]) and torch.equal(merged["steps"], BASE["steps"])
+    net = Net().load(BASE)
+    NeonWeights(net, BASE, syn, keep=("bias",)).set(1.5)
+    assert same(net.state_dict(), merged, ordered=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_computed_in_float32(dtype):
+    base, syn = ({"a": torch.randn(64, generator=torch.Generator().manual_seed(s)).to(dtype)} for s in (1, 2))
+    merged = neon_merge(base, syn, 1.5)["a"]
+    exact = base["a"].float() - 1.5 * (syn["a"].float() - base["a"].float())
+    assert merged.dtype == dtype and torch.equal(merged.float(), exact.to(dtype).float())
+    assert same(neon_merge(base, syn, 0.0), base)
+    far = {"a": torch.full((64,), -torch.finfo(dtype).max).to(dtype)}
+    with pytest.raises(UserError, match=r"leads beyond the range of torch\.float8"):  # and does not end at 448
+        neon_merge(far, base, 2.0)
+
+
+def test_complex_numbers_are_merged(tmp_path):
+    base, syn = ({"a": torch.view_as_complex(random_state(seed)["a.weight"][:, :2].contiguous())} for seed in (1, 2))
+    merged = neon_merge(base, syn, 1.5)
+    assert_close = torch.testing.assert_close
+    assert_close(merged["a"], base["a"] - 1.5 * (syn["a"] - base["a"]))
+    net = nn.ParameterDict({"a": nn.Parameter(torch.zeros(7, dtype=torch.complex64))})
+    NeonWeights(net, base, syn).set(1.5)
+    assert torch.equal(net["a"], merged["a"])
+    ends = save(tmp_path / "base", base, "torch"), save(tmp_path / "syn", syn, "safetensors")
+    assert torch.equal(read_checkpoint(merge_files(*ends, 1.5, tmp_path / "out")).state["a"], merged["a"])
+    syn["a"][0] = complex(0, torch.nan)
+    with pytest.raises(UserError, match="a: not finite in the synthetic"):
+        neon_merge(base, syn, 1.5)
+
+
+def odd_tensors() -> dict[str, torch.Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.quint8)
+    return {
+        "a sparse tensor": torch.eye(2).to_sparse(),
+        "a meta tensor": torch.ones(2, 2, device="meta"),
+        "type torch.quint8": quantized,
+        "a Codes": torch.ones(2, 2).as_subclass(type("Codes", (torch.Tensor,), {})),
+        "type torch.float8_e8m0fnu": torch.ones(2, 2).to(torch.float8_e8m0fnu),
+    }
+
+
+@pytest.mark.parametrize(("kind", "tensor"), odd_tensors().items())
+def test_what_is_no_dense_tensor_of_numbers_is_refused_in_one_sentence(kind, tensor):
+    for ends, side in ((({"a": tensor}, {"a": torch.ones(2, 2)}), "base"), (({"a": tensor},) * 2, "base")):
+        with pytest.raises(UserError, match=f"a: is .*{kind}.* in the {side} checkpoint; save the network as plain"):
+            neon_merge(*ends, 1.0)
+
+
+def test_fractions_against_whole_or_complex_numbers_are_refused():
+    for other in (torch.ones(2, dtype=torch.int8), torch.ones(2, dtype=torch.complex64)):
+        with pytest.raises(UserError, match=r"a: torch.* in the base, torch.* in the synthetic"):
+            neon_merge({"a": torch.ones(2)}, {"a": other}, 1.0)
+        with pytest.raises(UserError, match=r"a: torch.* in the base, torch.* in the synthetic"):
+            neon_merge({"a": other}, {"a": torch.ones(2)}, 1.0)
 
 
 # A live module

@@ -1,0 +1,167 @@
+"""What the files of a folder are: weights to merge, known text, a trainer's state, or what must be equal in both."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from neon_files.errors import UserError, say
+from neon_run.merging.weight_file import NOT_WRITTEN, TORCH_SUFFIXES, WeightFile
+
+Files = Mapping[str, Path]  # name within the folder, with slashes -> file
+
+_TEXT = (
+    ".json", ".txt", ".md", ".rst", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".py", ".sh", ".jinja", ".csv", ".tsv",
+    ".log", ".html", ".svg", ".ipynb", "",
+)  # fmt: skip
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".pdf")
+_NUMBERS = (".npz", ".npy")  # not always of a network
+# What trainers keep beside their weights, by the names that they give it.
+_STATE_OF_TRAINING = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|custom_checkpoint|training_args|dl_state_dict)"
+    r"(_\d+)?\.(bin|pt|pth|pkl)"
+)
+_LEFT_OUT = (".git", ".cache")  # of a clone, of a download
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9"
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Name within the folder -> file, sorted; links are followed (a hub cache is made of them)."""
+    found, seen = {}, set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            raise UserError(f"{place}: a link that leads round in a circle; remove it")
+        seen.add(real)
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        for name in names:
+            path = Path(place, name)
+            if not path.is_file():
+                raise UserError(f"{path}: a broken link or no regular file; complete the folder or remove it")
+            found[path.relative_to(folder).as_posix()] = path
+    return dict(sorted(found.items()))
+
+
+def kind(path: Path) -> str:
+    """weights (to be merged), state (of a trainer), text (settings, pictures), model (in a format that we do not
+    write) or other: by the name, and where that says nothing by the content."""
+    suffix = path.suffix.lower()
+    if _STATE_OF_TRAINING.fullmatch(path.name):
+        return "state"
+    if suffix in (".safetensors", *TORCH_SUFFIXES):
+        return "weights"
+    if suffix in NOT_WRITTEN:
+        return "other" if suffix in _NUMBERS else "model"
+    if suffix in _PICTURES:
+        return "text"
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    if start.startswith(_LEGACY_TORCH) or start[8:9] == b"{" or _is_torch_zip(path, start):
+        return "weights"
+    hidden = path.name.startswith(".") and not path.suffixes
+    return "text" if (suffix in _TEXT or hidden) and _is_text(start) else "other"
+
+
+def _is_torch_zip(path: Path, start: bytes) -> bool:
+    if not start.startswith(b"PK\x03\x04") or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/data.pkl") for name in archive.namelist())
+
+
+def _is_text(start: bytes) -> bool:
+    if b"\0" in start:
+        return False
+    try:
+        start.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start > len(start) - 4  # a letter cut in two by the end of the sample
+    return True
+
+
+def key(name: str) -> tuple[str, str, str]:
+    """(place, stem with its variant, container) of a weight file; equal for the shards of one set of weights."""
+    path = Path(name)
+    stem = _SHARD.sub("", path.stem).replace("pytorch_model", "model")  # Hugging Face's name in torch containers
+    container = ".safetensors" if path.suffix.lower() == ".safetensors" else ".torch"
+    return path.parent.as_posix(), stem, container
+
+
+def family(name: str) -> tuple[str, str]:
+    """(place, stem) of a weight file without its variant: `model.fp16.safetensors` and `model.bin` are of one."""
+    place, stem, _ = key(name)
+    return place, stem.partition(".")[0]
+
+
+def weight_sets(files: Files) -> dict[tuple[str, str, str], list[str]]:
+    """The weight files, those of one set together."""
+    sets: dict[tuple[str, str, str], list[str]] = {}
+    for name, path in files.items():
+        if kind(path) == "weights":
+            sets.setdefault(key(name), []).append(name)
+    return sets
+
+
+def equal(name: str, in_base: Files, in_syn: Files) -> bool:
+    return name in in_syn and filecmp.cmp(in_base[name], in_syn[name], shallow=False)
+
+
+def check_others(in_base: Files, in_syn: Files, merged: Iterable[str]) -> None:
+    """UserError where a file that is not merged may be of the old network; one line tells which are the base's."""
+    places, differing = {Path(name).parent.as_posix() for name in merged}, []
+    for name, path in in_base.items():
+        what = kind(path)
+        if what == "weights":
+            continue
+        if what in ("text", "state"):
+            if name in in_syn and not equal(name, in_base, in_syn):
+                differing.append(name)
+        elif not equal(name, in_base, in_syn):
+            where = "differs between the two folders" if name in in_syn else "is not in the other folder"
+            raise UserError(
+                f"{path}: {where}, and is neither text nor weights in a format that is merged; take it out of the "
+                "base's folder, or put the same file into both"
+            )
+        elif what == "model" and any(_related(Path(name).parent.as_posix(), place) for place in places):
+            raise UserError(
+                f"{path}: weights in a format that is not merged, beside weights that are: it would be the old "
+                "network; take it out of the folder"
+            )
+    if differing:
+        some = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
+        say(f"{len(differing)} files that differ are the base's in the result: {some}")
+
+
+def _related(place: str, other: str) -> bool:
+    """Whether one of two places lies within the other; the root, ".", holds all."""
+    if place == other or "." in (place, other):
+        return True
+    return place.startswith(f"{other}/") or other.startswith(f"{place}/")
+
+
+def check_indices(in_base: Files, written: Iterable[str]) -> None:
+    """UserError where an index names a tensor or a file that is not there: the result could not be loaded."""
+    written = set(written)
+    for name, path in in_base.items():
+        if not re.search(r"\.index(\.[\w-]+)?\.json$", name):
+            continue
+        try:
+            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            places = dict.fromkeys(weight_map.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: is no index of shards ({type(error).__name__}: {error})") from error
+        for file in places:
+            shard = (Path(name).parent / str(file)).as_posix()
+            if shard not in in_base:
+                raise UserError(f"{path}: names {file}, which is not there; complete the folder")
+            if shard in written:
+                inside = WeightFile(in_base[shard]).loaders
+                absent = [entry for entry, place in weight_map.items() if place == file and entry not in inside]
+                if absent:
+                    raise UserError(f"{path}: says that {absent[0]} is in {file}, where it is not; download it again")
