@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from neon_files.containers import Weights, open_weights
 from neon_files.errors import UserError, say
+from neon_files.guard import reading
 from neon_files.manifest import find_file
+from neon_files.names import match_names
 from neon_files.safetensors_file import DTYPE_NAMES, write_safetensors
 
 
@@ -53,10 +55,14 @@ def load_strict(
     """Copy the checkpoint into `module`; a module on the meta device takes the tensors themselves.
 
     Every entry of the state dict must be there with its shape, and nothing else but names that begin with one of
-    `ignore`. Numbers take the module's dtype. Parameters must be finite, unless `allow_nonfinite`. Raises UserError
-    that lists what does not fit, and then leaves the module as it was.
+    `ignore`; parts of names that wrappers add are disregarded (`match_names`). Numbers take the module's dtype.
+    Parameters must be finite, unless `allow_nonfinite`. Raises UserError that lists what does not fit, and then
+    leaves the module as it was.
     """
-    ours, theirs = module.state_dict(), checkpoint.state
+    ours = module.state_dict()
+    with reading(checkpoint.path):
+        names = match_names(ours, checkpoint.state)
+    theirs = {names[name]: value for name, value in checkpoint.state.items()}
     taken = {name: value for name, value in theirs.items() if name in ours}
     problems = describe_mismatch(
         "the network",

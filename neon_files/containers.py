@@ -6,31 +6,31 @@ training scripts nest and prefix a state dict, and gives its tensors one at a ti
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neon_files.errors import UserError
-from neon_files.pickles import LazyTensor, PickledObject, Refused, read_pickle, refusal
-from neon_files.safetensors_file import read_header
+from neon_files.guard import AGAIN, Unfit, reading
+from neon_files.inert import Record
+from neon_files.lazy_tensor import LazyTensor, Unreadable
+from neon_files.names import unwrapped
+from neon_files.pickles import PickledObject, read_pickle
+from neon_files.safetensors_file import open_tensors
+from neon_files.torch_file import LEGACY_START, read_torch
 
-_LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled magic number 0x1950a86a20f9469cfc6c
-# Entries under which training scripts keep a state dict, the preferred first: averaged weights are what is published.
+# Entries under which scripts keep a state dict, the preferred first: averaged weights are what is published.
 _AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict")
-_NESTS = (*_AVERAGED, "trainer", "var_wo_ddp", "state_dict", "model", "module", "net")
-_PREFIXES = ("module.", "_orig_mod.")
-AGAIN = "download it again"
+_RAW = ("trainer", "var_wo_ddp", "state_dict", "model_state_dict", "model", "module", "net", "network", "params")
+_NO_WEIGHTS = re.compile(r"optim|sched|scaler", re.IGNORECASE)
+_TOP = "."  # the entry that is the file itself
 
 
 @dataclass
@@ -39,21 +39,33 @@ class Weights:
 
     path: Path
     container: str  # torch | torch-legacy | pickle | safetensors
-    loaders: dict[str, Callable[[], Tensor]]
+    tensors: dict[str, LazyTensor]
     config: dict[str, Any] | None = None  # {"class": ..., "args": [...], "kwargs": {...}}: how the network was made
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # choices that the user should hear of
+    loaders: dict[str, Callable[[], Tensor]] = field(init=False)
+
+    def __post_init__(self):
+        self.loaders = {name: self._loader(name, tensor) for name, tensor in self.tensors.items()}
+
+    def _loader(self, name: str, tensor: LazyTensor) -> Callable[[], Tensor]:
+        def load() -> Tensor:
+            with reading(f"{self.path}: {name}"):
+                return tensor.load()
+
+        return load
 
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Type and shape of every tensor. Mapped files are not read for it, pickled ones are decoded."""
-        found = ((name, load()) for name, load in self.loaders.items())
-        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found}
+        """Type and shape of every tensor; no numbers are read for it."""
+        with reading(self.path):
+            return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
 
 
 def open_weights(path: str | Path, entry: str | None = None) -> Weights:
     """The weights in `path`; `entry` names the state dict to take where a file holds several ("model", "ema", ...).
 
-    Raises UserError for a file that is empty, cut short, something else, or not a state dict.
+    Entries within entries are joined by dots ("trainer.ema"); "." is the file itself. Raises UserError for a file that
+    is empty, cut short, something else, or not a state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -65,15 +77,14 @@ def open_weights(path: str | Path, entry: str | None = None) -> Weights:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if not start:
         raise UserError(f"{path}: is empty; {AGAIN}")
-    if start.startswith(b"PK\x03\x04"):
-        return _open_torch(path, "torch", entry)
-    if start.startswith(_LEGACY_TORCH):
-        return _open_torch(path, "torch-legacy", entry)
-    if start[8:9] == b"{":
-        return _open_safetensors(path)
-    if (start[:1] == b"\x80" and start[1:2] <= bytes([pickle.HIGHEST_PROTOCOL])) or start[:1] in b"(]}":
-        return _open_pickle(path, entry)
-    raise UserError(f"{path}: {_foreign(start)}")
+    with reading(path):
+        if start.startswith((b"PK\x03\x04", LEGACY_START)):
+            return _open_torch(path, start.startswith(b"PK"), entry)
+        if start[8:9] == b"{" and not start.lstrip().startswith((b"<", b"version")):
+            return _open_safetensors(path)
+        if (start[:1] == b"\x80" and start[1:2] <= bytes([pickle.HIGHEST_PROTOCOL])) or start[:1] in b"(]}":
+            return _open_pickle(path, entry)
+        raise Unfit(_foreign(start))
 
 
 def _foreign(start: bytes) -> str:
@@ -89,144 +100,149 @@ def _foreign(start: bytes) -> str:
     return "is no weight file that we know (torch, safetensors, or a pickled EDM or IMM network)"
 
 
-def _open_torch(path: Path, container: str, entry: str | None) -> Weights:
-    is_zip = container == "torch"
-    if is_zip:
-        _check_torch_zip(path)
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about storages of old files
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"names {named[1]}" if named else "is damaged or holds more than tensors and plain values"
-        raise UserError(
-            f"{path}: refused, nothing in it was run: it {what}; save a plain state dict instead, or {AGAIN}"
-        ) from error
-    except Exception as error:  # torch tells of damage in many ways: RuntimeError, EOFError, KeyError, ...
-        raise UserError(f"{path}: cut short or damaged ({_first_line(error)}); {AGAIN}") from error
-    opened = Weights(path, container, {})
-    state = _unnest(content, entry, opened)
-    opened.loaders = {name: lambda tensor=tensor: tensor for name, tensor in _unprefix(state, path).items()}
-    return opened
+def _open_torch(path: Path, is_zip: bool, entry: str | None) -> Weights:
+    choice = _Choice()
+    state = choice.state_dict(read_torch(path, is_zip), entry)
+    container = "torch" if is_zip else "torch-legacy"
+    return Weights(path, container, unwrapped(state), metadata=choice.metadata, notes=choice.notes)
 
 
-def _check_torch_zip(path: Path) -> None:
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: cut short (a torch file without its end); {AGAIN}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}); {AGAIN}") from error
-    if any(name.endswith(".npy") for name in members):
-        raise UserError(f"{path}: is a NumPy archive (reference statistics?), not weights")
-    if not any(name == "data.pkl" or name.endswith("/data.pkl") for name in members):
-        raise UserError(f"{path}: is a zip archive, but not one of torch")
-    if any(name.endswith("/constants.pkl") for name in members):
-        raise UserError(f"{path}: is a TorchScript program, not weights; save its state_dict instead")
+@dataclass
+class _Choice:
+    """The state dict within what was saved. Small plain values beside it go to `metadata`."""
 
+    metadata: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def _unnest(content: Any, entry: str | None, opened: Weights, trail: str = "") -> dict[str, Tensor]:
-    """The state dict within what torch.load gave. Small plain values beside it go to `opened.metadata`."""
-    if not isinstance(content, dict):
-        raise UserError(f"{opened.path}: holds a {type(content).__name__}, not a state dict")
-    if entry is not None:
-        if entry not in content:
-            raise UserError(f"{opened.path}: has no entry {entry!r}; it has {_some(content)}")
-        return _unnest(content[entry], None, opened, f"{trail}{entry}.")
-    nests = [name for name in _NESTS if isinstance(content.get(name), dict)]
-    plain = {name: v for name, v in content.items() if v is None or isinstance(v, str | bool | int | float)}
-    opened.metadata |= {str(name): value for name, value in plain.items()}
-    if nests:
-        taken = nests[0]
-        if taken in _AVERAGED and len(nests) > 1:
-            opened.notes.append(f"takes the averaged weights {trail + taken!r}, not {trail + nests[1]!r}")
-        return _unnest(content[taken], None, opened, f"{trail}{taken}.")
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if not state or not all(isinstance(name, str) for name in state):
+    def state_dict(self, content: Any, entry: str | None = None, trail: str = "") -> dict[str, LazyTensor]:
         where = f"its entry {trail.rstrip('.')!r}" if trail else "it"
-        raise UserError(f"{opened.path}: no weights found; {where} has {_some(content)}")
-    if any(
-        isinstance(value, dict) and any(isinstance(v, Tensor) for v in value.values()) for value in content.values()
-    ):
-        dicts = [name for name, value in content.items() if isinstance(value, dict)]
-        raise UserError(
-            f"{opened.path}: tensors both directly and in {_some(dicts)}: which of them is meant is unclear"
-        )
-    return state
+        if not isinstance(content, dict):
+            raise Unfit(f"{where} {_kind(content)}; save a plain state dict instead")
+        if entry == _TOP:
+            return self._tensors(content, where)
+        if entry is not None:
+            first, _, rest = (entry, "", "") if entry in content else entry.partition(".")
+            if first not in content:
+                raise Unfit(f"has no entry {trail + entry!r}; it has {_some(content)}")
+            return self.state_dict(content[first], rest or None, f"{trail}{first}.")
+        plain = {name: v for name, v in content.items() if v is None or isinstance(v, str | bool | int | float)}
+        self.metadata |= {str(name): value for name, value in plain.items()}
+        taken = self._taken(content, trail)
+        if taken is not None:
+            return self.state_dict(content[taken], None, f"{trail}{taken}.")
+        return self._tensors(content, where)
+
+    def _taken(self, content: dict, trail: str) -> str | None:
+        """The entry that holds the weights; None: they lie in `content` itself. Says so where several would fit."""
+        nests = [name for name, value in content.items() if isinstance(name, str) and _is_nest(name, value)]
+        averaged = sorted((name for name in nests if _is_averaged(name)), key=lambda name: name not in _AVERAGED)
+        raw = [name for name in _RAW if name in nests and isinstance(content[name], dict)]
+        direct = any(isinstance(value, LazyTensor | Unreadable) for value in content.values())
+        if not averaged and not raw:
+            others = [name for name in nests if isinstance(content[name], dict)]
+            if direct and others:
+                raise Unfit(
+                    f"tensors both directly and in {_some(others)}: which of them is meant is unclear; "
+                    f"--entry {trail}{others[0]} takes those, --entry {_TOP} the direct ones"
+                )
+            if len(others) > 1:
+                raise Unfit(f"holds several sets of weights ({_some(others)}); choose with --entry {trail}{others[0]}")
+            return others[0] if others else None
+        fitting = [*averaged, *raw, *([_TOP] if averaged and direct else [])]
+        if len(fitting) > 1:
+            taken, second = (_TOP if name == _TOP else trail + name for name in fitting[:2])
+            kind = "averaged weights " if averaged else ""
+            other = "the ones beside it" if second == _TOP else repr(second)
+            self.notes.append(f"takes the {kind}{taken!r}, not {other} (--entry {second} takes those)")
+        return fitting[0]
+
+    def _tensors(self, content: dict, where: str) -> dict[str, LazyTensor]:
+        for name, value in content.items():
+            if isinstance(value, Unreadable):
+                raise Unfit(f"{name} is {value.reason}; save it as an ordinary tensor")
+            if isinstance(value, Record) and re.search(r"Tensor|Parameter|Params", value.origin.name):
+                raise Unfit(f"{name} is a {value.origin}, whose numbers cannot be read; save it as an ordinary tensor")
+        state = {name: value for name, value in content.items() if isinstance(value, LazyTensor)}
+        if not state or not all(isinstance(name, str) for name in state):
+            lists = [str(name) for name, value in content.items() if isinstance(value, list) and _holds_tensors(value)]
+            if lists:
+                raise Unfit(f"{where} holds tensors without names ({_some(lists)}); choose another one with --entry")
+            objects = [f"{name} {_kind(value)}" for name, value in content.items() if isinstance(value, Record)]
+            if objects:
+                raise Unfit(
+                    f"no weights found; nothing in it was run: {_some(objects)}; save a plain state dict instead"
+                )
+            raise Unfit(f"no weights found; {where} has {_some(content)}")
+        return state
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Record):
+        return f"is a pickled {value.origin}"
+    return f"holds a {'Tensor' if isinstance(value, LazyTensor) else type(value).__name__}, not a state dict"
+
+
+def _is_averaged(name: str) -> bool:
+    """`ema` as a word of its own: state_dict_ema, net_ema, ema_0.9999, modelEMA; not schema."""
+    return "ema" in re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+
+
+def _is_nest(name: str, value: Any) -> bool:
+    if _NO_WEIGHTS.search(name) or not isinstance(value, dict):
+        return False
+    return _holds_tensors(value) or (name in (*_AVERAGED, *_RAW) and not value)
+
+
+def _holds_tensors(value: Any, seen: set[int] | None = None) -> bool:
+    seen = set() if seen is None else seen
+    if isinstance(value, LazyTensor | Unreadable):
+        return True
+    if not isinstance(value, dict | list | tuple) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(_holds_tensors(v, seen) for v in (value.values() if isinstance(value, dict) else value))
 
 
 def _some(names: Any, limit: int = 5) -> str:
-    names = [str(name) for name in names]
+    names = [str(name)[:100] for name in names]
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "") or "nothing"
 
 
-def _unprefix(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Names without what DDP and torch.compile put before them, where every name has it."""
-    found = True
-    while found:
-        found = False
-        for prefix in _PREFIXES:
-            if state and all(name.startswith(prefix) for name in state):
-                state = {name.removeprefix(prefix): value for name, value in state.items()}
-                found = True
-    return state
-
-
 def _open_safetensors(path: Path) -> Weights:
-    try:
-        names, raw = read_header(path)
-        file = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, ValueError) as error:  # ValueError: of the header's JSON
-        raise UserError(f"{path}: not a whole safetensors file ({_first_line(error)}); {AGAIN}") from error
+    tensors, raw = open_tensors(path)
     metadata = {name: _maybe_json(text) for name, text in raw.items()}
     config = metadata.pop("config", None)
     if not isinstance(config, dict | None):
         metadata["config"], config = config, None
-    loaders = {name: lambda name=name: file.get_tensor(name) for name in names}
-    if not loaders:
-        raise UserError(f"{path}: holds no tensors")
-    return Weights(path, "safetensors", _unprefix(loaders, path), config, metadata)
+    if not tensors:
+        raise Unfit("holds no tensors")
+    return Weights(path, "safetensors", unwrapped(tensors), config, metadata)
 
 
 def _maybe_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
 def _open_pickle(path: Path, entry: str | None) -> Weights:
     entries = read_pickle(path)
     networks = {name: value for name, value in entries.items() if isinstance(value, PickledObject)}
-    wanted = entry or next((name for name in _NESTS if name in networks), None)
+    fitting = [name for name in (*_AVERAGED, *_RAW) if entries.get(name) is not None]
+    wanted = entry or next(iter(fitting), None)
     if wanted not in networks:
-        raise UserError(f"{path}: has no network {wanted or 'ema'!r}; its entries are {_some(entries)}")
+        raise Unfit(f"has no network {wanted or 'ema'!r}; its entries are {_some(entries)}")
     network = networks[wanted]
     metadata: dict[str, Any] = {"entry": wanted, "attributes": network.attributes}
     metadata["modules"] = {name: describe(child) for name, child in network.children.items()}
     for name, value in entries.items():
         if name != wanted:
             metadata[name] = describe(value) if isinstance(value, PickledObject) else value
-
-    def loader(tensor: LazyTensor) -> Callable[[], Tensor]:
-        def load() -> Tensor:
-            try:
-                return tensor.load()
-            except Refused as error:
-                raise refusal(path, error) from error
-
-        return load
-
-    loaders = {name: loader(tensor) for name, tensor in network.lazy_state()}
-    if not loaders:
-        raise UserError(f"{path}: its entry {wanted!r} ({network.class_name}) holds no tensors")
-    return Weights(path, "pickle", _unprefix(loaders, path), describe(network, with_attributes=False), metadata)
+    tensors = dict(network.lazy_state())
+    if not tensors:
+        raise Unfit(f"its entry {wanted!r} ({network.class_name}) holds no tensors")
+    return Weights(path, "pickle", unwrapped(tensors), describe(network, with_attributes=False), metadata)
 
 
 def describe(pickled: PickledObject, with_attributes: bool = True) -> dict[str, Any]:

@@ -150,8 +150,11 @@ def zipped(name: str) -> bytes:
     return buffer.getvalue()
 
 
-class Custom:
-    """What a training script might put into its checkpoint; must not be looked up."""
+class Hostile:
+    """What a file might ask of whoever opens it."""
+
+    def __reduce__(self):
+        return os.getcwd, ()
 
 
 def numpy_archive() -> bytes:
@@ -175,9 +178,12 @@ WRONG = {
     "numbers only": (saved({"epoch": 1, "lr": 0.1}), "no weights found; it has epoch, lr"),
     "empty nest": (saved({"model": {}}), "no weights found; its entry 'model' has nothing"),
     "two meanings": (saved({"a": torch.ones(1), "theirs": {"a": torch.ones(1)}}), "which of them is meant"),
-    "object": (saved({"model": STATE, "x": Custom()}), "refused, nothing in it was run"),
-    "object, legacy": (saved({"model": STATE, "x": Custom()}, _use_new_zipfile_serialization=False), "refused"),
-    "module": (saved({"net": nn.Linear(1, 1)}), "refused, nothing in it was run"),
+    "code": (saved({"model": STATE, "x": Hostile()}), "refused, nothing in it was run: the pickle names posix.getcwd"),
+    "code, legacy": (saved({"model": STATE, "x": Hostile()}, _use_new_zipfile_serialization=False), "posix.getcwd"),
+    "module": (
+        saved({"net": nn.Linear(1, 1)}),
+        "nothing in it was run: net is a pickled torch.nn.modules.linear.Linear",
+    ),
     "header too long": (struct.pack("<Q", 1 << 60) + b"{" + bytes(100), "not a whole safetensors file"),
     "header no JSON": (struct.pack("<Q", 8) + b"{-------" + bytes(100), "not a whole safetensors file"),
 }

@@ -66,7 +66,7 @@ def test_hand_made_file_is_read():
     assert torch.equal(entries["ema"].state_dict()["w"], torch.tensor([1.5, -2.0]))
 
 
-def test_golden_hostile_files_are_refused_by_both_unpicklers(golden_data):
+def test_golden_hostile_files_are_refused(golden_data):
     case = hostile_case(golden_data)
     refused = refuse_hostile(case)["refused"]
     assert refused.tolist() == [1] * len(case.config["files"])
@@ -119,13 +119,12 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("pure_python", [False, True], ids=["C", "Python"])
 @pytest.mark.parametrize("what", HOSTILE)
-def test_further_hostile_files_are_refused(what, pure_python, tmp_path):
+def test_further_hostile_files_are_refused(what, tmp_path):
     file = tmp_path / "file.pkl"
     file.write_bytes(snapshot(HOSTILE[what]))
     with pytest.raises(UserError) as caught:
-        for entry in read_pickle(file, pure_python).values():
+        for entry in read_pickle(file).values():
             entry.state_dict()  # storages are decoded when asked for
     with pytest.raises(UserError, match="^" + re.escape(str(file))):
         read_checkpoint(file)
@@ -179,13 +178,12 @@ def test_entries_of_the_golden_snapshots(golden_data):
     cases = [case for part, case in read_cases(golden_data) if part == "edm" and case.kind == "pickle"]
     assert cases
     for case in cases:
-        for pure_python in (False, True):
-            entries = read_pickle(case.folder / case.spec["pickle"], pure_python)
-            check_edm_entries(case.config, entries)
-            state = entries["ema"].state_dict()
-            assert list(state) == case.config["state_dict_keys_in_order"]
-            sums = np.array([value.double().sum().item() for value in state.values()])
-            np.testing.assert_allclose(sums, case.expected["tensor_sums"], rtol=1e-6, atol=1e-6)
+        entries = read_pickle(case.folder / case.spec["pickle"])
+        check_edm_entries(case.config, entries)
+        state = entries["ema"].state_dict()
+        assert list(state) == case.config["state_dict_keys_in_order"]
+        sums = np.array([value.double().sum().item() for value in state.values()])
+        np.testing.assert_allclose(sums, case.expected["tensor_sums"], rtol=1e-6, atol=1e-6)
 
 
 def test_configuration_lists_become_plain_lists(golden_data):

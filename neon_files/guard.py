@@ -1,0 +1,41 @@
+"""One guard around every reader of bytes that others wrote: whatever is wrong becomes one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from neon_files.errors import UserError
+
+AGAIN = "download it again"
+
+
+class Unfit(UserError):
+    """What is wrong with a file, for `reading` to put its name before."""
+
+
+class Refused(UserError):
+    """The file asks for something that is not on the list. Its message continues "the pickle ..."."""
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Any error within, but the interpreter's own exits, as a UserError that names `path`."""
+    try:
+        yield
+    except Refused as error:
+        raise UserError(
+            f"{path}: refused, nothing in it was run: the pickle {error.message}; save a plain state dict instead"
+        ) from error
+    except Unfit as error:
+        raise UserError(f"{path}: {error.message}") from error
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"{path}: refused: its values are nested too deeply") from error
+    except MemoryError as error:
+        raise UserError(f"{path}: asks for more memory than there is; it is damaged, or too large here") from error
+    except Exception as error:  # damage shows in many ways, and each library has its own: zlib, struct, JSON, torch
+        first = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(f"{path}: cut short or damaged ({first}); {AGAIN}") from error
