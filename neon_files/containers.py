@@ -78,7 +78,7 @@ def open_weights(path: str | Path, entry: str | None = None) -> Weights:
     if not start:
         raise UserError(f"{path}: is empty; {AGAIN}")
     with reading(path):
-        if start.startswith((b"PK\x03\x04", LEGACY_START)):
+        if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and LEGACY_START in start[:32]):
             return _open_torch(path, start.startswith(b"PK"), entry)
         if start[8:9] == b"{" and not start.lstrip().startswith((b"<", b"version")):
             return _open_safetensors(path)
@@ -151,9 +151,9 @@ class _Choice:
         fitting = [*averaged, *raw, *([_TOP] if averaged and direct else [])]
         if len(fitting) > 1:
             taken, second = (_TOP if name == _TOP else trail + name for name in fitting[:2])
-            kind = "averaged weights " if averaged else ""
+            kind = "the averaged weights " if averaged else ""
             other = "the ones beside it" if second == _TOP else repr(second)
-            self.notes.append(f"takes the {kind}{taken!r}, not {other} (--entry {second} takes those)")
+            self.notes.append(f"takes {kind}{taken!r}, not {other} (--entry {second} takes those)")
         return fitting[0]
 
     def _tensors(self, content: dict, where: str) -> dict[str, LazyTensor]:

@@ -291,7 +291,7 @@ def _table() -> dict[tuple[str, str], Any]:
         functions |= {(module, "set"): _set, (module, "frozenset"): lambda items=(): frozenset(_set(items))}
         functions |= {(module, "bytearray"): _bytes, (module, "getattr"): _attribute}
         functions |= {(module, kind.__name__): _of(kind, (int, type(None))) for kind in (slice, range)}
-        functions[module, "complex"] = _of(complex, (int, float))
+        functions |= {(module, "xrange"): _of(range, (int,)), (module, "complex"): _of(complex, (int, float))}
     functions |= {(module, "_reconstructor"): _object for module in ("copyreg", "copy_reg")}
     table: dict[tuple[str, str], Any] = {key: Function(".".join(key), call) for key, call in functions.items()}
     table |= {("torch", name): StorageType(dtype) for name, dtype in _STORAGES.items()}

@@ -20,7 +20,7 @@ def unwrapped(state: dict[str, T]) -> dict[str, T]:
     kept = dict(state)
     if "n_averaged" in kept and all(name.startswith("module.") for name in kept if name != "n_averaged"):
         del kept["n_averaged"]  # the counter of torch's AveragedModel
-    renamed = _renamed(kept, _without_wrappers)
+    renamed = {bare: kept[_only(names, bare)] for bare, names in _grouped(kept, _without_wrappers).items()}
     while renamed and all(name.startswith("module.") for name in renamed):
         renamed = {name.removeprefix("module."): value for name, value in renamed.items()}
     return renamed
@@ -40,10 +40,8 @@ def match_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
     for bare in (_without_wrappers, _without_module, _without_model):
         if not ours_left or not theirs_left:
             break
-        table = _renamed({name: name for name in ours_left}, bare)
-        matched = {
-            name: table[key] for key, name in _renamed({n: n for n in theirs_left}, bare).items() if key in table
-        }
+        table, others = _grouped(ours_left, bare), _grouped(theirs_left, bare)
+        matched = {_only(others[key], key): _only(table[key], key) for key in others if key in table}
         pairs |= matched
         ours_left = [name for name in ours_left if name not in set(matched.values())]
         theirs_left = [name for name in theirs_left if name not in matched]
@@ -62,12 +60,14 @@ def _without_model(name: str) -> str:
     return _without_module(name).removeprefix("model.")
 
 
-def _renamed(state: dict[str, T], bare: Callable[[str], str]) -> dict[str, T]:
-    result: dict[str, T] = {}
-    first: dict[str, str] = {}
-    for name, value in state.items():
-        key = bare(name)
-        if key in result:
-            raise Unfit(f"{first[key]} and {name} both mean {key}, without what wrappers add; which is unclear")
-        result[key], first[key] = value, name
-    return result
+def _grouped(names: Iterable[str], bare: Callable[[str], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(bare(name), []).append(name)
+    return groups
+
+
+def _only(names: list[str], bare: str) -> str:
+    if len(names) > 1:
+        raise Unfit(f"{names[0]} and {names[1]} both mean {bare}, without what wrappers add; which is unclear")
+    return names[0]

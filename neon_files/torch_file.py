@@ -18,11 +18,11 @@ import torch
 from torch import UntypedStorage
 
 from neon_files.guard import AGAIN, Refused, Unfit
-from neon_files.inert import InertUnpickler
+from neon_files.inert import InertUnpickler, Name
 from neon_files.lazy_tensor import TABLE, Storage, StorageType
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled
+LEGACY_START = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled; the protocol comes before
 _LEGACY_PROTOCOL = 1001
 _LARGEST_PICKLE = 64 << 20  # bytes of the descriptions in a compressed file
 _LARGEST_GROWTH = 50  # times the archive's size, that compressed members may grow to; weights hardly shrink at all
@@ -155,7 +155,9 @@ def read_legacy(file: BinaryIO) -> Any:
     places: dict[str, int] = {}  # where the numbers of a storage begin; known after its pickle is read
     storages: dict[str, Storage] = {}
 
-    def persistent(pid: Any) -> Storage:
+    def persistent(pid: Any) -> Any:
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], Name):
+            return pid[1]  # a class, with its source text
         if isinstance(pid, tuple) and len(pid) == 6 and pid[5] is not None:
             raise Refused("holds views of storages, which torch has not written since version 0.4; save it anew")
         key, dtype, count = _described(pid, 6)

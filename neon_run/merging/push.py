@@ -73,7 +73,7 @@ def read_weights(path: Path) -> Weights:
         raise UserError(f"{path}: does not exist; name merged weights")
     try:
         names, header = read_header(path)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         raise UserError(f"{path}: is no safetensors file; merge with `neon merge`, which writes one") from error
     if "neon" not in header:
         raise UserError(f"{path}: its header records no merge; give weights that `neon merge` wrote")
