@@ -66,7 +66,9 @@ class MetricAccumulator:
         device = torch.device(device if device is not None else getattr(detector, "device", "cpu"))
         device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         num_classes = getattr(detector, "num_classes", 0)
-        _check_sizes(wanted, num_images, num_classes, settings, detector.name)
+        if "is" in wanted and num_classes == 0:
+            raise UserError(f"the Inception Score needs class logits, which the detector {detector.name} does not give")
+        check_sizes(wanted, num_images, settings, "were asked for")
         self.detector = detector
         self.num_images = num_images
         self.metrics = wanted
@@ -245,9 +247,8 @@ def extract_features(detector: Detector, batches: Iterable[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, detector.num_features)
 
 
-def _check_sizes(wanted: frozenset, num_images: int, num_classes: int, settings: MetricSettings, detector: str) -> None:
-    if "is" in wanted and num_classes == 0:
-        raise UserError(f"the Inception Score needs class logits, which the detector {detector} does not give")
+def check_sizes(metrics: Iterable[str], num_images: int, settings: MetricSettings, where: str) -> None:
+    """UserError where `num_images` are too few for one of `metrics`; `where` ends the sentence."""
     least = {
         "fid": (2, "FID"),
         "is": (settings.is_splits, f"the Inception Score in {settings.is_splits} parts"),
@@ -256,8 +257,8 @@ def _check_sizes(wanted: frozenset, num_images: int, num_classes: int, settings:
     }
     for metric in METRICS:
         count, text = least[metric]
-        if metric in wanted and num_images < count:
-            raise UserError(f"{text} needs at least {count} images, and {num_images} were asked for")
+        if metric in metrics and num_images < count:
+            raise UserError(f"{text} needs at least {count} images, and {num_images} {where}")
 
 
 def _difference(mine: dict, theirs: dict) -> str:

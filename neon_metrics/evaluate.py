@@ -2,12 +2,12 @@
 
 Images stay in memory: each rank samples its batches, extracts features and keeps sums; the sums meet at the end. With
 `work_dir`, what is done is kept there from time to time, so that a killed evaluation continues, on any number of ranks.
+It stays there until the caller, whose result is then on disk, clears it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,15 +18,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neon_core.backbone import Backbone
-from neon_core.distributed import barrier, broadcast_object, is_main, print0, rank, world_size
+from neon_core.distributed import gather_objects, is_main, print0, rank, world_size
+from neon_core.pixels import NotFiniteImages, sample
 from neon_core.seeds import deal, format_seeds, global_batches
 from neon_core.synthetic import image_name, write_images
-from neon_files.atomic import atomic_path
 from neon_files.downloads import fetch
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
-from neon_metrics.accumulator import MetricAccumulator
+from neon_metrics.accumulator import MetricAccumulator, MetricSettings, check_sizes
 from neon_metrics.detector import Detector, load_inception
+from neon_metrics.kept import KeptWork
 from neon_metrics.reference import Reference, load_reference
 from neon_metrics.scores import fid
 
@@ -35,8 +36,9 @@ class Evaluator:
     """Reference, detector and wanted metrics, all checked before a model is built; then called once per setting.
 
     `reference`: .npz path or URL, or a Reference. `detector`: None for the published Inception, a weight file, or any
-    Detector. `metrics`: of fid, is, kid, prdc; the last two need `real_images`, a folder or .zip. `heldout`: a second
-    reference, for `fid_heldout`. Raises UserError.
+    Detector. `metrics`: of fid, is, kid, prdc; the last two need `real_images`, a folder or .zip, of which every image
+    is decoded once to see that it can be. `heldout`: a second reference, for `fid_heldout`. Every rank makes one.
+    Raises UserError.
     """
 
     def __init__(
@@ -62,8 +64,26 @@ class Evaluator:
                     f"{found.name}: made from {len(found.mu)} features, the detector gives {detector.num_features}"
                 )
         self.detector, self.device = detector, device
-        self._real_images = ImageSet(real_images, use_labels=False) if real_images is not None else None
+        self._real_images = None
+        if {"kid", "prdc"} & set(metrics):
+            self._real_images = ImageSet(real_images, use_labels=False)
+            self._check_real_images()
         self._real_features: Tensor | None = None
+        self._kept: KeptWork | None = None
+
+    def _check_real_images(self) -> None:
+        """UserError, on every rank alike, where they are too few, or one of them cannot be used."""
+        images, problem = self._real_images, None
+        check_sizes({"kid", "prdc"} & set(self.metrics), len(images), MetricSettings(), f"are in {images.path}")
+        if images.dtype != np.uint8:
+            raise UserError(f"{images.path}: holds arrays of {images.dtype}; --real_images wants images")
+        try:
+            images.check(range(rank(), len(images), world_size()))
+        except UserError as error:
+            problem = error.message
+        problems = [text for text in gather_objects(problem) if text is not None]
+        if problems:
+            raise UserError(problems[0])
 
     def new_accumulator(self, num_images: int, file_order: np.ndarray | None = None) -> MetricAccumulator:
         return MetricAccumulator(self.detector, num_images, self.metrics, file_order=file_order)
@@ -97,19 +117,35 @@ class Evaluator:
         settings: dict,
         batch_size: int,
         file_order: np.ndarray | None = None,
+        work_dir: str | Path | None = None,
+        identity: dict | None = None,
+        infinite: bool = False,
         **options,
     ) -> dict:
         """Every wanted metric of the images of `seeds`, with what made them. `file_order`: see `MetricAccumulator`;
-        `options` go to `evaluate`."""
+        `options` go to `evaluate`.
+
+        `work_dir` keeps what is done, also after the end: call `clear` once the result is on disk. `identity` (weights'
+        hash and the like) tells whether what lies there is of this run. With `infinite`, images that are not finite
+        give {"fid": infinity, "not_finite": the reason} instead of an error.
+        """
         began = time.monotonic()
+        made_by = {"seeds": format_seeds(seeds), "settings": settings, "batch_size": batch_size}
+        self._kept = None if work_dir is None else KeptWork(work_dir, {**made_by, **(identity or {})})
         make = lambda: self.new_accumulator(len(seeds), file_order)  # noqa: E731
-        total = evaluate(backbone, seeds, make, settings=settings, batch_size=batch_size, **options)
+        try:
+            total = evaluate(
+                backbone, seeds, make, settings=settings, batch_size=batch_size, kept=self._kept, **options
+            )
+            values = self.compute(total, batch_size)
+        except NotFiniteImages as error:
+            if not infinite:
+                raise
+            values = {"fid": math.inf, "not_finite": error.message}
         return {
-            **self.compute(total, batch_size),
+            **values,
             "num_images": len(seeds),
-            "seeds": format_seeds(seeds),
-            "settings": settings,
-            "batch_size": batch_size,
+            **made_by,
             "reference": self.reference.name,
             "detector": self.detector.name,
             "detector_is_official": self.detector.official,
@@ -118,6 +154,11 @@ class Evaluator:
             "device": str(self.device),
             "torch": torch.__version__,
         }
+
+    def clear(self) -> None:
+        """Remove what the last call kept in its `work_dir`."""
+        if self._kept is not None:
+            self._kept.clear()
 
 
 def _checked(reference: str | Path | Reference) -> Reference:
@@ -133,28 +174,23 @@ def evaluate(
     *,
     settings: dict,
     batch_size: int,
-    work_dir: str | Path | None = None,
-    identity: dict | None = None,
+    kept: KeptWork | None = None,
     save_images: str | Path | None = None,
     save_seconds: float = 30.0,
     progress: bool = True,
 ) -> MetricAccumulator:
     """Sample every seed once (repeats count as often as they stand) and return the statistics, reduced over ranks.
 
-    `settings` go to `backbone.sample`. `work_dir` holds what is done, saved every `save_seconds`, and is emptied at
-    the end; `identity` (weights' hash and the like) tells whether what lies there is of this run. `save_images` also
-    writes PNGs. Every rank calls it; every rank gets the reduced statistics.
+    `settings` go to `backbone.sample`. `kept` is where what is done is saved, every `save_seconds` and at the end, and
+    what an earlier run saved is found; the caller clears it. `save_images` also writes PNGs. Every rank calls it; every
+    rank gets the reduced statistics. Raises NotFiniteImages, on every rank alike.
     """
     labels = backbone.assign_labels(seeds, **settings)
     batches = global_batches(len(seeds), batch_size)
     accumulator = new_accumulator()
-    store, done = None, []
-    if work_dir is not None:
-        identity = {"seeds": format_seeds(seeds), "batch_size": batch_size, "settings": settings, **(identity or {})}
-        store = _Store(work_dir, identity)
-        done = store.resume(accumulator, new_accumulator)
-        if done:
-            print0(f"continuing: {len(done)} of {len(batches)} batches were done in {store.folder}")
+    done = kept.resume(accumulator, new_accumulator) if kept else []
+    if done:
+        print0(f"continuing: {len(done)} of {len(batches)} batches were done in {kept.folder}")
     mine = deal(len(batches), rank(), world_size(), done)
     bar = tqdm(
         total=len(seeds),
@@ -163,10 +199,14 @@ def evaluate(
         desc="evaluate",
         disable=not (progress and is_main()),
     )
-    finished, saved_at = list(done) if is_main() else [], time.monotonic()
+    finished, saved_at, problem = list(done) if is_main() else [], time.monotonic(), None
     for number, b in enumerate(mine):
         part = list(batches[b])
-        images = backbone.sample([seeds[i] for i in part], None if labels is None else labels[part], **settings)
+        try:
+            images = sample(backbone, [seeds[i] for i in part], None if labels is None else labels[part], settings)
+        except NotFiniteImages as error:
+            problem = b, error.message
+            break
         accumulator.update(images, torch.tensor(part))
         if save_images is not None:
             names = [image_name(i, None if labels is None else int(labels[i])) for i in part]
@@ -174,61 +214,13 @@ def evaluate(
         finished.append(b)
         left = len(seeds) - bar.n
         bar.update(min(left, len(part) * world_size()) if number < len(mine) - 1 else left)
-        if store and time.monotonic() - saved_at >= save_seconds:
-            store.save(accumulator, finished)
+        if kept and time.monotonic() - saved_at >= save_seconds:
+            kept.save(accumulator, finished)
             saved_at = time.monotonic()
     bar.close()
-    total = accumulator.reduced()
-    if store:
-        store.clear()
-    return total
-
-
-class _Store:
-    """What a killed evaluation leaves: one file per rank, with its statistics and the batches in them."""
-
-    def __init__(self, folder: str | Path, identity: dict):
-        text = json.dumps(identity, sort_keys=True, default=str)
-        self.folder = Path(folder)
-        self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"partial-{self.key}-{number:03d}.pt"
-
-    def resume(self, accumulator: MetricAccumulator, new_accumulator: Callable[[], MetricAccumulator]) -> list[int]:
-        """Batches done by an earlier run, on every rank; rank 0's accumulator takes their statistics over."""
-        done: list[int] = []
-        if is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            paths = sorted(self.folder.glob(f"partial-{self.key}-*.pt"))
-            for path in paths:
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-                if set(saved["batches"]) <= set(done):  # merged already, by a run that was killed before it unlinked
-                    continue
-                if set(saved["batches"]) & set(done):
-                    raise UserError(f"{path}: counts batches that another file counts too; remove {self.folder}")
-                part = new_accumulator()
-                part.load_state_dict(saved["statistics"])
-                accumulator.merge(part)
-                done += saved["batches"]
-            if done:
-                self.save(accumulator, done)
-                for path in paths:
-                    if path != self._path(0):
-                        path.unlink()
-        done = broadcast_object(done)
-        barrier()
-        return done
-
-    def save(self, accumulator: MetricAccumulator, batches: list[int]) -> None:
-        with atomic_path(self._path(rank())) as temporary:
-            torch.save({"batches": list(batches), "statistics": accumulator.state_dict()}, temporary)
-
-    def clear(self) -> None:
-        barrier()
-        if is_main():
-            for path in self.folder.glob(f"partial-{self.key}-*.pt"):
-                path.unlink()
-            if not any(self.folder.iterdir()):
-                self.folder.rmdir()
-        barrier()
+    if kept:
+        kept.save(accumulator, finished)
+    problems = [found for found in gather_objects(problem) if found]
+    if problems:
+        raise NotFiniteImages(min(problems)[1])
+    return accumulator.reduced()

@@ -61,7 +61,8 @@ def early_stopped_grid(
     """The best (snapshot, w, guidance) of the grid, by FID; for one snapshot after the other:
 
     guidance is not raised further once it is worse than the best of its w by more than `tolerance`, nor w once the
-    best of a w is worse than the best of the w before it by more than that (the official VAR and xAR sweeps).
+    best of a w is worse than the best of the w before it by more than that (the official VAR and xAR sweeps). A point
+    of infinite FID gave images that are not finite; UserError where all did.
     """
     best: tuple[float, tuple] = (math.inf, ())
     for snapshot in snapshots:
@@ -78,6 +79,8 @@ def early_stopped_grid(
             if best_of_w > before + tolerance:
                 break
             before = best_of_w
+    if math.isinf(best[0]):
+        raise UserError("no setting of the search gave finite images; check the snapshots, or search smaller w")
     return best[1]
 
 
@@ -133,11 +136,13 @@ class Sweep:
                 batch_size=self.batch_size,
                 work_dir=self.out_dir / "partial",
                 identity=what,
+                infinite=True,
             )
             found = json.loads(json.dumps({**what, **result}, default=str))
             if is_main():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, found)
+            self.evaluator.clear()
             barrier()
         told = "".join(f" | {name}={value}" for name, value in varied.items())
         print0(f"{snapshot} | w={w:g}{told} | images={len(seeds)} | FID={found['fid']:.6f}")
