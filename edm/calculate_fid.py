@@ -49,6 +49,7 @@ def main(
         result = evaluator(backbone, seeds, settings=settings, batch_size=batch_size, **options)
         result |= {"network": str(path), "network_sha256": identity["sha256"], "tf32": tf32}
         write_result(result, result_line(result, backbone.num_classes), json_path)
+        evaluator.clear()
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def main(
         options = {"batch_size": batch_size, "work_dir": work_dir, "save_images": save_images}
         result = evaluate(backbone, evaluator, seeds, settings, files=files, w=w, **options)
         write_result(result, result_line(result), json_path)
+        evaluator.clear()
 
 
 if __name__ == "__main__":

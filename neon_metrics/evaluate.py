@@ -25,6 +25,7 @@ from neon_core.synthetic import image_name, write_images
 from neon_files.downloads import fetch
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
+from neon_files.stopping import Stopped, signals_wait
 from neon_metrics.accumulator import MetricAccumulator, MetricSettings, check_sizes
 from neon_metrics.detector import Detector, load_inception
 from neon_metrics.kept import KeptWork
@@ -192,34 +193,31 @@ def evaluate(
     if done:
         print0(f"continuing: {len(done)} of {len(batches)} batches were done in {kept.folder}")
     mine = deal(len(batches), rank(), world_size(), done)
-    bar = tqdm(
-        total=len(seeds),
-        initial=sum(len(batches[b]) for b in done),
-        unit="img",
-        desc="evaluate",
-        disable=not (progress and is_main()),
-    )
+    show = {"desc": "evaluate", "unit": "img", "disable": not (progress and is_main())}
+    done_before = sum(len(batches[b]) for b in done)
     finished, saved_at, problem = list(done) if is_main() else [], time.monotonic(), None
-    for number, b in enumerate(mine):
-        part = list(batches[b])
-        try:
-            images = sample(backbone, [seeds[i] for i in part], None if labels is None else labels[part], settings)
-        except NotFiniteImages as error:
-            problem = b, error.message
-            break
-        accumulator.update(images, torch.tensor(part))
-        if save_images is not None:
-            names = [image_name(i, None if labels is None else int(labels[i])) for i in part]
-            write_images(Path(save_images), names, images)
-        finished.append(b)
-        left = len(seeds) - bar.n
-        bar.update(min(left, len(part) * world_size()) if number < len(mine) - 1 else left)
-        if kept and time.monotonic() - saved_at >= save_seconds:
-            kept.save(accumulator, finished)
-            saved_at = time.monotonic()
-    bar.close()
-    if kept:
-        kept.save(accumulator, finished)
+    with tqdm(total=len(seeds), initial=done_before, **show) as bar, signals_wait() as stop_asked:
+        for number, b in enumerate(mine):
+            part = list(batches[b])
+            try:
+                images = sample(backbone, [seeds[i] for i in part], None if labels is None else labels[part], settings)
+            except NotFiniteImages as error:
+                problem = b, error.message
+                break
+            accumulator.update(images, torch.tensor(part))
+            if save_images is not None:
+                names = [image_name(i, None if labels is None else int(labels[i])) for i in part]
+                write_images(Path(save_images), names, images)
+            finished.append(b)
+            left = len(seeds) - bar.n
+            bar.update(min(left, len(part) * world_size()) if number < len(mine) - 1 else left)
+            stop = stop_asked()
+            last = number == len(mine) - 1
+            if kept and (stop or last or time.monotonic() - saved_at >= save_seconds):
+                kept.save(accumulator, finished)
+                saved_at = time.monotonic()
+            if stop:
+                raise Stopped(stop)
     problems = [found for found in gather_objects(problem) if found]
     if problems:
         raise NotFiniteImages(min(problems)[1])

@@ -1,6 +1,6 @@
 """What an evaluation keeps of its work: partial sums on disk, until the caller has its result there.
 
-    <work_dir>/partial-<key>/rank-003.pt      statistics of one rank, and the batches in them; the key is that of the run
+<work_dir>/partial-<key>/rank-003.pt      statistics of one rank, and the batches in them
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ def main(
             **identity,
         }
         write_result(result, result_line(result), json_path)
+        evaluator.clear()
 
 
 if __name__ == "__main__":

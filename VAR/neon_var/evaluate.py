@@ -87,5 +87,6 @@ def calculate_fid(preset: str) -> None:
             )
             result |= identity | {"checkpoint": str(checkpoint), "depth": backbone.net.depth, "preset": preset}
             write_result(result, result_line(result), json_path)
+            evaluator.clear()
 
     run(command)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor
 
 from neon_core.distributed import barrier, broadcast_object, is_main, print0, world_size
+from neon_core.pixels import NotFiniteImages
 from neon_core.seeds import format_seeds
 from neon_files.atomic import atomic_path, write_json
 from neon_files.errors import UserError
 from neon_metrics.accumulator import MetricAccumulator
 from neon_metrics.evaluate import evaluate
+from neon_metrics.kept import KeptWork
 from neon_metrics.scores import fid
 from neon_run.search.sweep import BASE, Sweep
 
@@ -44,6 +47,7 @@ class GrowingSweep(Sweep):
 
     def grown(self, snapshot: str, w: float, seeds: Sequence[int], count: int, **varied: Any) -> dict[str, Any]:
         """FID of the first `count` of `seeds` at one setting, found or made now; at the full count every metric.
+        Infinite where the images are not finite.
 
         Every rank calls it and gets the same. `sampled` says how many images were made for it now.
         """
@@ -52,8 +56,11 @@ class GrowingSweep(Sweep):
         found = broadcast_object(json.loads(path.read_text()) if is_main() and path.exists() else None)
         if found is None:
             began = time.monotonic()
-            total, sampled = self._seen(what, settings, seeds, count, varied)
-            values = self._values(total)
+            try:
+                total, sampled = self._seen(what, settings, seeds, count, varied)
+                values = self._values(total)
+            except NotFiniteImages as error:  # on every rank alike
+                sampled, values = 0, {"fid": math.inf, "not_finite": error.message}
             found = broadcast_object(
                 {
                     **what,
@@ -102,14 +109,14 @@ class GrowingSweep(Sweep):
             part.offset = start
             return part
 
+        kept = KeptWork(self.out_dir / "partial", {**what, "start": start, "count": count})
         part = evaluate(
             self.backbone,
             seeds[start:count],
             new_accumulator,
             settings=settings,
             batch_size=self.batch_size,
-            work_dir=self.out_dir / "partial",
-            identity={**what, "start": start},
+            kept=kept,
         )
         if is_main():
             if total is None:
@@ -118,6 +125,7 @@ class GrowingSweep(Sweep):
                 total.merge(part)
             with atomic_path(path) as temporary:
                 torch.save(total.state_dict(), temporary)
+            kept.clear()
         barrier()
         return total, count - start
 

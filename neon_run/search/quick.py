@@ -8,10 +8,13 @@ from snapshot to snapshot, so one snapshot's optimum says where to look in the n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+from neon_files.errors import UserError
 
 Measure = Callable[[str, float, float | None, int], float]  # snapshot, w, guidance, images -> FID
 
@@ -141,6 +144,8 @@ def search(
     many = budget.deciding_images
     finalists = ranked(points, axes)[:2]
     decided = [replace(p, images=many, fid=measure(p.snapshot, p.w, p.guidance, many)) for p in finalists]
+    if not any(math.isfinite(p.fid) for p in decided):
+        raise UserError("the best settings of the search gave images that are not finite; search smaller w")
     return Found(min(decided, key=lambda p: p.fid), points + decided)
 
 
@@ -206,8 +211,19 @@ def _fit(own: Sequence[Point], axes: Sequence[Axis], borrowed: Sequence[Point]) 
     together = [*own, *borrowed]
     x = _coordinates(together, axes) / np.array([a.step for a in axes])
     x = x - x[np.argmin([p.fid for p in own])]
-    coefficients = fit_quadratic(x, np.array([p.fid for p in together]), [p.snapshot for p in together])
+    coefficients = fit_quadratic(x, _walls(together), [p.snapshot for p in together])
     return quadratic_features(x[: len(own)]) @ coefficients, coefficients
+
+
+def _walls(points: Sequence[Point]) -> np.ndarray:
+    """The FIDs, [n]; an infinite one (images that were not finite) counts as a wall twice as high as the others'.
+    Raises UserError where all are."""
+    fids = np.array([p.fid for p in points])
+    finite = fids[np.isfinite(fids)]
+    if not len(finite):
+        raise UserError("no setting of the search gave finite images; check the snapshots, or search smaller w")
+    lowest, highest = finite.min(), finite.max()
+    return np.where(np.isfinite(fids), fids, highest + max(highest - lowest, 0.1 * abs(highest), 1e-6))
 
 
 def fit_quadratic(x: np.ndarray, y: np.ndarray, groups: Sequence[str] | None = None) -> np.ndarray:

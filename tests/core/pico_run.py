@@ -25,6 +25,7 @@ from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
 from neon_metrics.accumulator import MetricAccumulator
 from neon_metrics.evaluate import evaluate
+from neon_metrics.kept import KeptWork
 from neon_run.cli import run
 
 
@@ -68,12 +69,14 @@ def main(stage, out, num, batch, save_seconds, mode, checkpointing):
                        activation_checkpointing=checkpointing)  # fmt: skip
         if stage in ("evaluate", "all"):
             make = lambda: MetricAccumulator(PixelMoments(), num, ("fid", "is"))  # noqa: E731
+            kept = KeptWork(out / "eval", {})
             done = evaluate(SlowPico.fresh(seed=3), range(num), make, settings=RECIPE.evaluate, batch_size=batch,
-                            work_dir=out / "eval", save_seconds=save_seconds)  # fmt: skip
+                            kept=kept, save_seconds=save_seconds)  # fmt: skip
             statistics = done.feature_statistics
             score = torch.tensor(done.inception_score.score(), dtype=torch.float64)
             saved = {"mean": statistics.mean, "cov": statistics.covariance(), "is": score}
             torch.save(saved, out / f"stats-{rank()}.pt")
+            kept.clear()
         print0(json.dumps({"rank_0_done": stage}))
 
 

@@ -1,13 +1,22 @@
 """A network that gives NaN is an error, never a black image: in every cast, in a set, in an evaluation, in a sweep."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
-from core.pico import PicoBackbone
+from core.pico import PicoBackbone, PixelMoments
 
 from neon_core.pixels import NotFiniteImages, check_finite
 from neon_core.synthetic import generate_set
 from neon_edm.sampler import to_uint8 as edm_cast
+from neon_files.errors import UserError
 from neon_imm.latents import RgbCodec, to_pixels
+from neon_metrics.evaluate import Evaluator
+from neon_metrics.reference import Reference
+from neon_run.search.growing import GrowingSweep
+from neon_run.search.quick import Axis, search
+from neon_run.search.sweep import Sweep, early_stopped_grid
 from neon_var.sampler import to_uint8 as var_cast
 from neon_xar.vae import to_uint8 as xar_cast
 
@@ -45,3 +54,44 @@ def test_a_set_names_the_seed_and_is_not_finished(tmp_path):
     with pytest.raises(NotFiniteImages, match=r"seed 13: .* not finite"):
         generate_set(backbone, range(4, 24), tmp_path, settings={}, batch_size=4, progress=False)
     assert not (tmp_path / "dataset.json").exists() and len(list(tmp_path.rglob("*.png"))) == 8
+
+
+def make_evaluator(**options):
+    reference = Reference(np.zeros(12), np.eye(12))
+    return Evaluator(reference, device=torch.device("cpu"), metrics=("fid",), detector=PixelMoments(), **options)
+
+
+def test_an_evaluation_names_the_first_seed():
+    backbone = Failing.fresh()
+    backbone.bad = (13, 7)
+    with pytest.raises(NotFiniteImages, match=r"seed 7: .* not finite"):
+        make_evaluator()(backbone, range(20), settings={}, batch_size=4, progress=False)
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_a_sweep_records_infinity_and_goes_on(tmp_path, growing):
+    """The point is in its file: the next run does not sample it again."""
+    backbone = Failing.fresh()
+    kind, make = (GrowingSweep if growing else Sweep), {"settings": {}, "batch_size": 4, "identity": {}}
+
+    def fid(contrast):
+        backbone.bad = (13,) if contrast == 9 else ()
+        sweep = kind(backbone, make_evaluator(), {}, tmp_path, **make)
+        options = ("base", 0.0, range(20), 20) if growing else ("base", 0.0, range(20))
+        return (sweep.grown if growing else sweep.measure)(*options, contrast=contrast)
+
+    assert early_stopped_grid(["base"], [0.0], [1.0, 9.0, 2.0], lambda _, __, g: fid(g)["fid"])[2] != 9.0
+    before = backbone.sampled
+    again = fid(9.0)
+    assert again["fid"] == float("inf") and "seed 13" in again["not_finite"] and backbone.sampled == before
+    assert not (tmp_path / "partial").exists()
+
+
+def test_a_search_walks_around_what_is_not_finite():
+    w = Axis(low=0.0, high=4.0, start=2.0, step=1.0)
+    found = search(lambda s, w, g, n: math.inf if w > 2.4 else (w - 1.3) ** 2 + 2, {"a": 1.0}, w, None)
+    assert abs(found.best.w - 1.3) < 0.3 and any(math.isinf(p.fid) for p in found.points)
+    with pytest.raises(UserError, match="no setting of the search gave finite images"):
+        search(lambda *_: math.inf, {"a": 1.0}, w, None)
+    with pytest.raises(UserError, match="no setting of the search gave finite images"):
+        early_stopped_grid(["a"], [1.0, 2.0], [None], lambda *_: math.inf)

@@ -122,7 +122,7 @@ def test_a_killed_fine_tune_goes_on_exactly(runs, tmp_path):
 
 def test_a_killed_evaluation_goes_on_with_another_number_of_ranks(runs, tmp_path):
     process = start(SCRIPT, "evaluate", tmp_path, "--save_seconds", 0, ranks=2, PICO_PAUSE=0.3)
-    kill_when(process, lambda: len(list((tmp_path / "eval").glob("partial-*.pt"))) == 2)
+    kill_when(process, lambda: len(list((tmp_path / "eval").glob("partial-*/rank-*.pt"))) == 2)
     done = launch(SCRIPT, "evaluate", tmp_path)
     assert done.returncode == 0 and "continuing:" in done.stdout
     one, resumed = torch.load(runs[0] / "stats-0.pt"), torch.load(tmp_path / "stats-0.pt")
