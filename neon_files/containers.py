@@ -20,6 +20,7 @@ from torch import Tensor
 from neon_files.errors import UserError
 from neon_files.guard import AGAIN, Unfit, reading
 from neon_files.inert import Record
+from neon_files.kinds import stand_in
 from neon_files.lazy_tensor import LazyTensor, Unreadable
 from neon_files.names import unwrapped
 from neon_files.pickles import PickledObject, read_pickle
@@ -88,12 +89,9 @@ def open_weights(path: str | Path, entry: str | None = None) -> Weights:
 
 
 def _foreign(start: bytes) -> str:
-    text = start.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<")):
-        return f"is a web page, probably an error message saved by a download; {AGAIN}"
-    if text.startswith(b"version https://git-lfs"):
-        return f"is a Git LFS pointer, not the file itself; {AGAIN}"
-    if text.startswith(b"\x93numpy"):
+    if stand_in(start):
+        return f"{stand_in(start)}; {AGAIN}"
+    if start.startswith(b"\x93NUMPY"):
         return "is a NumPy array, not weights"
     if not start.strip(b"\0"):
         return f"begins with zeros: an unfinished download; {AGAIN}"

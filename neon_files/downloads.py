@@ -1,8 +1,8 @@
 """Published files: fetched, checked, and then used without a network. `bash download_models.sh --help`.
 
-The hub is asked what a file's hash is (through its client: mirrors, tokens and offline mode work as everywhere); the
-bytes come through `neon_files.transfer`, because the client neither goes on after a killed process nor hashes
-what it received. A file that passed is noted in `.NAME.verified`, so that later runs need neither network nor hashing.
+The hub is asked what a file's hash is (through its client: mirrors, tokens and offline mode work as everywhere), then
+`neon_files.transfer` brings the bytes. A file that passed is noted in `.NAME.verified`, so that later runs need neither
+network nor hashing.
 """
 
 from __future__ import annotations
@@ -23,15 +23,24 @@ from neon_files.atomic import write_json
 from neon_files.errors import UserError
 from neon_files.home import cache_dir, home
 from neon_files.manifest import MANIFEST, Entry, Manifest, Missing, find_file, read_manifest
-from neon_files.transfer import Source, Unreachable, compare, download, one_process, timeout_seconds
+from neon_files.transfer import (
+    Source,
+    Unreachable,
+    compare,
+    download,
+    hub_client,
+    is_on,
+    one_process,
+    sidecar,
+    timeout_seconds,
+)
 
 Say = Callable[[str], None]
-_YES = {"1", "true", "yes", "on"}
 
 
 def is_offline() -> bool:
     """The hub client's switches, honoured for every source."""
-    return any(os.environ.get(name, "").lower() in _YES for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return is_on("HF_HUB_OFFLINE") or is_on("TRANSFORMERS_OFFLINE")
 
 
 @dataclass(frozen=True)
@@ -119,10 +128,10 @@ def _replace(entry: Entry, source: Source, path: Path, state: State, say: Say) -
     if entry.restricted:
         say(f"{entry.name}: {entry.licence}")
     say(f"{entry.name}: fetching {_bytes(source.size)} from {entry.source} into {path.parent}")
-    fresh = path.with_name(f".{path.name}.fetched")
-    digest = download(source, fresh)
+    fresh = sidecar(path, "fetched")
+    digest = download(source, fresh, entry.name)
     if path.exists() and not state.usable:
-        old = path.with_name(f"{path.name}.old")
+        old = path.with_name(f"{path.name[:240]}.old")
         say(f"{path}: {state.text}; kept as {old.name}")
         os.replace(path, old)
     os.replace(fresh, path)
@@ -137,23 +146,19 @@ def resolve(entry: Entry, say: Say = lambda text: None) -> Source:
     """Where to get an entry, with all that its publisher says of it. One request for files on the hub."""
     if entry.url:
         return known_source(entry)
-    try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-        from huggingface_hub.utils import build_hf_headers
-    except ImportError as error:
-        raise UserError("huggingface_hub is missing or too old; run `pip install -e .`") from error
+    hub = hub_client()
+    errors = hub.errors
     endpoint = os.environ.get("HF_ENDPOINT") or None
-    url = hf_hub_url(entry.repo, entry.path or entry.name, revision=entry.revision, endpoint=endpoint)
+    url = hub.hf_hub_url(entry.repo, entry.path or entry.name, revision=entry.revision, endpoint=endpoint)
     try:
-        facts = get_hf_file_metadata(url, timeout=timeout_seconds())
-    except GatedRepoError as error:
+        facts = hub.get_hf_file_metadata(url, timeout=timeout_seconds(), endpoint=endpoint)
+    except errors.GatedRepoError as error:
         raise UserError(
             f"{entry.name}: {entry.repo} asks for a login; accept its conditions, then `hf auth login`"
         ) from error
-    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+    except (errors.EntryNotFoundError, errors.RepositoryNotFoundError) as error:
         raise UserError(f"{entry.name}: not at {entry.source} (revision {entry.revision})") from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         raise Unreachable(f"{entry.name}: the hub answers {str(error).splitlines()[0]}") from error
     except Exception as error:  # connection errors: their classes depend on the client's version
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -168,18 +173,15 @@ def resolve(entry: Entry, say: Say = lambda text: None) -> Source:
             )
         say(f"{entry.name}: the hub's hash {sha256} differs from the one that others report; the hub's counts")
     size = facts.size if sha256 and sha256 != entry.sha256 else entry.size or facts.size
-    headers = tuple(build_hf_headers().items())
+    headers = tuple(hub.utils.build_hf_headers().items())
     known = known_source(entry).sha256
-    return Source(url, headers, size, known or sha256, git_sha1, version=f"{facts.commit_hash} {etag}")
-
-
-def _record_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.verified")
+    version = f"{facts.commit_hash} {etag}"
+    return Source(url, headers, size, known or sha256, git_sha1, version, xet=getattr(facts, "xet_file_data", None))
 
 
 def _read_record(path: Path) -> dict:
     try:
-        record = json.loads(_record_path(path).read_text())
+        record = json.loads(sidecar(path, "verified").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -189,7 +191,7 @@ def _write_record(path: Path, digest: str, checked: str, version: str = "") -> N
     facts = path.stat()
     record = {"sha256": digest, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "checked": checked}
     with suppress(UserError):  # in a folder of somebody else: the next run hashes again
-        write_json(_record_path(path), record | ({"version": version} if version else {}))
+        write_json(sidecar(path, "verified"), record | ({"version": version} if version else {}))
 
 
 # For the scripts
@@ -202,8 +204,8 @@ def is_url(text: str | Path) -> bool:
 def local_copy(url: str) -> tuple[Entry, Path]:
     """The manifest's entry of a URL (one of its own for any other URL), and where its file is or will be."""
     known = next((entry for entry in MANIFEST.entries if entry.url == url), None)
-    last = re.sub(r"[^\w.-]+", "_", url.split("?")[0].rstrip("/").rsplit("/", 1)[-1])
-    entry = known or Entry(last or "file", "cache", url=url, licence="")
+    last = re.sub(r"[^\w.-]+", "_", url.split("?")[0].rstrip("/").rsplit("/", 1)[-1]) or "file"
+    entry = known or Entry(last[:60] + last[60:][-20:], "cache", url=url, licence="")  # its end says what kind it is
     cached = cache_dir() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{entry.name}"
     if not known:
         return entry, cached

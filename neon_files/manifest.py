@@ -113,6 +113,8 @@ def _entry(line: dict, licences: dict[str, str]) -> Entry:
     entry = Entry(**line)
     if bool(entry.repo) == bool(entry.url):
         raise ValueError(f"{entry.name}: either a repo or a url")
+    if "/" in entry.name or len(os.fsencode(entry.name)) > 255 or {"..", "/"} & set(Path(entry.folder).parts):
+        raise ValueError(f"{entry.folder}/{entry.name}: not a name and a folder below the root")
     return dataclasses.replace(entry, licence=licences.get(entry.licence, entry.licence), aliases=tuple(entry.aliases))
 
 
@@ -136,10 +138,13 @@ def find_file(path: str | Path) -> Path:
     the command to fetch the file, and UserError for a folder or several candidates.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a file in it")
-    if path.exists():
-        return path
+    try:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name a file in it")
+        if path.exists():
+            return path
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"{path}: cannot be looked for ({error.strerror}); name another file") from error
     known = MANIFEST.entry(path.name)
     names = {path.name, *((known.name, *known.aliases) if known else ())}
     alike = [other for other in _files_beside(path) if any(_same_file_name(other.name, name) for name in names)]

@@ -1,33 +1,34 @@
-"""One file over HTTP: resumed where it broke off, checked by length and hash, whole or not there.
+"""The bytes of one file: gone on with where they broke off, checked by length and hash, whole or not there.
 
-The bytes go to `NAME.part` beside the final file, with a note of what they belong to (`NAME.part.json`). The next try
-asks for the rest by `Range`, on condition (`If-Range`) that the server's file is still the same one.
+They come through the hub's client: its Xet library for files that the hub stores so, its HTTP session for all others.
+What no library does is here: to go on after a killed process (the hub's client and pooch both start over), to hash
+what came before it gets its name, and to keep what came when the connection breaks again and again. The bytes go to
+`NAME.part` beside the final file, with a note of what they belong to (`NAME.part.json`).
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import http.client
 import json
 import os
 import re
 import shutil
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from types import ModuleType
+from typing import Any
 
 import click
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from neon_files.errors import UserError
+from neon_files.kinds import stand_in
+from neon_files.lock import Timeout, locked
 
 _CHUNK = 1 << 18
 ATTEMPTS = 5  # in a row that brought nothing new
@@ -42,9 +43,12 @@ class Unreachable(UserError):
         self.connected = connected
 
 
-def timeout_seconds() -> float:
-    """Silence of a server that counts as a broken connection; HF_HUB_DOWNLOAD_TIMEOUT changes it."""
-    return float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT", 30))
+class _Broken(Exception):
+    """A transfer that ended early; another try may help. `connected`: the server was there."""
+
+    def __init__(self, reason: str | Exception, connected: bool = True):
+        super().__init__((str(reason) or type(reason).__name__).splitlines()[0])
+        self.connected = connected
 
 
 @dataclass(frozen=True)
@@ -57,68 +61,106 @@ class Source:
     sha256: str = ""
     git_sha1: str = ""  # git's blob id, the hub's hash of small files
     version: str = ""  # changes when the publisher replaces the file
+    xet: Any = None  # the hub client's XetFileData, where the hub stores the file in Xet
 
 
-class _Redirect(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but does not hand our credentials to another host."""
+@dataclass(frozen=True)
+class _Stream:
+    """An open answer: its bytes begin at `start` of a file of `total` bytes (None: not stated)."""
 
-    def redirect_request(self, request, file, code, message, headers, url):
-        following = super().redirect_request(request, file, code, message, headers, url)
-        same_host = following and urllib.parse.urlsplit(url).netloc == urllib.parse.urlsplit(request.full_url).netloc
-        if following is not None and not same_host:
-            following.remove_header("Authorization")
-        return following
+    chunks: Iterator[bytes]
+    start: int
+    total: int | None
+    validator: str = ""  # what If-Range may carry; "" where the server gives nothing
 
 
-_opener = urllib.request.build_opener(_Redirect)
+def hub_client() -> ModuleType:
+    """The module huggingface_hub. It reads its variables when it is imported, where odd values are tracebacks."""
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        if not os.environ.get(name, "unset").strip():
+            del os.environ[name]  # empty means unset
+        _seconds(name, 0)
+    try:
+        import huggingface_hub.errors
+        import huggingface_hub.utils
+    except ImportError as error:
+        raise UserError("huggingface_hub is missing; run `pip install -e .`") from error
+    return huggingface_hub
+
+
+def is_on(name: str) -> bool:
+    """Whether an environment variable switches something on, as the hub's client reads it."""
+    return os.environ.get(name, "").lower() in {"1", "true", "yes", "on"}
+
+
+def timeout_seconds() -> int:
+    """Silence of a server that counts as a broken connection; HF_HUB_DOWNLOAD_TIMEOUT changes it."""
+    return _seconds("HF_HUB_DOWNLOAD_TIMEOUT", 30)
+
+
+def _seconds(name: str, default: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if text and not text.isdecimal():
+        raise UserError(f"{name}={text}: not a whole number of seconds; set another or unset it")
+    return int(text or 0) or default
 
 
 @contextmanager
 def one_process(final: Path) -> Iterator[None]:
     """Only one process of this node (or shared file system) is in the body for this file; the others wait."""
-    lock = FileLock(final.with_name(f".{final.name}.lock"))
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+    lock = sidecar(final, "lock")
+    with ExitStack() as stack:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            click.echo(f"{final.name}: another process is fetching it; waiting", err=True)
-            lock.acquire()
-    except OSError as error:
-        reason = "a broken link" if final.parent.is_symlink() and not final.parent.exists() else error.strerror
-        remedy = "mend that, or set NEON_HOME to another folder"
-        raise UserError(f"{final.parent}: cannot write there ({reason}); {remedy}") from error
-    try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(locked(lock, timeout=0))
+            except Timeout:
+                note = f"if none is left on any machine, delete {lock}*"
+                click.echo(f"{final.name}: another process is fetching it; waiting ({note})", err=True)
+                stack.enter_context(locked(lock))
+        except OSError as error:
+            reason = "a broken link" if final.parent.is_symlink() and not final.parent.exists() else error.strerror
+            remedy = "mend that, or set NEON_HOME to another folder"
+            raise UserError(f"{final.parent}: cannot write there ({reason}); {remedy}") from error
         yield
-    finally:
-        lock.release()  # the system gives it back where the process is killed
 
 
-def download(source: Source, final: Path) -> str:
-    """Fetch `source` to `final`; gives its sha256. The caller holds `one_process(final)`.
+def sidecar(path: Path, suffix: str) -> Path:
+    """The hidden file `.NAME.suffix` beside `path`, NAME cut short where a file system has no room for it."""
+    name = path.name
+    if len(os.fsencode(name)) > 190:  # room for the temporary names of writing it
+        name = f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return path.with_name(f".{name}.{suffix}")
+
+
+def download(source: Source, final: Path, name: str = "") -> str:
+    """Fetch `source` to `final`; gives its sha256. The caller holds `one_process(final)`; messages call it `name`.
 
     Raises Unreachable where another try may help, and UserError where the file is missing, refused, of another length
     or hash, or cannot be written. Only a file that passed all checks gets its name.
     """
+    name = name or final.name
     part, note = final.with_name(f"{final.name}.part"), final.with_name(f"{final.name}.part.json")
-    total = _receive_stubbornly(source, part, note, final.name)
+    total = _receive_stubbornly(source, part, note, name)
     problem, digest = compare(source, part, total)
     note.unlink(missing_ok=True)
     if problem:
         part.unlink()
-        raise UserError(f"{final.name}: {problem}, from {source.url}; thrown away; try again, or tell its publisher")
+        raise UserError(f"{name}: {problem}, from {source.url}; thrown away; try again, or tell its publisher")
     os.replace(part, final)
     return digest
 
 
 def compare(source: Source, path: Path, size: int | None = None) -> tuple[str, str]:
     """(what is wrong with the bytes of `path` or "", their sha256)."""
-    found, expected = path.stat().st_size, source.size if source.size is not None else size
-    if expected is not None and found != expected:
-        return f"has {found:,} bytes instead of {expected:,}", ""
-    sha256, sha1 = hashlib.sha256(), hashlib.sha1(f"blob {found}\0".encode(), usedforsecurity=False)
+    present, expected = path.stat().st_size, source.size if source.size is not None else size
+    if expected is not None and present != expected:
+        return f"has {present:,} bytes instead of {expected:,}", ""
+    sha256, sha1 = hashlib.sha256(), hashlib.sha1(f"blob {present}\0".encode(), usedforsecurity=False)
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
+            if file.tell() == len(chunk) and stand_in(chunk[:100]):  # where a hash is known, this says more
+                return stand_in(chunk[:100]), ""
             sha256.update(chunk)
             if source.git_sha1:
                 sha1.update(chunk)
@@ -136,86 +178,130 @@ def _receive_stubbornly(source: Source, part: Path, note: Path, name: str) -> in
         before = _size(part)
         try:
             return _receive(source, part, note, name)
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code not in (408, 429):
-                raise UserError(f"{name}: {source.url} answers {error.code} {error.reason}{_advice(error)}") from error
-            reason: Exception = error
-        except (OSError, http.client.HTTPException) as error:  # of the network: writing has its own errors
-            reason = error
-        failures = 1 if _size(part) > before else failures + 1
-        connected = not isinstance(reason, urllib.error.URLError) or isinstance(reason, urllib.error.HTTPError)
-        if failures >= ATTEMPTS or (not connected and not isinstance(reason.reason, TimeoutError)):
-            host, kept = urllib.parse.urlsplit(source.url).netloc, _size(part)
-            have = f"; {kept:,} bytes are kept, and the next run goes on from there" if kept else ""
-            text = f"{name}: no {'lasting ' if connected else ''}connection to {host} ({_first_line(reason)}){have}"
-            raise Unreachable(text, connected) from reason
+        except _Broken as error:
+            kept = _size(part)
+            failures = 1 if kept > before else failures + 1
+            if failures >= ATTEMPTS or not error.connected:
+                host = urllib.parse.urlsplit(source.url).netloc
+                have = f"; {kept:,} bytes are kept, and the next run goes on from there" if kept else ""
+                text = f"{name}: no {'lasting ' if error.connected else ''}connection to {host} ({error}){have}"
+                raise Unreachable(text, error.connected) from error
         time.sleep(min(BACKOFF * 2 ** (failures - 1), 10.0))
 
 
-def _advice(error: urllib.error.HTTPError) -> str:
-    if error.code in (401, 403):
-        return ": log in with `hf auth login` or set HF_TOKEN, and accept the conditions on its page if it has any"
-    return ": it is not there any more; see docs/downloads.md for other places" if error.code in (404, 410) else ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(getattr(error, "reason", None) or error) or type(error).__name__).splitlines()[0]
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
 def _receive(source: Source, part: Path, note: Path, name: str) -> int | None:
-    """Bring `part` to its full length; gives that length where the server tells it."""
+    """Bring `part` to its full length; gives that length where the server tells it. Raises _Broken."""
     known = _read_note(note)
     have = _size(part)
-    if have and (known.get("url"), known.get("version")) != (source.url, source.version):
+    same = (known.get("url"), known.get("version")) == (source.url, source.version)
+    if not same or (source.size is not None and have > source.size):
         have = 0
     if have and have == known.get("total"):
         return have
-    headers = {**dict(source.headers), "User-Agent": "neon-reference", "Accept-Encoding": "identity"}
-    if have and known.get("validator"):
-        headers |= {"Range": f"bytes={have}-", "If-Range": known["validator"]}
-    try:
-        response = _opener.open(urllib.request.Request(source.url, headers=headers), timeout=timeout_seconds())
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing after `have`: not the file we have the beginning of
-            part.unlink(missing_ok=True)
-            raise ConnectionError("the server has fewer bytes than are here; starting over") from error
-        raise
-    with response:
-        start, total = _position(response, have)
-        expected = source.size if source.size is not None else total
-        if total is not None and total != expected:
-            raise UserError(f"{name}: {source.url} has {total:,} bytes instead of {expected:,}; not the published file")
-        _check_space(part, name, expected, start)
-        validator = _validator(response)
-        with _writing(part), open(part, "r+b" if start else "wb") as file:
-            identity = {"url": source.url, "version": source.version, "validator": validator, "total": expected}
-            note.write_text(json.dumps(identity))
-            file.seek(start)
-            _copy(response, file, start, expected, name)
+    with ExitStack() as stack:
+        xet = _xet_library() if source.xet else None
+        if xet:
+            stream = stack.enter_context(_over_xet(xet, source, have))
+        else:
+            stream = stack.enter_context(_over_http(source, part, have, known.get("validator", ""), name))
+        expected = source.size if source.size is not None else stream.total
+        if stream.total is not None and stream.total != expected:
+            raise UserError(
+                f"{name}: {source.url} has {stream.total:,} bytes instead of {expected:,}; not the published file"
+            )
+        _check_space(part, name, expected, stream.start)
+        identity = {"url": source.url, "version": source.version, "validator": stream.validator, "total": expected}
+        with _writing(part):
+            note.write_text(json.dumps(identity), encoding="utf-8")
+            _copy(stream, part, expected, name)
     if expected is not None and _size(part) != expected:
-        raise ConnectionError(f"ended after {_size(part):,} of {expected:,} bytes")
+        raise _Broken(f"ended after {_size(part):,} of {expected:,} bytes")
     return expected
 
 
-def _position(response: http.client.HTTPResponse, have: int) -> tuple[int, int | None]:
+@contextmanager
+def _over_http(source: Source, part: Path, have: int, validator: str, name: str) -> Iterator[_Stream]:
+    """The file from `have` on where the server still has the same one (`If-Range`), else from its beginning."""
+    headers = {**dict(source.headers), "User-Agent": "neon-reference", "Accept-Encoding": "identity"}
+    if have and validator:
+        headers |= {"Range": f"bytes={have}-", "If-Range": validator}
+    session = hub_client().get_session()
+    with ExitStack() as stack:
+        with _network():
+            response = stack.enter_context(
+                session.stream("GET", source.url, headers=headers, timeout=timeout_seconds(), follow_redirects=True)
+            )
+        code = response.status_code
+        if code == 416:  # nothing after `have`: not the file we have the beginning of
+            part.unlink(missing_ok=True)
+            raise _Broken("the server has fewer bytes than are here; starting over")
+        if code >= 500 or code in (408, 429):
+            raise _Broken(f"it answers {code} {response.reason_phrase}")
+        if code not in (200, 206):
+            raise UserError(f"{name}: {source.url} answers {code} {response.reason_phrase}{_advice(code)}")
+        if source.url.startswith("https:") and response.url.scheme != "https":
+            raise UserError(f"{name}: {source.url} leads to {response.url}, which is not encrypted; not fetched")
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise UserError(f"{name}: {source.url} sends its bytes only in another encoding; fetch it by hand")
+        start, total = _position(code, response.headers, have)
+        yield _Stream(response.iter_raw(), start, total, _validator(response.headers))
+
+
+def _xet_library() -> ModuleType | None:
+    """The hub's library for files in Xet; without it, or with HF_HUB_DISABLE_XET, the same files come over HTTP."""
+    if is_on("HF_HUB_DISABLE_XET"):
+        return None
+    try:
+        import hf_xet
+    except ImportError:
+        return None
+    return hf_xet if hasattr(hf_xet, "XetSession") else None  # older ones cannot begin in the middle of a file
+
+
+@contextmanager
+def _over_xet(library: ModuleType, source: Source, have: int) -> Iterator[_Stream]:
+    """The file from `have` on, out of the hub's store of chunks: many connections, content addressed by its hash."""
+    with _network():
+        group = library.XetSession().new_download_stream_group(
+            token_refresh_url=source.xet.refresh_route, token_refresh_headers=dict(source.headers)
+        )
+        stream = group.download_stream(library.XetFileInfo(source.xet.file_hash, source.size), start=have)
+    try:
+        yield _Stream(map(bytes, stream), have, source.size)
+    finally:
+        stream.cancel()
+
+
+@contextmanager
+def _network() -> Iterator[None]:
+    """_Broken for whatever the libraries raise: their classes differ by version, and nothing else runs here."""
+    try:
+        yield
+    except Exception as error:
+        raise _Broken(error, connected=type(error).__name__ != "ConnectError") from error
+
+
+def _advice(code: int) -> str:
+    if code in (401, 403):
+        return ": log in with `hf auth login` or set HF_TOKEN, and accept the conditions on its page if it has any"
+    return ": it is not there any more; see docs/downloads.md for other places" if code in (404, 410) else ""
+
+
+def _position(code: int, headers: Mapping[str, str], have: int) -> tuple[int, int | None]:
     """(where the body begins, length of the whole file or None)."""
-    if response.status == 206:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if code == 206:
+        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
         if match and int(match[1]) <= have:
             return int(match[1]), None if match[2] == "*" else int(match[2])
-        raise ConnectionError("the server answers with another part of the file than was asked for")
-    length = response.headers.get("Content-Length")
+        raise _Broken("the server answers with another part of the file than was asked for")
+    length = headers.get("Content-Length")
     return 0, int(length) if length is not None else None
 
 
-def _validator(response: http.client.HTTPResponse) -> str:
+def _validator(headers: Mapping[str, str]) -> str:
     """What If-Range may carry: a strong ETag, else the date; "" where the server gives neither."""
-    etag = response.headers.get("ETag", "")
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+    etag = headers.get("ETag", "")
+    return etag if etag.startswith('"') else headers.get("Last-Modified", "")
 
 
 def _check_space(part: Path, name: str, expected: int | None, start: int) -> None:
@@ -227,41 +313,38 @@ def _check_space(part: Path, name: str, expected: int | None, start: int) -> Non
 
 @contextmanager
 def _writing(part: Path) -> Iterator[None]:
-    """UserError for what goes wrong on the disk. Errors of the network are told apart by having passed `_copy`."""
+    """UserError for what goes wrong on the disk; errors of the network are no OSErrors any more."""
     try:
         yield
-    except _NetworkError as error:
-        raise error.reason from error
     except OSError as error:
         kept = "what has come is kept" if error.errno == errno.ENOSPC else "mend the folder"
         raise UserError(f"{part}: cannot be written ({error.strerror}); {kept}, and the next run goes on") from error
 
 
-class _NetworkError(Exception):
-    def __init__(self, reason: Exception):
-        super().__init__(str(reason))
-        self.reason = reason
+def _copy(stream: _Stream, part: Path, total: int | None, name: str) -> None:
+    bar = tqdm(total=total, initial=stream.start, unit="B", unit_scale=True, desc=name, disable=None, leave=False)
+    with bar, open(part, "r+b" if stream.start else "wb") as file:
+        file.seek(stream.start)
+        try:
+            while True:
+                with _network():
+                    chunk = next(stream.chunks, None)
+                if chunk is None:
+                    break
+                file.write(chunk)
+                bar.update(len(chunk))
+        finally:
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _copy(response: http.client.HTTPResponse, file: BinaryIO, start: int, total: int | None, name: str) -> None:
-    with tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=name, disable=None, leave=False) as bar:
-        while True:
-            try:
-                chunk = response.read1(_CHUNK)  # what is there, so that a silence loses nothing
-            except (OSError, http.client.HTTPException) as error:
-                raise _NetworkError(error) from error
-            if not chunk:
-                break
-            file.write(chunk)
-            bar.update(len(chunk))
-    file.truncate()
-    file.flush()
-    os.fsync(file.fileno())
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _read_note(note: Path) -> dict:
-    try:
-        content = json.loads(note.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    with suppress(OSError, ValueError):
+        content = json.loads(note.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}

@@ -29,6 +29,8 @@ class Loopback:
         self.lfs = True  # the hub states a sha256; else git's hash
         self.etags = True  # plain files carry one
         self.head_status = 200  # of the hub's HEAD
+        self.xet: dict[str, str] = {}  # files that the hub also stores in Xet: name -> hash of its chunks
+        self.cas = ""  # where the chunks are, an endpoint of the Xet library
         self.stalled = threading.Event()
         self.cdn_host = "localhost"  # where the hub redirects to
         self.pushed: dict[str, dict[str, bytes]] = {}  # repository -> what commits put there
@@ -87,6 +89,9 @@ class Loopback:
         self.requests.append((handler.command, handler.path, {k.title(): v for k, v in handler.headers.items()}))
         name = handler.path.rsplit("/", 1)[-1]
         content = self.files.get(name)
+        if handler.path == "/xet-token":
+            token = {"casUrl": self.cas, "exp": int(time.time()) + 3600, "accessToken": "secret"}
+            return self._json(handler, token)
         if "/resolve/" in handler.path:
             self._hub(handler, name, content)
         elif content is None:
@@ -163,6 +168,8 @@ class Loopback:
         if not self.lfs:
             digest = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
         facts = {"X_Repo_Commit": COMMIT, "X_Linked_Etag": f'"{digest}"', "X_Linked_Size": len(content)}
+        if name in self.xet:
+            facts |= {"X_Xet_Hash": self.xet[name], "X_Xet_Refresh_Route": f"{self.url}/xet-token"}
         return self._end(handler, 302, Location=f"http://{self.cdn_host}:{self.port}/cdn/{name}", **facts)
 
     def _bytes(self, handler, name: str, content: bytes, body: bool) -> None:

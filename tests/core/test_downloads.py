@@ -1,5 +1,8 @@
 """Downloads against a loopback server that behaves like the hub and like a plain file host, well and badly."""
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import importlib
 import json
@@ -9,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from neon_files import transfer
 from neon_files.downloads import fetch, main
 from neon_files.errors import UserError
 from neon_files.home import home
+from neon_files.lock import Timeout, locked
 from neon_files.manifest import MANIFEST, NON_COMMERCIAL, find_file, read_manifest
 from neon_files.published import find_all
 
@@ -58,9 +63,10 @@ class Place:
                 known = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
                 entry |= {"url": f"{server.url}/files/{entry['name']}"} | known
         entries[0] |= changes
-        rows = {"both": ["a.pth", "b.npz"], "one": ["a.pth"]}
+        names = [entry["name"] for entry in entries]
+        rows = {"both": names, "one": names[:1]}
         self.manifest.write_text(json.dumps({"entries": entries, "rows": rows}))
-        self.a, self.b = self.root / "checkpoints" / "a.pth", self.root / "fid_stats" / "b.npz"
+        self.a, self.b = self.root / "checkpoints" / names[0], self.root / "fid_stats" / names[1]
 
     def arguments(self, *words: str) -> list[str]:
         return ["--manifest", str(self.manifest), "--root", str(self.root), *words]
@@ -128,7 +134,7 @@ def test_passing_trouble_of_the_server_is_sat_out(place, fault):
 
 
 def test_silent_server_is_given_up_and_asked_again(place, monkeypatch):
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "0.5")
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
     place.server.faults["a.pth"] = [("stall", 200_000)]
     assert place.run("a.pth")[0] == 0 and place.a.read_bytes() == A
     assert place.server.gets()[-1]["Range"] == "bytes=200000-"
@@ -371,6 +377,153 @@ def test_licence_is_stated_when_a_restricted_file_is_fetched(place):
     _, _, err = place.run()
     assert err.count("non-commercial use only") == 1 and f"a.pth: {NON_COMMERCIAL}" in err
     assert "non-commercial" not in place.run()[2]
+
+
+@pytest.fixture
+def xet(server, tmp_path, monkeypatch):
+    """The hub stores a.pth in Xet, with the real library's store of chunks in a folder."""
+    hf_xet = pytest.importorskip("hf_xet", reason="a platform without the hub's Xet library")
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet cache"))
+    server.cas = f"local://{tmp_path / 'chunks'}"
+    with hf_xet.XetSession().new_upload_commit(endpoint=server.cas) as commit:
+        upload = commit.start_upload_bytes(A, name="a.pth")
+    server.xet["a.pth"] = upload.result().xet_info.hash
+    return Place(tmp_path, server, "hub")
+
+
+def test_file_in_xet_comes_from_there_and_is_checked(xet):
+    code, out, err = xet.run()
+    assert code == 0 and xet.good() and out.count("verified") == 2, err
+    assert len(xet.server.gets("/cdn/")) == 1 and len(xet.server.gets("/xet-token")) == 1  # b.npz is not in Xet
+    assert leftovers(xet.a.parent) == ["a.pth"]
+
+
+def test_file_in_xet_goes_on_where_http_broke_off(xet, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    xet.server.faults["a.pth"] = [("cut", 300_000)] + [("cut", 0)] * 9
+    assert xet.run("a.pth")[0] == 2
+    monkeypatch.delenv("HF_HUB_DISABLE_XET")
+    part = xet.a.with_name(".a.pth.fetched.part")
+    assert part.read_bytes() == A[:300_000]
+    part.write_bytes(b"?" + A[1:300_000])  # would not be seen if it started over
+    code, _, err = xet.run("a.pth")
+    assert code == 2 and "has the sha256" in err and not xet.a.exists() and not part.exists()
+    assert xet.run("a.pth")[0] == 0 and xet.a.read_bytes() == A
+
+
+def test_store_of_chunks_that_fails_is_told_and_the_next_run_goes_on(xet, monkeypatch):
+    good, xet.server.cas = xet.server.cas, "http://127.0.0.1:9"
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")
+    code, _, err = xet.run("a.pth")
+    assert code == 2 and "no lasting connection to" in err and "1 of 1 files are not here" in err
+    xet.server.cas = good
+    assert xet.run("a.pth")[0] == 0 and xet.a.read_bytes() == A
+
+
+# What is no download: pages in its place, odd settings, file systems without locks
+
+
+PAGE = b"\n<!DOCTYPE html><html><body>Sign in to continue</body></html>"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 3\n"
+
+
+@pytest.mark.parametrize(("content", "kind"), [(PAGE, "is a web page"), (POINTER, "is a Git LFS pointer")])
+def test_page_or_pointer_in_place_of_a_file_is_refused_not_recorded(server, tmp_path, monkeypatch, content, kind):
+    monkeypatch.setenv("NEON_CACHE_DIR", str(tmp_path / "cache"))
+    place = Place(tmp_path, server, sha256="", size=None)  # as NVIDIA's files: nothing to compare with
+    server.files["a.pth"] = content
+    code, _, err = place.run("a.pth")
+    assert code == 2 and kind in err and "thrown away" in err and leftovers(place.a.parent) == []
+    with pytest.raises(UserError, match=kind):
+        fetch(f"{server.url}/files/a.pth")
+    place.a.write_bytes(content)  # as another tool leaves it
+    code, out, _ = place.run("--verify", "a.pth")
+    assert code == 2 and f"BAD  checkpoints/a.pth  {kind}" in out
+    assert not list(place.a.parent.glob("*.verified"))
+    server.files["a.pth"] = A
+    code, _, err = place.run("a.pth")
+    assert code == 0 and place.a.read_bytes() == A and f"{kind}" in err and "kept as a.pth.old" in err
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"])
+def test_empty_time_out_means_none_and_an_odd_one_is_named(server, tmp_path, monkeypatch, name):
+    place = Place(tmp_path, server, "hub")
+    monkeypatch.setenv(name, "soon")
+    code, _, err = place.run("a.pth")
+    assert code == 2 and f"{name}=soon: not a whole number of seconds; set another or unset it" in err
+    monkeypatch.setenv(name, "")
+    assert place.run("a.pth")[0] == 0 and transfer.timeout_seconds() == 30
+
+
+def test_empty_time_outs_do_not_stop_a_fresh_process(server, tmp_path):
+    place = Place(tmp_path, server, "hub")
+    process = place.start("a.pth", HF_HUB_DOWNLOAD_TIMEOUT="", HF_HUB_ETAG_TIMEOUT=" ")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and place.a.read_bytes() == A, err
+
+
+def break_flock(monkeypatch, code: str) -> None:
+    def broken(descriptor, how):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "ENOTSUP"])
+def test_file_system_without_flock_has_a_softer_lock(server, tmp_path, monkeypatch, code):
+    break_flock(monkeypatch, code)
+    place = Place(tmp_path, server)
+    assert place.run()[0] == 0 and place.good()
+    with locked(tmp_path / "x.lock"), pytest.raises(Timeout), locked(tmp_path / "x.lock", timeout=0):
+        pass
+    with locked(tmp_path / "x.lock", timeout=0):
+        pass
+
+
+def test_softer_lock_of_a_killed_process_is_taken_over(tmp_path, monkeypatch):
+    break_flock(monkeypatch, "ENOLCK")
+    code = "import sys, filelock; x = filelock.SoftFileLock(sys.argv[1]); x.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / "x.lock.soft")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(Timeout), locked(tmp_path / "x.lock", timeout=0):
+            pass
+        holder.kill()
+    with locked(tmp_path / "x.lock", timeout=30):
+        assert (tmp_path / "x.lock.soft").exists()
+
+
+def test_lock_that_fails_otherwise_is_one_sentence(server, tmp_path, monkeypatch):
+    break_flock(monkeypatch, "EIO")
+    code, _, err = Place(tmp_path, server).run("a.pth")
+    assert code == 2 and "checkpoints: cannot write there (Input/output error)" in err and server.requests == []
+
+
+def test_names_of_240_letters_and_long_urls(server, tmp_path, monkeypatch):
+    name = "n" * 236 + ".pth"
+    server.files[name] = A
+    place = Place(tmp_path, server, name=name, url=f"{server.url}/files/{name}")
+    assert place.run(name)[0] == 0 and place.a.read_bytes() == A
+    asked = len(server.requests)
+    assert f"{name}: verified" in place.run(name)[1] and len(server.requests) == asked
+    place.a.write_bytes(A[:9])
+    assert place.run(name)[0] == 0 and place.a.read_bytes() == A
+    monkeypatch.setenv("NEON_CACHE_DIR", str(tmp_path / "cache"))
+    server.files |= {f"{name}?{'q' * 3000}": A}
+    path = fetch(f"{server.url}/files/{name}?{'q' * 3000}")
+    assert path.read_bytes() == A and path.suffix == ".pth" and len(path.name) < 100
+    with pytest.raises(UserError, match=r"cannot be looked for .File name too long.; name another file"):
+        fetch("x" * 300)
+
+
+def test_address_that_leads_from_https_to_http_is_refused(monkeypatch, tmp_path):
+    response = SimpleNamespace(status_code=200, url=SimpleNamespace(scheme="http"), headers={}, iter_raw=list)
+    session = SimpleNamespace(stream=lambda *_, **__: contextlib.nullcontext(response))
+    monkeypatch.setattr(transfer, "hub_client", lambda: SimpleNamespace(get_session=lambda: session))
+    with pytest.raises(UserError, match="which is not encrypted; not fetched"):
+        transfer.download(transfer.Source("https://example.org/a"), tmp_path / "a")
 
 
 # For the scripts
