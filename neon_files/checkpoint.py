@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neon_files.containers import Weights, open_weights
+from neon_files.distributed_checkpoint import is_distributed
 from neon_files.errors import UserError, say
 from neon_files.guard import reading
 from neon_files.manifest import find_file
@@ -43,10 +44,15 @@ def read_checkpoint(path: str | Path, entry: str | None = None) -> Checkpoint:
 
 def open_checkpoint(path: str | Path, entry: str | None = None) -> Weights:
     """As `read_checkpoint`, but tensors are loaded one by one."""
-    weights = open_weights(find_file(path), entry)
+    weights = open_weights(find_checkpoint(path), entry)
     for note in weights.notes:
         say(f"{weights.path}: {note}")
     return weights
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """`find_file`, but the folder of a distributed checkpoint is one too."""
+    return Path(path) if is_distributed(path) else find_file(path)
 
 
 def load_strict(
@@ -99,6 +105,8 @@ def is_finite(tensor: Tensor) -> bool:
 def _cast(value: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
     if value.dtype == dtype:
         return value
+    if value.is_complex() and not dtype.is_complex:
+        raise UserError(f"{path}: {name} holds complex numbers, the network has {dtype}")
     result = value.to(dtype)
     if value.is_floating_point() and not dtype.is_floating_point and not torch.equal(result.to(value.dtype), value):
         raise UserError(f"{path}: {name} should hold whole numbers ({dtype}) but has fractions")

@@ -9,20 +9,22 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from neon_files.atomic import sha256_file
+from neon_files.distributed_checkpoint import is_distributed, read_distributed, sha256_distributed
 from neon_files.errors import UserError
 from neon_files.guard import AGAIN, Unfit, reading
 from neon_files.inert import Record
 from neon_files.kinds import stand_in
 from neon_files.lazy_tensor import LazyTensor, Unreadable
-from neon_files.names import unwrapped
+from neon_files.names import match_names, unwrapped
 from neon_files.pickles import PickledObject, read_pickle
 from neon_files.safetensors_file import open_tensors
 from neon_files.torch_file import LEGACY_START, read_torch
@@ -39,7 +41,7 @@ class Weights:
     """An opened weight file. `loaders[name]()` gives one tensor on the CPU, in the order of the state dict."""
 
     path: Path
-    container: str  # torch | torch-legacy | pickle | safetensors
+    container: str  # torch | torch-legacy | pickle | safetensors | distributed
     tensors: dict[str, LazyTensor]
     config: dict[str, Any] | None = None  # {"class": ..., "args": [...], "kwargs": {...}}: how the network was made
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +58,15 @@ class Weights:
 
         return load
 
+    def named_like(self, names: Iterable[str]) -> Weights:
+        """The same weights, under those of `names` that differ from theirs only by what wrappers add."""
+        with reading(self.path):
+            pairs = match_names(names, self.tensors)
+        return replace(self, tensors={pairs[name]: tensor for name, tensor in self.tensors.items()})
+
+    def sha256(self) -> str:
+        return sha256_distributed(self.path) if self.container == "distributed" else sha256_file(self.path)
+
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Type and shape of every tensor; no numbers are read for it."""
         with reading(self.path):
@@ -63,12 +74,18 @@ class Weights:
 
 
 def open_weights(path: str | Path, entry: str | None = None) -> Weights:
-    """The weights in `path`; `entry` names the state dict to take where a file holds several ("model", "ema", ...).
+    """The weights in `path`, a file or the folder of a distributed checkpoint.
 
-    Entries within entries are joined by dots ("trainer.ema"); "." is the file itself. Raises UserError for a file that
-    is empty, cut short, something else, or not a state dict.
+    `entry` names the state dict to take where there are several ("model", "ema", ...); entries within entries are
+    joined by dots ("trainer.ema"), "." is the file itself. Raises UserError for a file that is empty, cut short,
+    something else, or not a state dict.
     """
     path = Path(path)
+    if is_distributed(path):
+        with reading(path):
+            return _chosen(path, "distributed", read_distributed(path), entry)
+    if path.suffix == ".distcp":
+        raise UserError(f"{path}: is a part of a distributed checkpoint; name its folder")
     if not path.is_file():
         raise UserError(f"{path}: is not a regular file")
     try:
@@ -80,7 +97,8 @@ def open_weights(path: str | Path, entry: str | None = None) -> Weights:
         raise UserError(f"{path}: is empty; {AGAIN}")
     with reading(path):
         if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and LEGACY_START in start[:32]):
-            return _open_torch(path, start.startswith(b"PK"), entry)
+            is_zip = start.startswith(b"PK")
+            return _chosen(path, "torch" if is_zip else "torch-legacy", read_torch(path, is_zip), entry)
         if start[8:9] == b"{" and not start.lstrip().startswith((b"<", b"version")):
             return _open_safetensors(path)
         if (start[:1] == b"\x80" and start[1:2] <= bytes([pickle.HIGHEST_PROTOCOL])) or start[:1] in b"(]}":
@@ -98,10 +116,9 @@ def _foreign(start: bytes) -> str:
     return "is no weight file that we know (torch, safetensors, or a pickled EDM or IMM network)"
 
 
-def _open_torch(path: Path, is_zip: bool, entry: str | None) -> Weights:
+def _chosen(path: Path, container: str, content: Any, entry: str | None) -> Weights:
     choice = _Choice()
-    state = choice.state_dict(read_torch(path, is_zip), entry)
-    container = "torch" if is_zip else "torch-legacy"
+    state = choice.state_dict(content, entry)
     return Weights(path, container, unwrapped(state), metadata=choice.metadata, notes=choice.notes)
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import click
 
+from neon_files.checkpoint import find_checkpoint
 from neon_files.containers import open_weights
+from neon_files.distributed_checkpoint import is_distributed
 from neon_files.errors import UserError
-from neon_files.manifest import find_file
 from neon_run.cli import run
 from neon_run.merging import folders
 from neon_run.merging.adapters import looks_like_adapter
@@ -34,12 +35,12 @@ def merge_paths(
 ) -> None:
     """`merge_files`, or its counterpart for two folders or two adapters, as the inputs are."""
     steps = as_steps(w)
-    if base.is_dir() or syn.is_dir():
+    if any(path.is_dir() and not is_distributed(path) for path in (base, syn)):
         _refuse(rule != NEON, f"--rule {rule}")
         _refuse(any(entries), "--entry")
         folders.merge_folders(base, syn, steps, out, scale, dense)
         return
-    ends = tuple(zip((find_file(base), find_file(syn)), entries, strict=True))
+    ends = tuple(zip((find_checkpoint(base), find_checkpoint(syn)), entries, strict=True))
     if not dense and any(looks_like_adapter(path, open_weights(path, entry).loaders) for path, entry in ends):
         _refuse(rule != NEON, f"--rule {rule}")
         folders.merge_adapter_files(*(WeightFile(path, entry) for path, entry in ends), steps, out, scale)

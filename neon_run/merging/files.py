@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from neon_core.merge import check_names
-from neon_files.atomic import sha256_file
 from neon_files.checkpoint import open_checkpoint, pack_metadata
 from neon_files.containers import Weights
 from neon_files.errors import UserError
@@ -43,7 +42,7 @@ def merge_files(
             raise UserError(f"--rule {rule}: knows one w for all tensors; leave out --keep and --w PATTERN=W")
         steps = as_steps(steps, statistics=False)
     ends = tuple(open_checkpoint(path, entry) for path, entry in zip((base, syn), entries, strict=True))
-    theta_base, theta_syn = ends
+    theta_base, theta_syn = ends = ends[0], ends[1].named_like(ends[0].loaders)
     check_output(out, *(end.path for end in ends))
     for end in ends:
         check_weights(end)
@@ -85,7 +84,7 @@ def check_output(out: Path, *inputs: Path) -> None:
 def _header(ends: Sequence[Weights], steps: Steps, rule: str) -> dict[str, str]:
     theta_base, _ = ends
     inputs: dict[str, Any] = {
-        side: {"file": end.path.name, "sha256": sha256_file(end.path), "metadata": end.metadata}
+        side: {"file": end.path.name, "sha256": end.sha256(), "metadata": end.metadata}
         for side, end in zip(("base", "synthetic"), ends, strict=True)
     }
     record = {"neon": {**steps.record(), "rule": rule, **inputs}}

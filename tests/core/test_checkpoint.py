@@ -300,6 +300,12 @@ def test_numbers_take_the_type_of_the_network(tmp_path):
         load_strict(make_network(), read_checkpoint(tmp_path / "x"))
 
 
+def test_complex_numbers_do_not_become_real_ones(tmp_path):
+    write_checkpoint(tmp_path / "x", STATE | {"2.weight": torch.ones(2, 4, dtype=torch.complex64)})
+    with pytest.raises(UserError, match=r"2\.weight holds complex numbers, the network has torch\.float32"):
+        load_strict(make_network(), read_checkpoint(tmp_path / "x"))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_parameter_that_is_not_finite_is_named_but_a_mask_is_not(tmp_path, value):
     state = {name: tensor.clone() for name, tensor in STATE.items()}
