@@ -222,7 +222,7 @@ def _leave(error: BaseException, store: dist.Store) -> None:
     if isinstance(error, Stopped):
         code = error.exit_code
         if first:
-            print(error, file=sys.stderr)
+            print(f"\n{error}", file=sys.stderr)  # the progress bar of rank 0 may be there
     elif isinstance(error, KeyboardInterrupt):
         code = 130
     elif first and isinstance(error, click.ClickException):

@@ -275,12 +275,10 @@ class _Loop:
 
     def train(self, data: TrainingData, seed: int, progress: bool) -> None:
         run, settings, end = self.run, self.run.settings, self.missing[-1]
-        bar = tqdm(
-            total=end, initial=run.images_seen, unit="img", desc="fine-tune", disable=not (progress and is_main())
-        )
+        show = {"desc": "fine-tune", "unit": "img", "disable": not (progress and is_main())}
         steps = range(run.images_seen // settings.batch_size, end // settings.batch_size)
         saved_at = time.monotonic()
-        with signals_wait() as stop_asked:
+        with tqdm(total=end, initial=run.images_seen, **show) as bar, signals_wait() as stop_asked:
             for step, micro_batches in _prefetched(run, data, steps, seed):
                 # the step
                 lr = run.lr
@@ -302,7 +300,6 @@ class _Loop:
                     saved_at = time.monotonic()
                 if stop and run.images_seen < end:
                     raise Stopped(stop)
-        bar.close()
 
     def _write_snapshot(self) -> None:
         run, state = self.run, self.run.theta_syn()

@@ -26,6 +26,7 @@ from neon_core.pixels import sample
 from neon_core.seeds import deal, format_seeds, global_batches
 from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
+from neon_files.run_files import read_record
 
 
 def image_name(seed: int, label: int | None, subfolders: bool = True) -> str:
@@ -112,7 +113,7 @@ def read_manifest(path: str | Path) -> dict | None:
     path = Path(path)
     if not (path / "manifest.json").exists():
         return None
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = read_record(path / "manifest.json")
     if not (path / "dataset.json").exists():
         raise UserError(f"{path}: this synthetic set was not finished; run the same generate command again")
     return manifest
@@ -134,7 +135,7 @@ def _claim(out_dir: Path, manifest: dict) -> None:
     """Write the manifest of a new set, or check that the one found is ours to continue."""
     found = out_dir / "manifest.json"
     if found.exists():
-        earlier = json.loads(found.read_text())
+        earlier = read_record(found)
         if earlier != manifest:
             key = next(k for k in sorted({*earlier, *manifest}) if earlier.get(k) != manifest.get(k))
             raise UserError(

@@ -13,7 +13,8 @@ import pickle
 import re
 import socket
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,11 +22,14 @@ from typing import Any, TypeVar
 import torch
 from filelock import FileLock, SoftFileLock, Timeout
 
-from neon_files.atomic import write_json
+from neon_files.atomic import sha256_file, write_json
 from neon_files.errors import UserError, say
 
 T = TypeVar("T")
 NUMBER = (int, float)
+WEIGHTS = (".safetensors", ".pt", ".pth", ".pkl")  # always hashed: a flipped bit changes neither size nor time
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, RuntimeError, ValueError, LookupError,
+               EOFError, MemoryError, ArithmeticError, AttributeError, TypeError)  # fmt: skip
 _TEMPORARY = re.compile(r"\..+\.[^/]+-\d+-\d+\.part")  # as `atomic_path` names them
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -47,8 +51,10 @@ def write_record(path: str | Path, value: Mapping[str, Any]) -> None:
 def read_record(path: str | Path, types: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
     """The object in a JSON file of this run. `types`: entries it must have. Raises DamagedFile, FileNotFoundError."""
     path = Path(path)
+    with _readable(path):
+        text = path.read_bytes()
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DamagedFile(path, "no JSON") from error
     if not isinstance(value, dict):
@@ -66,19 +72,55 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_tensors(path: str | Path, mmap: bool = False) -> Any:
-    """What `torch.save` wrote, on the CPU, after its check sums. Raises DamagedFile, FileNotFoundError."""
+def read_tensors(path: str | Path, use: Callable[[Any], T] = lambda value: value, mmap: bool = False) -> T:
+    """`use` of what `torch.save` wrote, on the CPU, after its check sums. Raises DamagedFile, FileNotFoundError, and
+    takes what `use` cannot handle for damaged."""
+    path = Path(path)
+    with _readable(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                raise DamagedFile(path, f"the check sum of {broken} does not fit")
+            return use(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+        except _UNREADABLE as error:
+            raise DamagedFile(path, "cut short, overwritten or of another kind") from error
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """OSErrors of the system, but for a missing file, as one sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except IsADirectoryError as error:
+        raise DamagedFile(path, "a folder") from error
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # an offset that was overwritten
+            raise DamagedFile(path, "overwritten") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); check the disk and your rights"
+        ) from error
+
+
+def unchanged(path: str | Path, known: Sequence[Any]) -> bool:
+    """Whether a file is as `identity` found it. Where size and time agree, only weights are read."""
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is not None:
-            raise DamagedFile(path, f"the check sum of {broken} does not fit")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (zipfile.BadZipFile, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise DamagedFile(path, "cut short or overwritten") from error
-    except (NotImplementedError, OverflowError, IndexError, AttributeError, TypeError) as error:
-        raise DamagedFile(path, "its archive cannot be read") from error
+        size, mtime, sha256 = known
+        stat = path.stat()
+        if stat.st_size == size and stat.st_mtime_ns == mtime and path.suffix not in WEIGHTS:
+            return True
+        return stat.st_size == size and sha256_file(path) == sha256
+    except FileNotFoundError:
+        return False
+
+
+def identity(path: str | Path) -> list[Any]:
+    """[size, modification time in ns, sha256] of a file."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, sha256_file(path)]
 
 
 def intact(path: str | Path, read: Callable[..., T], *args: Any, **options: Any) -> T | None:
@@ -127,7 +169,8 @@ def _lock(folder: Path, owner: Path) -> FileLock | SoftFileLock:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            lock = SoftFileLock(path, timeout=0)  # a file system that knows no locks
+            path.unlink(missing_ok=True)
+            lock = SoftFileLock(path.with_suffix(".soft"), timeout=0)  # where the file system knows no locks
             lock.acquire()
     except Timeout as error:
         whose = "unknown"

@@ -11,14 +11,28 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from neon_core.distributed import barrier, broadcast_object, is_main, print0, world_size
 from neon_files.atomic import write_json
 from neon_files.errors import UserError
+from neon_files.run_files import (
+    NUMBER,
+    DamagedFile,
+    identity,
+    intact,
+    one_run,
+    read_record,
+    set_aside,
+    unchanged,
+    write_record,
+)
 
+RECORD = {"stage": str, "key": str, "settings": dict, "outputs": dict, "files": list, "cost": dict}
+CLOCK = {"key": str, "seconds": NUMBER, "starts": int}
 STAGES = ("fetch", "generate", "finetune", "search", "merge", "evaluate", "report")
 TICK = 5.0  # seconds between two entries of the clock
 
@@ -36,19 +50,28 @@ class Ledger:
         self.keys: dict[str, str] = {}
         self.about: dict[str, Any] = {}
 
-    def begin(self, row: str, command: str) -> None:
-        """Say whose run it is and how it is continued."""
-        self.about = {"row": row, "command": command}
-        self._write_about()
+    @contextmanager
+    def running(self, row: str, command: str) -> Iterator[None]:
+        """The body is the only run in the folder, which says whose run it is and how it is continued. Raises
+        UserError."""
+        with one_run(self.out_dir) if is_main() else nullcontext():
+            barrier()
+            self.about = {"row": row, "command": command, "out": str(self.out_dir.resolve())}
+            self._write_about()
+            yield
 
     def _write_about(self) -> None:
         if is_main():
             write_json(self.out_dir / "run.json", {**self.about, "keys": self.keys})
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """The record of a finished stage, None where there is none."""
-        path = self.out_dir / "stages" / f"{stage}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """The record of a finished stage, None where there is none. Raises DamagedFile."""
+        with suppress(FileNotFoundError):
+            return read_record(self._path(stage), RECORD)
+        return None
+
+    def _path(self, stage: str) -> Path:
+        return self.out_dir / "stages" / f"{stage}.json"
 
     def key(self, stage: str, settings: Mapping[str, Any], inputs: Sequence[str]) -> str:
         return digest([stage, settings, [self.keys[name] for name in inputs]])
@@ -72,27 +95,36 @@ class Ledger:
         print0(f"{stage}: begins")
         with _Clock(self.out_dir / "stages" / f".{stage}.clock", key) as clock:
             done = json.loads(json.dumps(work(), default=str))
+        files = done.pop("files", [])
         record = {
             "stage": stage,
             "key": key,
             "settings": settings,
             "inputs": {name: self.keys[name] for name in inputs},
             "outputs": done.pop("outputs", {}),
-            "files": done.pop("files", []),
+            "files": files,
+            "identities": {name: identity(self.out_dir / name) for name in files} if is_main() else {},
             "cost": {"seconds": round(clock.seconds, 1), **done},
             "starts": clock.starts,
             "world_size": world_size(),
         }
         if is_main():
-            write_json(self.out_dir / "stages" / f"{stage}.json", record)
+            write_record(self._path(stage), record)
             clock.remove()
         barrier()
         return record["outputs"]
 
     def _found(self, stage: str, key: str) -> dict[str, Any] | None:
-        record = self.record(stage)
-        whole = record and record["key"] == key and all((self.out_dir / name).exists() for name in record["files"])
-        return record if whole else None
+        """The record of a stage, if it was made with the same key and its files are as they were left."""
+        record = intact(self._path(stage), read_record, RECORD)
+        if record is None or record["key"] != key:
+            return None
+        known = record.get("identities", {})
+        missing = [name for name in record["files"] if not (self.out_dir / name).exists()]
+        changed = [n for n in known if n not in missing and not unchanged(self.out_dir / n, known[n])]
+        for name in changed:
+            set_aside(self.out_dir / name, f"not as {stage} left it")
+        return None if missing or changed else record
 
 
 class _Clock:
@@ -101,9 +133,9 @@ class _Clock:
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
         self.earlier, self.starts = 0.0, 1
-        if is_main() and path.exists():
-            saved = json.loads(path.read_text())
-            if saved["key"] == key:
+        with suppress(OSError, UserError):  # a clock never stops a run
+            saved = intact(path, read_record, CLOCK) if is_main() else None
+            if saved and saved["key"] == key:
                 self.earlier, self.starts = saved["seconds"], saved["starts"] + 1
 
     @property
@@ -114,7 +146,6 @@ class _Clock:
         self.began = time.monotonic()
         self._stop = threading.Event()
         if is_main():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write()
             self._thread = threading.Thread(target=self._tick, daemon=True)
             self._thread.start()
@@ -127,43 +158,59 @@ class _Clock:
             self._write()
 
     def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
     def _tick(self) -> None:
         while not self._stop.wait(TICK):
             self._write()
 
     def _write(self) -> None:
-        write_json(self.path, {"key": self.key, "seconds": round(self.seconds, 1), "starts": self.starts})
+        with suppress(OSError, UserError):
+            write_json(self.path, {"key": self.key, "seconds": round(self.seconds, 1), "starts": self.starts})
 
 
 def status(out_dir: str | Path) -> str:
-    """What is done, what it cost, what is next. Raises UserError where there is no run."""
+    """What is done, what it cost, what is next; damaged records are named. Raises UserError where there is no run."""
     out_dir = Path(out_dir)
     if not (out_dir / "run.json").exists():
         raise UserError(f"{out_dir}: no run.json there; name the --out folder of a `neon reproduce`")
-    run = json.loads((out_dir / "run.json").read_text())
-    ledger = Ledger(out_dir)
+    run, problem = _peek(out_dir / "run.json", {"row": str, "command": str, "keys": dict})
+    run = run or {"row": "a run", "command": f"the same command again ({problem})", "keys": {}}
     lines = [
         f"{run['row']} in {out_dir}",
         f"{'stage':>10} {'':<9} {'seconds':>10} {'images':>10} {'network evals':>14}",
     ]
     following = None
     for stage in STAGES:
-        record, clock = ledger.record(stage), out_dir / "stages" / f".{stage}.clock"
+        record, problem = _peek(out_dir / "stages" / f"{stage}.json", RECORD)
         if record and record["key"] == run["keys"].get(stage, record["key"]) and not following:
             cost = record["cost"]
             images = cost.get("images") or cost.get("training_images")
-            cells = f"{cost['seconds']:>10.1f} {_count(images):>10} {_count(cost.get('network_evaluations')):>14}"
-            lines.append(f"{stage:>10} {'done':<9} {cells}")
+            cells = f"{_count(cost.get('seconds'), '.1f'):>10} {_count(images):>10}"
+            lines.append(f"{stage:>10} {'done':<9} {cells} {_count(cost.get('network_evaluations')):>14}")
             continue
         following = following or stage
-        begun = json.loads(clock.read_text()) if clock.exists() else None
-        state = f"{'begun':<9} {begun['seconds']:>10.1f}" if begun else "to do"
+        begun, _ = _peek(out_dir / "stages" / f".{stage}.clock", CLOCK)
+        state = f"{'begun':<9} {begun['seconds']:>10.1f}" if begun else f"to do {problem}"
         lines.append(f"{stage:>10} {state}".rstrip())
-    told = f"next: {following}; go on with: {run['command']}" if following else f"complete: {out_dir / 'report.html'}"
-    return "\n".join([*lines, told])
+    if run.get("out", str(out_dir.resolve())) != str(out_dir.resolve()):
+        lines.append(f"moved here from {run['out']}: name {out_dir} as --out instead")
+    end = f"next: {following}; go on with: {run['command']}" if following else f"complete: {out_dir / 'report.html'}"
+    return "\n".join([*lines, end])
 
 
-def _count(number: int | None) -> str:
-    return f"{number:,}" if number else "-"
+def _peek(path: Path, types: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """(the record, ""), or (None, what is wrong with it); nothing is moved."""
+    try:
+        return read_record(path, types), ""
+    except OSError:
+        return None, ""
+    except DamagedFile as error:
+        return None, f"{path.name}: damaged, {error.problem}"
+    except UserError as error:
+        return None, error.message
+
+
+def _count(number: Any, form: str = ",") -> str:
+    return f"{number:{form}}" if number and isinstance(number, NUMBER) else "-"

@@ -15,6 +15,7 @@ from torch import Tensor
 from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, broadcast_object, is_main, print0
 from neon_core.merge import NeonWeights
+from neon_files.atomic import atomic_path
 from neon_files.checkpoint import read_checkpoint, write_checkpoint
 from neon_files.errors import UserError
 from neon_run.reproduce.controls import random_direction
@@ -209,9 +210,8 @@ def _write_samples(row: Row, sweep: GrowingSweep, few: Sequence[int], best: Mapp
         sweep.move(best["snapshot"], w)
         if is_main():
             for number, image in enumerate(_sample(sweep.backbone, few, settings, sweep.batch_size)):
-                path = folder / name / f"{number:02d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _picture(image).save(path)
+                with atomic_path(folder / name / f"{number:02d}.png") as temporary:
+                    _picture(image).save(temporary, format="png")
     sweep.restore()
     barrier()
 

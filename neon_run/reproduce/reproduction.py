@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from neon_core.backbone import Backbone
-from neon_core.distributed import barrier, broadcast_object, file_hash, is_main
+from neon_core.distributed import agree, barrier, broadcast_object, file_hash, is_main
 from neon_core.finetune import train_on
 from neon_core.precision import float32_precision
 from neon_core.seeds import parse_seeds
@@ -102,21 +102,21 @@ class Reproduction:
         self.seeds = parse_seeds(row.recipe.evaluate_seeds)
         self.counts = Counts.of(plan, len(self.seeds))
         self.ledger = Ledger(self.out_dir, on_stage)
-        self.ledger.begin(row.id, command)
+        self.command = command
 
     def run(self) -> dict[str, Any]:
         """All stages; returns results.json. Raises UserError."""
-        with float32_precision(self.row.tf32):
+        with self.ledger.running(self.row.id, self.command), float32_precision(self.row.tf32):
             files = self.fetch()
             self.files = {name: self.out_dir / entry["path"] for name, entry in files.items()}
             self.base_sha256 = files["base"]["sha256"]
             self.generate()
             trained = self.finetune()
-            self.snapshots = find_checkpoints(self.out_dir / "finetune")
+            self.snapshots = agree(self.out_dir, lambda: find_checkpoints(self.out_dir / "finetune"), list)
             found = self.search(trained)
             self.merge(found)
             self.evaluate(found)
-        return self.report()
+            return self.report()
 
     def fetch(self) -> dict[str, dict]:
         """Base, references, tokenizer and detector, on this machine (or made) and known by their hashes."""

@@ -19,8 +19,9 @@ from torch import Tensor
 from neon_core.distributed import barrier, broadcast_object, is_main, print0, world_size
 from neon_core.pixels import NotFiniteImages
 from neon_core.seeds import format_seeds
-from neon_files.atomic import atomic_path, write_json
+from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
+from neon_files.run_files import intact, read_tensors, write_record
 from neon_metrics.accumulator import MetricAccumulator
 from neon_metrics.evaluate import evaluate
 from neon_metrics.kept import KeptWork
@@ -53,7 +54,7 @@ class GrowingSweep(Sweep):
         """
         what, settings = self.describe(snapshot, w, seeds, **varied)
         path = self._path(what, varied, count)
-        found = broadcast_object(json.loads(path.read_text()) if is_main() and path.exists() else None)
+        found = self._found(path)
         if found is None:
             began = time.monotonic()
             try:
@@ -74,7 +75,7 @@ class GrowingSweep(Sweep):
             )
             found = json.loads(json.dumps(found, default=str))
             if is_main():
-                write_json(path, found)
+                write_record(path, found)
             barrier()
         told = "".join(f" | {name}={value:g}" for name, value in varied.items() if value is not None)
         print0(f"{what['snapshot']} | w={w:g}{told} | images={count} | FID={found['fid']:.6f}")
@@ -150,11 +151,10 @@ class GrowingSweep(Sweep):
         return {"fid": fid(total.feature_statistics, self.evaluator.reference), **self.evaluator.heldout_fid(total)}
 
     def _load(self, path: Path, whole: int) -> MetricAccumulator | None:
-        if not is_main() or not path.exists():
+        if not is_main():
             return None
         total = MetricAccumulator(self.evaluator.detector, whole, self.evaluator.metrics, keep_features=True)
-        total.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        return total
+        return total if intact(path, read_tensors, lambda saved: total.load_state_dict(saved) or True) else None
 
     def _statistics_path(self, what: dict, varied: dict) -> Path:
         name = self._path(what, varied, 0).stem.replace("-n0-", "-")

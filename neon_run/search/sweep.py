@@ -18,12 +18,13 @@ from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, broadcast_object, file_hash, is_main, print0
 from neon_core.merge import NeonWeights, check_w
 from neon_core.seeds import format_seeds
-from neon_files.atomic import write_json
 from neon_files.checkpoint import read_checkpoint
 from neon_files.errors import UserError
+from neon_files.run_files import NUMBER, intact, read_record, write_record
 from neon_metrics.evaluate import Evaluator
 from neon_run.merging.files import merge_files
 
+POINT = {"snapshot": str, "w": NUMBER, "seeds": str, "fid": NUMBER}  # entries of a point's file
 BASE = "base"  # the snapshot name of every point at w = 0: the base itself, whatever the snapshot
 Measure = Callable[[str, float, float | None], float]  # snapshot, w, guidance -> FID
 
@@ -126,7 +127,7 @@ class Sweep:
         if snapshot != BASE:
             what["snapshot_sha256"] = self._hash(snapshot)
         path = self._path(what, varied, len(seeds))
-        found = broadcast_object(json.loads(path.read_text()) if is_main() and path.exists() else None)
+        found = self._found(path)
         if found is None:
             self.move(snapshot, w)
             result = self.evaluator(
@@ -140,8 +141,7 @@ class Sweep:
             )
             found = json.loads(json.dumps({**what, **result}, default=str))
             if is_main():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, found)
+                write_record(path, found)
             self.evaluator.clear()
             barrier()
         told = "".join(f" | {name}={value}" for name, value in varied.items())
@@ -168,7 +168,11 @@ class Sweep:
 
     def points(self) -> list[dict[str, Any]]:
         """Every point measured here so far, in the order of their files."""
-        return [json.loads(path.read_text()) for path in sorted((self.out_dir / "points").glob("*.json"))]
+        return [read_record(path, POINT) for path in sorted((self.out_dir / "points").glob("*.json"))]
+
+    def _found(self, path: Path) -> dict[str, Any] | None:
+        """A point measured earlier, on every rank."""
+        return broadcast_object(intact(path, read_record, POINT) if is_main() else None)
 
     def write(self, base: str | Path, snapshot: str, w: float) -> Path:
         """Merge the files of one point into <out>/neon.safetensors."""

@@ -7,6 +7,7 @@ python -m torch.distributed.run --standalone --nproc_per_node=2 tests/core/pico_
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -30,16 +31,26 @@ from neon_run.cli import run
 
 
 class SlowPico(PicoBackbone):
-    """Waits at every step, so that a test can kill the run in its middle."""
+    """Waits at every step, so that a test can kill the run in its middle. PICO_STOP "1:20": rank 1 (all: "") sends
+    itself SIGTERM at the 20th."""
 
     pause = float(os.environ.get("PICO_PAUSE", 0))
+    stop = os.environ.get("PICO_STOP", ":0")
+    count = 0
+
+    def wait(self):
+        SlowPico.count += 1
+        who, when = self.stop.split(":")
+        if who in ("", str(rank())) and SlowPico.count == int(when):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(self.pause)
 
     def sample(self, *args, **kwargs):
-        time.sleep(self.pause)
+        self.wait()
         return super().sample(*args, **kwargs)
 
     def encode(self, *args):
-        time.sleep(self.pause)
+        self.wait()
         return super().encode(*args)
 
 

@@ -1,11 +1,16 @@
 """1, 2 and 3 ranks give the same images bit for bit and the same statistics; errors and kills leave nothing broken."""
 
 import json
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from launch import kill_when, launch, start, torchrun
+from launch import environment, kill_when, launch, start, torchrun
 
 from neon_files.checkpoint import read_checkpoint
 
@@ -118,6 +123,50 @@ def test_a_killed_fine_tune_goes_on_exactly(runs, tmp_path):
     for name in ("snapshot-000000080.safetensors", "snapshot-000000160.safetensors"):
         ours, whole = read_checkpoint(tmp_path / "run" / name), read_checkpoint(runs[0] / "run" / name)
         assert all(torch.equal(ours.state[k], whole.state[k]) for k in whole.state)
+
+
+@pytest.mark.parametrize("who, ranks", [("", 0), ("1", 2)])
+def test_a_fine_tune_that_is_asked_to_stop_writes_its_state_on_all_ranks(runs, tmp_path, who, ranks):
+    """SIGTERM to one rank, within step 13 of 20; the last snapshot's state is of step 10."""
+    (tmp_path / "set").symlink_to(runs[0] / "set")
+    done = launch(SCRIPT, "finetune", tmp_path, ranks=ranks, PICO_STOP=f"{who}:{4 * 12 // max(ranks, 1) + 1}")
+    assert set(done.returncodes) == {143}
+    start = "torchrun --nproc_per_node=1" if ranks else "python"
+    lines = re.findall(f"^stopped by SIGTERM; go on with: {start} .*pico_run.py finetune", done.stderr, re.MULTILINE)
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert torch.load(tmp_path / "run/state.pt", weights_only=True)["images_seen"] == 8 * 13
+    assert launch(SCRIPT, "finetune", tmp_path).returncode == 0
+    assert_same_training(tmp_path, runs[0])
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in (runs[0] / "run").iterdir()}
+
+
+def test_an_evaluation_that_is_asked_to_stop_keeps_its_sums(runs, tmp_path):
+    done = launch(SCRIPT, "evaluate", tmp_path, ranks=2, PICO_STOP=":3")
+    assert set(done.returncodes) == {143} and done.stderr.count("go on with") == 1
+    assert len(list((tmp_path / "eval").glob("partial-*.pt"))) == 2
+    done = launch(SCRIPT, "evaluate", tmp_path)
+    assert done.returncode == 0 and "continuing: 6 of 11 batches" in done.stdout
+    one, resumed = torch.load(runs[0] / "stats-0.pt"), torch.load(tmp_path / "stats-0.pt")
+    torch.testing.assert_close(resumed["cov"], one["cov"], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_workers_stop_when_their_launcher_was_killed(runs, tmp_path):
+    (tmp_path / "set").symlink_to(runs[0] / "set")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
+    launcher = subprocess.Popen([*command, "finetune", tmp_path], env=environment(PICO_PAUSE=0.2))
+    limit = time.monotonic() + 60
+    while not (tmp_path / "run/log.jsonl").exists():
+        assert time.monotonic() < limit and launcher.poll() is None
+        time.sleep(0.1)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    launcher.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=40)
+    for worker in alive:
+        worker.kill()
+    assert len(gone) == 2 and not alive
+    assert (tmp_path / "run/state.pt").exists()
 
 
 def test_a_killed_evaluation_goes_on_with_another_number_of_ranks(runs, tmp_path):
