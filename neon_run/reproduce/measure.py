@@ -166,15 +166,15 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _intervals(row, plan, sweep, seeds, ends, whole) -> dict[str, Any]:
     """Of base, Neon and their difference, by the bootstrap; the same blocks are drawn for both."""
-    out = None
-    if is_main():
-        drawn = {}
-        for name, (snapshot, w, guidance) in ends.items():
+    out, drawn = None, {}
+    for name, (snapshot, w, guidance) in ends.items():
+        varied = {row.guidance: guidance} if row.guidance else {}
+        total = sweep.statistics(snapshot, w, seeds, **varied)
+        if total is not None:
             print0(f"bootstrap: {name}, {plan.resamples} resamples")
-            varied = {row.guidance: guidance} if row.guidance else {}
-            features = sweep.statistics(snapshot, w, seeds, **varied).features
-            blocks = block_statistics(features, sweep.batch_size)
+            blocks = block_statistics(total.features, sweep.batch_size)
             drawn[name] = bootstrap_fids(blocks, sweep.evaluator.reference, resamples=plan.resamples, seed=plan.seed)
+    if is_main():
         out = {name: interval(whole[name]["fid"], values) for name, values in drawn.items()}
         gain = whole["base"]["fid"] - whole["neon"]["fid"]
         out["gain"] = interval(gain, drawn["base"] - drawn["neon"])

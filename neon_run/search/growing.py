@@ -82,9 +82,10 @@ class GrowingSweep(Sweep):
         return found
 
     def statistics(self, snapshot: str, w: float, seeds: Sequence[int], **varied: Any) -> MetricAccumulator | None:
-        """What has been seen of this setting, on rank 0; None elsewhere, or if nothing has."""
-        what, _ = self.describe(snapshot, w, seeds, **varied)
-        return self._load(self._statistics_path(what, varied), len(seeds))
+        """Those of all `seeds` at this setting, on rank 0, sampled again where their file is gone; None elsewhere.
+        Every rank calls it."""
+        what, settings = self.describe(snapshot, w, seeds, **varied)
+        return self._seen(what, settings, seeds, len(seeds), varied)[0]
 
     def describe(self, snapshot: str, w: float, seeds: Sequence[int], **varied: Any) -> tuple[dict, dict]:
         """(everything that the statistics of a setting depend on, the sampler's settings)."""
