@@ -143,7 +143,7 @@ def test_a_fine_tune_that_is_asked_to_stop_writes_its_state_on_all_ranks(runs, t
 def test_an_evaluation_that_is_asked_to_stop_keeps_its_sums(runs, tmp_path):
     done = launch(SCRIPT, "evaluate", tmp_path, ranks=2, PICO_STOP=":3")
     assert set(done.returncodes) == {143} and done.stderr.count("go on with") == 1
-    assert len(list((tmp_path / "eval").glob("partial-*.pt"))) == 2
+    assert len(list((tmp_path / "eval").glob("partial-*/rank-*.pt"))) == 2
     done = launch(SCRIPT, "evaluate", tmp_path)
     assert done.returncode == 0 and "continuing: 6 of 11 batches" in done.stdout
     one, resumed = torch.load(runs[0] / "stats-0.pt"), torch.load(tmp_path / "stats-0.pt")
