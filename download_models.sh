@@ -13,8 +13,8 @@ if [ -z "$python" ]; then
     python=python3
     if [ -x "$here/.venv/bin/python" ]; then python="$here/.venv/bin/python"; fi
 fi
-if ! "$python" -c 'import click, huggingface_hub, tqdm' 2>/dev/null; then
-    echo "Error: $python lacks click, huggingface_hub or tqdm; run \`pip install -e .\` in $here first" >&2
+if ! "$python" -c 'import click, filelock, huggingface_hub, tqdm' 2>/dev/null; then
+    echo "Error: $python lacks click, filelock, huggingface_hub or tqdm; run \`pip install -e .\` in $here first" >&2
     exit 2
 fi
 PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m neon_files.downloads "$@"

@@ -1,13 +1,35 @@
-"""Files that a download or a copy left in place of the real one, known by their first bytes."""
+"""What a file is that is not the expected one, known by its first bytes."""
 
 from __future__ import annotations
 
+_KINDS = (  # as files begin
+    (b"\x93NUMPY", "is a single array (.npy)"),
+    (b"\x89HDF", "is an HDF5 file"),
+    (b"\x89PNG", "is an image"),
+    (b"\xff\xd8\xff", "is an image"),
+    (b"MATLAB", "is a MATLAB file"),
+    (b"\x1f\x8b", "is compressed with gzip"),
+    (b"BZh", "is compressed with bzip2"),
+    (b"\xfd7zXZ", "is compressed with xz"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd"),
+    (b"\x80", "is a pickle, which is never run here"),
+)
+
 
 def stand_in(start: bytes) -> str:
-    """What the file that begins with `start` is instead of the real one; "" where it may be the real one."""
+    """What a download or a copy left instead of the file that begins with `start`; "" where it may be the real one."""
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"<"):
         return "is a web page, probably an error message saved by a download"
     if text.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file itself"
     return ""
+
+
+def other_kind(start: bytes) -> str:
+    """What the file that begins with `start` is, if it is of a well-known kind that is no zip archive; else ""."""
+    if not start:
+        return "is empty"
+    if start[8:10] == b'{"':
+        return "is a safetensors file"
+    return stand_in(start) or next((kind for magic, kind in _KINDS if start.startswith(magic)), "")

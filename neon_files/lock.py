@@ -23,9 +23,11 @@ def locked(path: str | Path, timeout: float = -1) -> Iterator[None]:
     lock: FileLock | SoftFileLock = FileLock(path)
     try:
         lock.acquire(timeout=timeout)
-    except (OSError, NotImplementedError) as error:  # Timeout, an OSError, has no number
-        if isinstance(error, OSError) and error.errno not in _WITHOUT_FLOCK:
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, Timeout):
             raise
+        if isinstance(error, OSError) and error.errno not in _WITHOUT_FLOCK:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # flock's own does not name the file
         lock = SoftFileLock(f"{path}.soft")  # the native lock may have left its file
         lock.acquire(timeout=timeout)
     try:

@@ -14,6 +14,7 @@ import numpy as np
 from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
 from neon_files.home import download_command
+from neon_files.kinds import other_kind
 from neon_metrics.covariance import psd_factor
 from neon_metrics.statistics import FeatureStatistics
 
@@ -52,6 +53,8 @@ def load_reference(path: str | Path, num_features: int | None = None) -> Referen
     `num_features` where given), values that are not finite, a sigma that is not symmetric or has negative variances.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, not a file of reference statistics; name an .npz in it")
     if not path.is_file():
         raise UserError(
             f"{path}: no such file of reference statistics; the published ones come with `{download_command()}`"
@@ -79,20 +82,29 @@ def load_reference(path: str | Path, num_features: int | None = None) -> Referen
 
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    remedy = "name an archive with mu and sigma, as numpy.savez writes it"
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise UserError(f"{path}: a single array, not an .npz archive with mu and sigma")
-        with archive:
+        with open(path, "rb") as file:
+            kind = other_kind(file.read(512))
+        if kind:
+            raise UserError(f"{path}: not a readable .npz archive: it {kind}; {remedy}")
+        with np.load(path, allow_pickle=False) as archive:
             missing = [name for name in ("mu", "sigma") if name not in archive.files]
             if missing:
-                there = ", ".join(archive.files) or "nothing"
-                raise UserError(f"{path}: no {' and no '.join(missing)} in it (it holds {there})")
+                there = _contents(archive.files)
+                raise UserError(f"{path}: no {' and no '.join(missing)} in it (it holds {there}); {remedy}")
             return archive["mu"], archive["sigma"]
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         # numpy refuses arrays of objects with a ValueError: reading them would run a pickle
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable .npz archive of plain arrays ({reason})") from error
+
+
+def _contents(members: list[str]) -> str:
+    if any(name.endswith("/data.pkl") for name in members):
+        return "the parts of a PyTorch file"
+    shown = ", ".join(members[:5]) or "nothing"
+    return shown + (f" and {len(members) - 5:,} more" if len(members) > 5 else "")
 
 
 def write_reference(path: str | Path, reference: Reference) -> None:

@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from neon_files.atomic import atomic_path, sha256_file, write_json
 from neon_files.errors import UserError, say
+from neon_files.lock import Timeout, locked
 from neon_files.manifest import find_file
 from neon_run.merging import contents
 from neon_run.merging.adapters import Merged, adapter_kind, merge_adapters, reversed_adapter
@@ -244,7 +243,7 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
     temporary, lock = final.with_name(f".{final.name}.part"), final.with_name(f".{final.name}.lock")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=0):
+        with locked(lock, timeout=0):
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()

@@ -6,6 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from neon_files.errors import UserError
 from neon_metrics import FeatureStatistics, Reference, load_reference, write_reference
@@ -128,13 +129,40 @@ def test_files_that_are_no_archives_are_refused_and_never_run(tmp_path, statisti
         with pytest.raises(UserError, match=rf"{name}: not a readable \.npz archive"):
             load_reference(tmp_path / name)
     assert not trace.exists()
+
+
+def test_files_of_other_kinds_are_called_by_name(tmp_path, statistics):
     np.save(tmp_path / "single.npy", statistics[1])
-    with pytest.raises(UserError, match=r"single\.npy: a single array, not an \.npz archive"):
-        load_reference(tmp_path / "single.npy")
+    torch.save({"mu": 1}, tmp_path / "torch.pt")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for i in range(1000):
+            archive.writestr(f"{i}.png", b"")
+    save_file({"mu": torch.zeros(D)}, tmp_path / "stats.safetensors")
+    kinds = {
+        "single.npy": "it is a single array",
+        "torch.pt": "it holds the parts of a PyTorch file",
+        "images.zip": "it holds 0.png, 1.png, 2.png, 3.png, 4.png and 995 more",
+        "stats.safetensors": "it is a safetensors file",
+    }
+    contents = {
+        "page.npz": (b"\n<!DOCTYPE html>", "it is a web page"),
+        "lfs.npz": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "it is a Git LFS pointer"),
+        "refs.pkl": (pickle.dumps({"fid": {"mu": 1}}), "it is a pickle, which is never run here"),
+        "stats.h5": (b"\x89HDF\r\n", "it is an HDF5 file"),
+        "stats.npz.gz": (b"\x1f\x8b\x08", "it is compressed with gzip"),
+        "one.png": (b"\x89PNG\r\n", "it is an image"),
+        "empty.npz": (b"", "it is empty"),
+    }
+    for name, (data, kind) in contents.items():
+        (tmp_path / name).write_bytes(data)
+        kinds[name] = kind
+    for name, kind in kinds.items():
+        with pytest.raises(UserError, match=rf"{name}: .*{kind}.*; name an archive with mu and sigma"):
+            load_reference(tmp_path / name)
 
 
 def test_a_missing_file_says_how_to_get_it(tmp_path):
     with pytest.raises(UserError, match=r"adm_in256_stats\.npz: no such file .* `bash download_models\.sh"):
         load_reference(tmp_path / "adm_in256_stats.npz")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="is a folder, not a file of reference statistics"):
         load_reference(tmp_path)
