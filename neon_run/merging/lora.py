@@ -31,18 +31,19 @@ _SPELLINGS = (
     ("lora1.down", "lora1.up", r"\.weight"),  # XLabs: image stream
     ("lora2.down", "lora2.up", r"\.weight"),  # XLabs: text stream
     ("lora_a", "lora_b", r"\.weight"),  # torchtune
-    ("lora_A", "lora_B", ""),  # loralib, and parametrizations
+    (".lora_A", ".lora_B", ""),  # loralib, and parametrizations
 )
 # Spellings of code that everyone writes alone: no loader says what the scale is where the file does not.
 _SCALE_IN_CODE = re.compile(r"lora_A$|lora_a\.weight$")
-_WORD = "(?<![A-Za-z0-9])"  # `randlora_A` is another kind
+_WORD = r"(?:(?<=[._])|^|(?=\.))"  # `randlora_A` is another kind
 _DOWN = [(re.compile(rf"{_WORD}{re.escape(down)}({after})$"), up) for down, up, after in _SPELLINGS]
 _UP = re.compile("|".join(rf"{_WORD}{re.escape(up)}{after}$" for _, up, after in _SPELLINGS))
 # Names by which adapters of any kind are known. `base_model.model.` is how peft begins all of them.
 _MARKS = re.compile(
     r"^base_model\.model\.|^prompt_embeddings$|(?:^|[._/-])(?:[lL]o[rR][aA]|loha|lokr|locon|lycoris|hada|dora|glora|"
     r"gralora|adalora|vblora|randlora|delora|tinylora|unilora|oft|boft|hra|ia3|vera|pvera|c3a|shira|hira|fourierft|"
-    r"waveft|psoft|road_theta|road_alpha|miss_block)(?=[._\dA-Z]|$)"
+    r"waveft|psoft|road_theta|road_alpha|miss_block|bone_block|adamss|beft|deft|lily_[AB]|peanut|frod|osf_svd_params|"
+    r"supertuning|trainable_tokens_delta|ln_tuning_layers|poly_lora|poly_router)(?=[._\dA-Z]|$)"
 )
 # Changes of whole tensors that some trainers keep beside the factors.
 _DIFFERENCE = re.compile(r"\.diff(_b)?$")
@@ -144,7 +145,8 @@ def read_adapter(
         pairs[module] = Pair(down, up, factor if factor is not None else 1.0 if scale is None else scale, (key, up_key))
     _check_rest(name, rest)
     if not pairs:
-        raise UserError(f"{name}: holds no LoRA factors")
+        some = ", ".join(list(state)[:2])
+        raise UserError(f"{name}: holds no LoRA factors of a known spelling ({some}, ...); merge the networks instead")
     if known and scale is not None:
         raise UserError(f"--scale {scale:g}: {name} tells its own alpha; leave the flag out")
     in_code = any(_SCALE_IN_CODE.search(pair.names[0]) for pair in pairs.values())

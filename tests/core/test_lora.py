@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from neon_core.merge import neon_merge
 from neon_files.errors import UserError
 from neon_run.merging.command import merge_command
+from neon_run.merging.files import merge_files
 from neon_run.merging.lora import is_adapter, merge_lora, read_adapter, reverse_lora
 from neon_run.merging.weight_file import ADAPTER_CONFIG as CONFIG
 
@@ -21,6 +22,12 @@ SPELLINGS = {
     "diffusers": "unet.{}.lora.down.weight unet.{}.lora.up.weight",
     "diffusers, processor": "unet.{}_lora.down.weight unet.{}_lora.up.weight",
     "kohya": "lora_unet_{}.lora_down.weight lora_unet_{}.lora_up.weight",
+    "diffusers, text": "text_encoder.{}.lora_linear_layer.down.weight text_encoder.{}.lora_linear_layer.up.weight",
+    "XLabs, image": "double_blocks.0.processor.{}_lora1.down.weight double_blocks.0.processor.{}_lora1.up.weight",
+    "XLabs, text": "double_blocks.0.processor.{}_lora2.down.weight double_blocks.0.processor.{}_lora2.up.weight",
+    "loralib": "blocks.0.{}.lora_A blocks.0.{}.lora_B",
+    "torchtune": "layers.0.{}.lora_a.weight layers.0.{}.lora_b.weight",
+    "parametrization": "layers.0.{}.parametrizations.weight.0.lora_A layers.0.{}.parametrizations.weight.0.lora_B",
     "peft, embedding": "base_model.model.{}.lora_embedding_A base_model.model.{}.lora_embedding_B",
 }
 SHAPES = {"q": (6, 5), "conv": (4, 3, 3, 3)}
@@ -86,7 +93,7 @@ def test_reversed_adapter_keeps_its_alpha_positive_and_its_down_factors():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("w", [1.5, 0.4, 0.0, -1.0])
-@pytest.mark.parametrize("spelling", ["peft", "kohya", "diffusers", "peft, embedding"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
 def test_two_adapters_of_different_rank_merge_by_their_products(spelling, w, dtype):
     alphas = (1.0, 6.0) if spelling == "kohya" else (None, None)
     base = adapter_state(spelling, {"q": 2, "conv": 3}, 1, alphas[0], dtype)
@@ -119,6 +126,95 @@ def test_whole_tensors_saved_with_two_adapters_are_merged_as_such():
     assert torch.equal(merged["head.weight"], expected)
     with pytest.raises(UserError, match=r"head\.weight is a whole tensor, whose value in the base"):
         reverse_lora(syn, 1.5)
+
+
+def test_two_factors_of_one_module_stay_apart():
+    names = ["double_blocks.0.processor.qkv_lora1", "double_blocks.0.processor.qkv_lora2"]
+    state = {f"{name}.{end}.weight": random(len(name + end), 4, 4) for name in names for end in ("down", "up")}
+    assert list(read_adapter("a", state).pairs) == names
+
+
+@pytest.mark.parametrize("spelling", ["loralib", "torchtune", "parametrization"])
+def test_where_only_code_knows_the_scale_it_must_be_given(tmp_path, spelling):
+    states = [adapter_state(spelling, {"q": 2}, seed) for seed in (1, 7)]
+    for name, state in zip("ab", states, strict=True):
+        save_file(state, tmp_path / name)
+    arguments = [tmp_path / "a", tmp_path / "b", "-w", "1.5", "-o", tmp_path / "out"]
+    code, output = command(*arguments)
+    assert code == 2 and "a: says no alpha" in output and "give --scale" in output
+    assert command(*arguments, "--scale", "0.5")[0] == 0
+    theta_base, theta_syn = networks(*(dense(state, scales=0.5) for state in states))[1:]
+    theta_neon = networks(dense(states[0], 0.5), dense(states[1], 0.5), dense(load_file(tmp_path / "out")))[3]
+    assert_close(theta_neon, neon_merge(theta_base, theta_syn, 1.5), rtol=0, atol=2e-6)
+    assert command("--lora", tmp_path / "b", "-w", "1.5", "-o", tmp_path / "alone")[0] == 0  # whatever it is
+    save_file(adapter_state("kohya", {"q": 2}, 1, 3.0), tmp_path / "kohya")
+    code, output = command(tmp_path / "kohya", tmp_path / "kohya", "--scale", "1", "-w", "1", "-o", tmp_path / "out")
+    assert code == 2 and "tells its own alpha" in output
+
+
+def test_differences_of_whole_tensors_beside_the_factors_count_from_zero():
+    states = [adapter_state("kohya", {"q": 2}, seed, 2.0) | {"n.diff": random(seed, 4)} for seed in (1, 7)]
+    merged, _ = merge_lora(*(read_adapter(name, state) for name, state in zip("ab", states, strict=True)), 1.5)
+    assert_close(merged["n.diff"], 2.5 * states[0]["n.diff"] - 1.5 * states[1]["n.diff"])
+    assert_close(reverse_lora(states[1], 1.5)["n.diff"], -1.5 * states[1]["n.diff"])
+
+
+UNKNOWN = [
+    "lora_unet_q.oft_blocks", "lora_unet_q.oft_diag", "q.boft_R", "q.vera_lambda_b", "q.ia3_l", "q.hada_w1_a",
+    "q.lokr_w1", "q.dora_scale", "q.lora_magnitude_vector", "q.lora_mid.weight", "base_model.model.q.new_kind",
+    "layers.0.attn.lora_a", "q.loraA.weight", "q.lora.0.weight", "q.LoRA_up.0", "q_lora.weight", "prompt_embeddings",
+    "q.lora_E", "q.lora_B.bias", "unet.q.lora_A1.weight",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_whatever_else_looks_like_an_adapter_is_refused(tmp_path, name):
+    for side, value in (("a", 1.0), ("b", 2.0)):
+        save_file({name: torch.full((4, 4), value), "head.bias": torch.zeros(1)}, tmp_path / side)
+    arguments = [tmp_path / "a", tmp_path / "b", "-w", "1", "-o", tmp_path / "out"]
+    code, output = command(*arguments)
+    assert code == 2 and name in output and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="looks like an adapter"):
+        merge_files(tmp_path / "a", tmp_path / "b", 1.0, tmp_path / "out")
+    assert command(*arguments, "--dense")[0] == 0  # a network may call its own weights so
+    assert load_file(tmp_path / "out")[name][0, 0] == 0
+
+
+def test_four_factors_of_glora_are_refused(tmp_path):
+    for side in "ab":
+        save_file({f"q.{end}.weight": random(1, 3, 3) for end in ("a1", "a2", "b1", "b2")}, tmp_path / side)
+    code, output = command(tmp_path / "a", tmp_path / "b", "-w", "1", "-o", tmp_path / "out")
+    assert code == 2 and "q.a1.weight makes it more than a plain LoRA" in output
+    assert not is_adapter({"block.a1.weight", "block.a2.weight"})
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        (torch.tensor([1.0, 2.0]), r"alpha is \[2\] numbers, not one finite number"),
+        (torch.tensor(torch.nan), "alpha is nan, not one finite number"),
+        (torch.tensor(torch.inf), "alpha is inf, not one finite number"),
+        (torch.tensor([]), r"alpha is \[0\] numbers"),
+    ],
+)
+def test_alpha_is_one_finite_number(alpha, message):
+    state = adapter_state("kohya", {"q": 2}, 1) | {"lora_unet_q.alpha": alpha}
+    for read in (lambda: read_adapter("a", state), lambda: reverse_lora(state, 1.0)):
+        with pytest.raises(UserError, match=message):
+            read()
+    state["lora_unet_q.alpha"] = torch.tensor([2.0])  # one number, in whatever shape
+    assert read_adapter("a", state).pairs["lora_unet_q"].scale == 1.0
+
+
+def test_rank_zero_and_factors_without_fractions_are_refused():
+    state = {"q.lora_A.weight": torch.zeros(0, 5), "q.lora_B.weight": torch.zeros(6, 0)}
+    with pytest.raises(UserError, match=r"q\.lora_A\.weight has the rank 0"):
+        read_adapter("a", state)
+    with pytest.raises(UserError, match=r"of the type torch\.int8"):
+        read_adapter("a", {name: torch.ones(4, 4, dtype=torch.int8) for name in state})
+    transposed = {"q.lora_A": torch.zeros(64, 4), "q.lora_B": torch.zeros(4, 64)}
+    with pytest.raises(UserError, match="is transposed"):
+        read_adapter("a", transposed)
 
 
 def test_scales_of_peft_settings():
