@@ -20,6 +20,7 @@ _counter = itertools.count()
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "it is too large"}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG}
 _CHUNK = 1 << 22
+_LONG = 140  # bytes of a name; file systems take 255
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def atomic_path(final: str | Path, sync: bool = True) -> Iterator[Path]:
     final = Path(final)
     if final.is_dir():
         raise UserError(f"{final}: is a folder; name a file")
-    temporary = final.with_name(f".{final.name}.{socket.gethostname()}-{os.getpid()}-{next(_counter)}.part")
+    temporary = final.with_name(f"{hidden(final.name)}.{socket.gethostname()}-{os.getpid()}-{next(_counter)}.part")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -51,6 +52,14 @@ def atomic_path(final: str | Path, sync: bool = True) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # not there after the rename; or its folder never was
             temporary.unlink()
+
+
+def hidden(name: str) -> str:
+    """`.name`, for temporaries and locks beside it: cut where it would leave no room for their own endings."""
+    encoded = name.encode()
+    if len(encoded) <= _LONG:
+        return f".{name}"
+    return f".{encoded[: _LONG - 20].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:16]}"
 
 
 def _sync(path: Path) -> None:
@@ -81,8 +90,9 @@ def remove_stale(final: str | Path) -> None:
     if os.name == "nt":  # where asking for a process can end it
         return
     final = Path(final)
-    pattern = re.compile(re.escape(f".{final.name}.{socket.gethostname()}-") + r"(\d+)-\d+\.part")
-    for path in final.parent.glob(f".{_glob_escape(final.name)}.*.part"):
+    start = hidden(final.name)
+    pattern = re.compile(re.escape(f"{start}.{socket.gethostname()}-") + r"(\d+)-\d+\.part")
+    for path in final.parent.glob(f"{_glob_escape(start)}.*.part"):
         match = pattern.fullmatch(path.name)
         if match and not _alive(int(match[1])):
             path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from neon_files.atomic import atomic_path, sha256_file, write_json
+from neon_files.atomic import atomic_path, hidden, sha256_file, write_json
 from neon_files.errors import UserError, say
 from neon_files.lock import Timeout, locked
 from neon_files.manifest import find_file
@@ -240,7 +240,7 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
     written, and where `final` holds something.
     """
     final = Path(final)
-    temporary, lock = final.with_name(f".{final.name}.part"), final.with_name(f".{final.name}.lock")
+    temporary, lock = (final.with_name(f"{hidden(final.name)}{end}") for end in (".part", ".lock"))
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock, timeout=0):

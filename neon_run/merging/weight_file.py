@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neon_core.merge import check_plain
 from neon_files.atomic import atomic_path, write_json
 from neon_files.checkpoint import open_checkpoint
 from neon_files.containers import Weights
@@ -39,7 +38,9 @@ class WeightFile:
     loaders: dict[str, Load] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)  # tied tensors that the file names but does not hold
     header: dict[str, str] = field(default_factory=dict)
-    _content: dict | None = field(default=None, repr=False)  # of a torch file that is nothing but a state dict
+    layout: Layout = field(default_factory=dict)
+    _flat: bool = True  # false for a torch file that holds more than a state dict
+    _versions: Any = None  # of modules, which torch keeps beside a state dict
 
     def __post_init__(self) -> None:
         weights = open_checkpoint(self.path, self.entry)
@@ -51,15 +52,12 @@ class WeightFile:
         elif self.container == "pickle":
             raise UserError(f"{self.path}: is a pickled network, which is not written again; convert it to safetensors")
         else:
-            self._content = _flat_content(self.path, len(self.loaders))
-            if self._content is not None:  # names as they are, with prefixes
-                self.loaders = dict(zip(self._content, weights.loaders.values(), strict=True))
+            names, self._versions = _flat_content(self.path)
+            self._flat = len(names) == len(self.loaders)
+            if self._flat:  # names as they are, with prefixes
+                self.loaders = dict(zip(names, weights.loaders.values(), strict=True))
         check_weights(weights)
-
-    @cached_property
-    def layout(self) -> Layout:
-        tensors = ((name, load()) for name, load in self.loaders.items())
-        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors}
+        self.layout = dict(zip(self.loaders, weights.layout().values(), strict=True))
 
     @cached_property
     def ties(self) -> list[list[str]]:
@@ -91,7 +89,7 @@ class WeightFile:
 
     def check_flat(self) -> None:
         """UserError where the file holds more than its state dict, which a rewritten file would lose or leave stale."""
-        if self.container.startswith("torch") and self._content is None:
+        if not self._flat:
             raise UserError(
                 f"{self.path}: holds more than one plain state dict, and the rest would not belong to the merged "
                 "weights; save its weights alone, or merge the two files with -o x.safetensors"
@@ -103,26 +101,24 @@ class WeightFile:
         if self.container == "safetensors":
             write_safetensors(path, layout, lambda name: state[name], dict(header))
         else:
-            write_torch(path, layout, lambda name: state[name], getattr(self._content, "_metadata", None))
+            write_torch(path, layout, lambda name: state[name], self._versions)
 
 
-def _flat_content(path: Path, count: int) -> dict | None:
-    """The state dict that a torch file is, or None where it holds anything else; the file was read safely before."""
+def _flat_content(path: Path) -> tuple[list[str], Any]:
+    """(names, module versions) where a torch file is a plain state dict, else no names. The file was read before."""
     try:
         with open(path, "rb") as file:
             mapped = file.read(2) == b"PK"
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception:  # of whatever torch does not load and our own reader does
-        return None
-    flat = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
-    return content if flat and len(content) == count else None
+        return [], None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        return [], None
+    return list(content), getattr(content, "_metadata", None)
 
 
 def check_weights(weights: Weights) -> None:
-    """UserError where the tensors are not the numbers of a network: quantized, sparse, without memory."""
-    if weights.container.startswith("torch"):
-        for name, load in weights.loaders.items():
-            check_plain(name, load(), str(weights.path))
+    """UserError where the tensors are codes of a quantized network, not its numbers."""
     quantized = find_quantized(weights.layout())
     if quantized:
         codes, scale = quantized

@@ -12,6 +12,8 @@ from torch import Tensor
 from neon_core.merge import check_names, neon_rule
 from neon_files.checkpoint import is_finite, pack_metadata
 from neon_files.errors import UserError
+from neon_files.guard import reading
+from neon_files.names import match_names
 from neon_files.safetensors_file import Layout, write_safetensors
 from neon_run.merging.steps import Steps
 from neon_run.merging.weight_file import Load, WeightFile, Writer, check_writable
@@ -135,4 +137,6 @@ def _matched(layout: Layout, ours: Sequence[WeightFile], others: Sequence[Weight
         for extra in (name for name in stored if name not in layout and wanted):
             if torch.equal(theirs[extra](), theirs[wanted[0]]()):
                 del theirs[extra]
-    return theirs
+    with reading(others[0].path):
+        partner = match_names(layout, theirs)
+    return {partner[name]: load for name, load in theirs.items()}

@@ -24,6 +24,20 @@ def test_file_appears_whole_and_replaces_the_old_one(tmp_path):
     assert os.listdir(final.parent) == ["x.json"]
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "\u00fc" * 127, "n" * 140])
+def test_the_longest_name_that_a_file_system_takes(tmp_path, name):
+    write_json(tmp_path / name, 1)
+    assert os.listdir(tmp_path) == [name]
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / name) as temporary:
+        dead = temporary.with_name(temporary.name.replace(f"-{os.getpid()}-", "-999999999-"))
+        dead.write_text("half")
+        raise KeyboardInterrupt
+    remove_stale(tmp_path / f"{name[:-1]}x")  # another file
+    assert len(os.listdir(tmp_path)) == 2
+    remove_stale(tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), UserError("x")])
 def test_failure_keeps_the_old_file_and_leaves_nothing_else(tmp_path, error):
     final = tmp_path / "x"

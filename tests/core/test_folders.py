@@ -18,6 +18,7 @@ from neon_files.errors import UserError
 from neon_run.merging.command import merge_command
 from neon_run.merging.files import merge_files
 from neon_run.merging.folders import PROVENANCE, atomic_folder, merge_folders
+from neon_run.merging.steps import Steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -234,6 +235,233 @@ def test_broken_inputs_are_named_and_leave_nothing(tmp_path, how, message):
     with pytest.raises(UserError, match=message):
         merge_folders(base, syn, 1.5, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["base", "syn"]
+
+
+# Files of other kinds
+
+
+def two_folders(path: Path, name: str, *, dtype=torch.float32) -> tuple[Path, Path]:
+    """A network in model.safetensors, and a second one under `name` as torch.save writes it."""
+    for folder, seed in (("base", 1), ("syn", 2)):
+        (path / folder).mkdir()
+        save_file(random_state(seed), path / folder / "model.safetensors")
+        torch.save({"second": torch.full((2,), float(seed))}, path / folder / name)
+    return path / "base", path / "syn"
+
+
+TORCH_NAMES = ["ema.pth.tar", "UNET.PT", "model.t7", "head.pickle", "net.th", "w.params", "x.joblib", "x.ckpt.index"]
+
+
+@pytest.mark.parametrize("name", [*TORCH_NAMES, "model.pt.bak", "weights"])
+def test_torch_files_are_merged_whatever_their_suffix(tmp_path, name):
+    base, syn = two_folders(tmp_path, name)
+    out = merge_folders(base, syn, 1.5, tmp_path / "out")
+    assert torch.load(out / name)["second"].tolist() == [-0.5, -0.5]
+
+
+@pytest.mark.parametrize("name", ["SAFE.SAFETENSORS", "model.safetensors.bak"])
+def test_safetensors_are_merged_whatever_their_suffix(tmp_path, name):
+    base, syn = two_folders(tmp_path, "other.pt")
+    for folder, seed in ((base, 1), (syn, 2)):
+        save_file({"second": torch.full((2,), float(seed))}, folder / name)
+    assert load_file(merge_folders(base, syn, 1.5, tmp_path / "out") / name)["second"].tolist() == [-0.5, -0.5]
+
+
+OTHER_NAMES = [
+    "x.npz",
+    "x.npy",
+    "__0_0.distcp",
+    "x.onnx",
+    "x.gguf",
+    "x.msgpack",
+    "x.h5",
+    "x.pkl",
+    "x.zip",
+    "x.dat",
+    "x",
+]
+
+
+@pytest.mark.parametrize("name", [*OTHER_NAMES, "spiece.model", "x.json", "x.txt"])
+@pytest.mark.parametrize("there", [True, False])
+def test_files_that_may_be_weights_must_be_equal_in_both(tmp_path, name, there):
+    base, syn = two_folders(tmp_path, "second.pt")
+    (base / name).write_bytes(b"\x80\0base")
+    if there:
+        (syn / name).write_bytes(b"\x80\0syn")
+    with pytest.raises(UserError, match=f"{name}: {'differs between' if there else 'is not in the other folder'}"):
+        merge_folders(base, syn, 1.5, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["x.npz", "spiece.model", "x.dat", "deep/x.msgpack"])
+def test_unknown_files_that_are_equal_are_copied(tmp_path, name):
+    base, syn = two_folders(tmp_path, "second.pt")
+    for folder in (base, syn):
+        (folder / "part").mkdir()
+        for each in ("model.safetensors", "second.pt"):
+            (folder / each).rename(folder / "part" / each)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"\x80\0same")
+    assert (merge_folders(base, syn, 1.5, tmp_path / "out") / name).read_bytes() == b"\x80\0same"
+
+
+@pytest.mark.parametrize("name", ["flax_model.msgpack", "onnx/model.onnx"])
+def test_other_formats_beside_merged_weights_are_stale_even_if_equal(tmp_path, name):
+    base, syn = two_folders(tmp_path, "second.pt")
+    for folder in (base, syn):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"\x80\0same")
+    with pytest.raises(UserError, match="it would be the old network; take it out"):
+        merge_folders(base, syn, 1.5, tmp_path / "out")
+
+
+def test_texts_that_differ_are_the_base_s_and_that_is_said(tmp_path, capsys):
+    base, syn = two_folders(tmp_path, "second.pt")
+    for folder in (base, syn):
+        for name in ("config.json", "README.md", "LICENSE", ".gitattributes", "optimizer.pt", "picture.png"):
+            (folder / name).write_text(f"of {folder.name}")
+    (syn / "extra.pt").write_bytes((syn / "second.pt").read_bytes())
+    out = merge_folders(base, syn, 1.5, tmp_path / "out")
+    assert (out / "config.json").read_text() == (out / "picture.png").read_text() == "of base"
+    said = capsys.readouterr().err
+    assert "6 files that differ are the base's in the result: .gitattributes, LICENSE, README.md, ..." in said
+    assert "extra.pt: is not in the base's folder, so it is left out" in said
+
+
+# Variants and containers
+
+
+def with_copies(folder: Path, seed: int, of: int | None = None) -> Path:
+    """model.safetensors of `seed`; its half precision and its torch container of the seed `of`, as a hub holds them."""
+    folder.mkdir()
+    state, copy = random_state(seed), random_state(seed if of is None else of)
+    save_file(state, folder / "model.safetensors")
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in copy.items()}, folder / "model.fp16.safetensors")
+    torch.save(copy, folder / "pytorch_model.bin")
+    return folder
+
+
+def check_copies(out: Path) -> None:
+    exact = load_file(out / "model.safetensors")
+    assert_close(exact, neon_merge(random_state(1), random_state(2), 1.5), rtol=0, atol=0)
+    assert_close(torch.load(out / "pytorch_model.bin"), exact, rtol=0, atol=0)
+    half = {name: value.half() if value.is_floating_point() else value for name, value in exact.items()}
+    assert_close(load_file(out / "model.fp16.safetensors"), half, rtol=0, atol=0)
+
+
+def test_copies_that_were_not_trained_are_made_from_the_merged_weights(tmp_path):
+    """The fine-tune rewrote model.safetensors in a copy of the base's folder: the other two are the base's, stale."""
+    base, syn = with_copies(tmp_path / "base", 1), with_copies(tmp_path / "syn", 2, of=1)
+    check_copies(merge_folders(base, syn, 1.5, tmp_path / "out"))
+
+
+def test_copies_that_only_the_base_has_are_made_from_the_merged_weights(tmp_path):
+    base, syn = with_copies(tmp_path / "base", 1), with_copies(tmp_path / "syn", 2)
+    for name in ("model.fp16.safetensors", "pytorch_model.bin"):
+        (syn / name).unlink()
+    check_copies(merge_folders(base, syn, 1.5, tmp_path / "out"))
+
+
+def test_variant_of_other_weights_is_refused_where_it_would_be_stale(tmp_path):
+    base, syn = with_copies(tmp_path / "base", 1), with_copies(tmp_path / "syn", 2, of=1)
+    for folder in (base, syn):
+        save_file(random_state(3), folder / "model.non_ema.safetensors")
+    with pytest.raises(UserError, match=r"model\.non_ema\.safetensors: is equal in both .* no rounded copy of those"):
+        merge_folders(base, syn, 1.5, tmp_path / "out")
+    (syn / "model.non_ema.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.non_ema\.safetensors: the other folder has no weights in its place"):
+        merge_folders(base, syn, 1.5, tmp_path / "out")
+    save_file(random_state(4), syn / "model.non_ema.safetensors")  # trained: a network of its own
+    out = merge_folders(base, syn, 1.5, tmp_path / "out")
+    expected = neon_merge(random_state(3), random_state(4), 1.5)
+    assert_close(load_file(out / "model.non_ema.safetensors"), expected, rtol=0, atol=0)
+
+
+def test_whole_pipeline_in_a_single_file_is_stale_beside_its_merged_parts(tmp_path):
+    base, syn = pipeline(tmp_path / "base", 1), pipeline(tmp_path / "syn", 2)
+    for folder in (base, syn):
+        save_file({"model.diffusion_model.x": torch.ones(2)}, folder / "v1-5.safetensors")
+    with pytest.raises(UserError, match=r"v1-5\.safetensors: is equal in both folders beside weights that are merged"):
+        merge_folders(base, syn, 1.5, tmp_path / "out")
+
+
+# Containers
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda state: {"state_dict": state, "epoch": 1, "pytorch-lightning_version": "2.0"},
+        lambda state: {"module": state, "ds_config": {}, "optimizer": None},
+        lambda state: {"model": state, "optimizer": {"state": {}}},
+        lambda state: {"model": state, "ema": state},
+    ],
+)
+def test_torch_files_that_hold_more_than_weights_are_refused_in_folders_and_merged_as_files(tmp_path, nest):
+    for folder, seed in (("base", 1), ("syn", 2)):
+        (tmp_path / folder).mkdir()
+        torch.save(nest(random_state(seed)), tmp_path / folder / "last.ckpt")
+    with pytest.raises(UserError, match=r"last\.ckpt: holds more than one plain state dict, .* merge the two files"):
+        merge_folders(tmp_path / "base", tmp_path / "syn", 1.5, tmp_path / "out")
+    out = merge_files(tmp_path / "base/last.ckpt", tmp_path / "syn/last.ckpt", 1.5, tmp_path / "out.safetensors")
+    assert_close(load_file(out), neon_merge(random_state(1), random_state(2), 1.5), rtol=0, atol=0)
+
+
+def test_torch_files_keep_prefixes_and_versions(tmp_path):
+    for folder, seed in (("base", 1), ("syn", 2)):
+        (tmp_path / folder).mkdir()
+        torch.manual_seed(seed)
+        net = torch.nn.ModuleDict({"module": torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))})
+        torch.save(net.state_dict(), tmp_path / folder / "model.pt")
+    merged = torch.load(merge_folders(tmp_path / "base", tmp_path / "syn", 1.5, tmp_path / "out") / "model.pt")
+    base = torch.load(tmp_path / "base" / "model.pt")
+    assert list(merged) == list(base) and merged._metadata == base._metadata
+    assert torch.equal(merged["module.1.running_var"], base["module.1.running_var"])
+
+
+def test_wrapper_names_of_one_side_are_matched(tmp_path):
+    for folder, seed, prefix in (("base", 1, ""), ("syn", 2, "model.")):
+        (tmp_path / folder).mkdir()
+        state = {
+            f"{prefix}{n.replace('0.', '0._orig_mod.' if prefix else '0.')}": v for n, v in random_state(seed).items()
+        }
+        save_file(state, tmp_path / folder / "model.safetensors")
+    merged = load_file(merge_folders(tmp_path / "base", tmp_path / "syn", 1.5, tmp_path / "out") / "model.safetensors")
+    assert_close(merged, neon_merge(random_state(1), random_state(2), 1.5), rtol=0, atol=0)
+
+
+def test_w_by_pattern_names_the_part_of_a_pipeline(tmp_path):
+    base, syn = pipeline(tmp_path / "base", 1), pipeline(tmp_path / "syn", 2)
+    save_file(random_state(5), syn / "vae" / "diffusion_pytorch_model.safetensors")
+    steps = Steps(1.0, blocks=(("unet/*", 2.0), ("block.1.*", 0.5)), keep=("vae/embed*",))
+    out = merge_folders(base, syn, steps, tmp_path / "out")
+    unet, vae = (
+        load_sharded(out / "unet", "diffusion_pytorch_model"),
+        load_file(next((out / "vae").glob("*.safetensors"))),
+    )
+    at = {w: neon_merge(random_state(1), random_state(2), w) for w in (2.0, 0.5)}
+    assert torch.equal(unet["block.0.weight"], at[2.0]["block.0.weight"])
+    assert torch.equal(unet["block.1.weight"], at[0.5]["block.1.weight"])
+    assert torch.equal(vae["embed.weight"], random_state(0)["embed.weight"])
+    assert torch.equal(vae["head.bias"], neon_merge(random_state(0), random_state(5), 1.0)["head.bias"])
+    assert json.loads((out / PROVENANCE).read_text())["w_by_pattern"] == [["unet/*", 2.0], ["block.1.*", 0.5]]
+    with pytest.raises(UserError, match=r"--keep unte/\*: fits no tensor; there are unet/"):
+        merge_folders(base, syn, Steps(1.0, keep=("unte/*",)), tmp_path / "none")
+
+
+def test_quantized_weights_in_folders_are_refused(tmp_path):
+    for folder, seed in (("base", 1), ("syn", 2)):
+        (tmp_path / folder).mkdir()
+        state = {"lin.weight": torch.full((4, 4), seed, dtype=torch.int8), "lin.SCB": torch.full((4,), float(seed))}
+        save_file(state, tmp_path / folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"lin\.weight holds quantized numbers, whose scale is lin\.SCB"):
+        merge_folders(tmp_path / "base", tmp_path / "syn", 1.5, tmp_path / "out")
+
+
+def test_folder_of_the_longest_name(tmp_path):
+    base, syn = pipeline(tmp_path / "base", 1), pipeline(tmp_path / "syn", 2)
+    assert merge_folders(base, syn, 1.5, tmp_path / ("n" * 255)).is_dir()
 
 
 def test_places_where_nothing_may_be_written(tmp_path):

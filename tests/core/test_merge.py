@@ -413,6 +413,119 @@ def test_command_line(tmp_path):
         assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
 
 
+def merge_command_line(*arguments) -> tuple[int, str, str]:
+    result = CliRunner().invoke(merge_command, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_w_by_pattern_and_kept_tensors_on_the_command_line(tmp_path):
+    base, syn, out = save(tmp_path / "base", BASE, "torch"), save(tmp_path / "syn", SYN, "torch"), tmp_path / "out"
+    steps = ["-w", "1.0", "--w", "a.*=3", "--w", "bias=0.5", "--exclude", "mask", "--keep", "step?"]
+    code, told, said = merge_command_line(base, syn, *steps, "-o", out)
+    assert code == 0 and told.startswith(f"{out} | w=1 | a.*=3 | bias=0.5 | rule=neon")
+    assert f"{out}: 2 tensors kept from the base (mask, steps)" in said
+    merged = read_checkpoint(out)
+    for name, w in (("a.weight", 3.0), ("a.bias", 0.5)):  # the last that fits counts
+        assert torch.equal(merged.state[name], neon_merge(BASE, SYN, w)[name])
+    record = merged.metadata["neon"]
+    assert record["w_by_pattern"] == [["a.*", 3.0], ["bias", 0.5]] and record["keep"] == ["mask", "step?"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-w", "1", "-w", "2"], "give one number for all tensors, beside any PATTERN=W; there are 2"),
+        (["-w", "a.*=1"], "there are 0"),
+        (["-w", "much"], "-w much: is no number"),
+        (["-w", "1", "-w", "a.*=nan"], "must be a finite number"),
+        (["-w", "1", "-w", "b.*=2"], "--w b.*: fits no tensor; there are a.weight, a.bias, mask"),
+        (["-w", "1", "--keep", "b.*"], "--keep b.*: fits no tensor"),
+        (["-w", "1", "--keep", "a.*", "--rule", "official-edm"], "leave out --keep and --w PATTERN=W"),
+        (["-w", "1", "--entry", "a", "--entry", "b", "--entry", "c"], "--entry: once for both files, or twice"),
+        (["-w", "1", "--entry", "ema"], "has no entry 'ema'"),
+        (["-w", "1", "--scale", "2"], "--scale: is of LoRA adapters"),
+        (["-w", "1", "-o", "out.onnx"], "-o out.onnx: .onnx is not written; name a .safetensors or a .pt file"),
+    ],
+)
+def test_wrong_steps_are_told(tmp_path, arguments, message):
+    base, syn = save(tmp_path / "base", BASE, "torch"), save(tmp_path / "syn", SYN, "torch")
+    code, _, said = merge_command_line(base, syn, "-o", tmp_path / "out", *arguments)
+    assert code == 2 and message in said and sorted(os.listdir(tmp_path)) == ["base", "syn"]
+
+
+def test_entry_chooses_in_both_files_or_in_each(tmp_path):
+    third = random_state(3)
+    torch.save({"model": BASE, "ema": third}, tmp_path / "base")
+    torch.save({"model": SYN, "ema": third}, tmp_path / "syn")
+    torch.save(SYN, tmp_path / "flat")
+    for entries, syn, expected in (
+        (["model"], "syn", neon_merge(BASE, SYN, 1.5)),
+        (["ema", "model"], "syn", neon_merge(third, SYN, 1.5)),
+        (["model", ""], "flat", neon_merge(BASE, SYN, 1.5)),
+    ):
+        flags = [flag for entry in entries for flag in ("--entry", entry)]
+        code, _, said = merge_command_line(tmp_path / "base", tmp_path / syn, "-w", 1.5, *flags, "-o", tmp_path / "out")
+        assert code == 0 and "takes the" not in said
+        assert same(read_checkpoint(tmp_path / "out").state, expected)
+    code, _, said = merge_command_line(tmp_path / "base", tmp_path / "syn", "-w", 1.5, "-o", tmp_path / "out")
+    assert code == 0 and said.count("takes the averaged weights 'ema', not 'model'") == 2
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.pth", "out.bin", "out.ckpt", "out.pth.tar", "OUT.PT"])
+def test_torch_files_are_written_where_the_suffix_says_so(tmp_path, name):
+    base, syn = save(tmp_path / "base", BASE, "safetensors"), save(tmp_path / "syn", SYN, "torch")
+    out = merge_files(base, syn, 1.5, tmp_path / name)
+    assert same(torch.load(out, weights_only=True), neon_merge(BASE, SYN, 1.5))
+    told = json.loads((tmp_path / f"{name}.json").read_text())
+    assert told["neon"]["w"] == 1.5 and told["neon"]["base"]["sha256"] == sha256_file(base)
+
+
+WRAPPED = {
+    "module.": lambda name: f"module.{name}",
+    "_orig_mod. within": lambda name: name.replace("a.", "a._orig_mod."),
+    "FSDP": lambda name: f"_fsdp_wrapped_module.{name.replace('a.', 'a._checkpoint_wrapped_module.')}",
+    "Lightning": lambda name: f"model.{name}",
+    "all": lambda name: f"model._orig_mod.module.{name}",
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("container", ["torch", "safetensors"])
+def test_names_that_wrappers_change_on_one_side(tmp_path, wrapper, container):
+    for wrapped, plain in ((BASE, SYN), (SYN, BASE)):
+        renamed = {WRAPPED[wrapper](name): value for name, value in wrapped.items()}
+        ends = [save(tmp_path / "wrapped", renamed, container), save(tmp_path / "plain", plain, container)]
+        if wrapped is SYN:
+            ends.reverse()
+        merged = read_checkpoint(merge_files(*ends, 1.5, tmp_path / "out")).state
+        assert same(dict(zip(BASE, merged.values(), strict=True)), neon_merge(BASE, SYN, 1.5))
+
+
+@pytest.mark.parametrize(("kind", "tensor"), odd_tensors().items())
+def test_files_with_odd_tensors_are_refused_in_one_sentence(tmp_path, kind, tensor):
+    if "Codes" in kind:
+        pytest.skip("a class of the test's own is not saved")
+    for name in ("base", "syn"):
+        torch.save({"a": tensor, "b": torch.ones(1)}, tmp_path / name)
+    code, _, said = merge_command_line(tmp_path / "base", tmp_path / "syn", "-w", 1, "-o", tmp_path / "out")
+    assert code == 2 and " a is " in said.replace("a: is", " a is ") and said.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["base", "syn"]
+
+
+def test_quantized_files_are_refused(tmp_path):
+    for name in ("base", "syn"):
+        torch.save({"l.weight": torch.ones(4, 4, dtype=torch.int8), "l.SCB": torch.ones(4)}, tmp_path / name)
+    code, _, said = merge_command_line(tmp_path / "base", tmp_path / "syn", "-w", 1, "-o", tmp_path / "out")
+    assert code == 2 and "base: l.weight holds quantized numbers, whose scale is l.SCB" in said
+
+
+def test_output_of_the_longest_name(tmp_path):
+    base, syn = save(tmp_path / "base", BASE, "torch"), save(tmp_path / "syn", SYN, "torch")
+    name = "n" * (255 - len(".safetensors")) + ".safetensors"
+    assert same(read_checkpoint(merge_files(base, syn, 1.5, tmp_path / name)).state, neon_merge(BASE, SYN, 1.5))
+
+
 SLOW_MERGE = """
 import sys, time
 from neon_run.merging import files, rules
