@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neon_core.backbone import Backbone
-from neon_core.distributed import barrier, gather_objects, is_main, rank, world_size
+from neon_core.distributed import agree, barrier, gather_objects, is_main, rank, world_size
 from neon_core.seeds import deal, global_batches
 from neon_core.synthetic import check_labels
 from neon_files.atomic import atomic_path
@@ -54,7 +54,7 @@ def training_data(
     parts = global_batches(len(images), PART_ITEMS)
     paths = [folder / f"part-{number:05d}.npy" for number in range(len(parts))]
     folder.mkdir(parents=True, exist_ok=True)
-    done = gather_objects([number for number, path in enumerate(paths) if path.exists()])[0]
+    done = gather_objects([number for number, path in enumerate(paths) if _is_whole(path, len(parts[number]))])[0]
     for number in tqdm(deal(len(parts), rank(), world_size(), done), desc="prepare", disable=not is_main()):
         rows = []
         for start in range(parts[number].start, parts[number].stop, batch_size):
@@ -64,9 +64,17 @@ def training_data(
         with atomic_path(paths[number]) as temporary, open(temporary, "wb") as file:
             np.save(file, torch.cat(rows).numpy(), allow_pickle=False)
     barrier()
+    agree(folder, lambda: {path.name: path.stat().st_size for path in paths if path.exists()})
     opened = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
 
     def items(indices: np.ndarray) -> Tensor:
         return torch.from_numpy(np.stack([opened[i // PART_ITEMS][i % PART_ITEMS] for i in indices]))
 
     return TrainingData(items, labels, len(images))
+
+
+def _is_whole(path: Path, num_items: int) -> bool:
+    try:
+        return len(np.load(path, mmap_mode="r", allow_pickle=False)) == num_items
+    except (OSError, ValueError, EOFError):  # not there, or damaged: prepared again
+        return False

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from neon_files.errors import UserError
 
+END = 1 << 32  # of the seeds: random streams repeat from there
+MOST = 1 << 24  # seeds in one list, which is held in memory
+
 
 def parse_seeds(text: str) -> list[int]:
     """ "0-3,7,5-6" -> [0, 1, 2, 3, 7, 5, 6]. Order and repeats are kept, blanks ignored, a descending range is empty.
 
-    Raises UserError if a part is neither a number nor a range.
+    Raises UserError if a part is neither a number nor a range, and as `check_seeds`.
     """
     seeds: list[int] = []
     for part in text.replace(" ", "").split(","):
@@ -28,9 +31,21 @@ def parse_seeds(text: str) -> list[int]:
             raise UserError(
                 f"seeds: {part!r} is neither a number nor a range; write a list like 0-9999,20000,30000-39999"
             )
-        first, last = int(match[1]), int(match[2] or match[1])
+        first, last = (int(n) if len(n.lstrip("0")) <= 10 else END for n in (match[1], match[2] or match[1]))
+        check_seeds(range(first, last + 1), len(seeds))
         seeds.extend(range(first, last + 1))
     return seeds
+
+
+def check_seeds(seeds: Sequence[int], others: int = 0) -> None:
+    """UserError where seeds are beyond those that differ, or with `others` too many to be held."""
+    if not seeds:
+        return
+    highest = seeds[-1] if isinstance(seeds, range) else max(seeds)
+    if highest >= END:
+        raise UserError(f"seeds: {highest} is beyond {END - 1}; random streams repeat from there, use lower seeds")
+    if len(seeds) + others > MOST:
+        raise UserError(f"seeds: {len(seeds) + others} of them; name at most {MOST}, and the others in another run")
 
 
 def format_seeds(seeds: Sequence[int]) -> str:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, file_hash, gather_objects, is_main, rank, world_size
 from neon_core.pixels import sample
-from neon_core.seeds import deal, format_seeds, global_batches
+from neon_core.seeds import check_seeds, deal, format_seeds, global_batches
 from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
 from neon_files.run_files import read_record
@@ -57,6 +57,7 @@ def generate_set(
     Raises UserError where the folder holds another set, a seed twice, or the network gives NaN (NotFiniteImages).
     """
     out_dir = Path(out_dir)
+    check_seeds(seeds)
     if len(set(seeds)) != len(seeds):
         raise UserError("--seeds: a seed occurs twice; each names one file of the set, so list it once")
     labels = backbone.assign_labels(seeds, **settings)

@@ -19,14 +19,13 @@ import torch
 
 from neon_core.backbone import Backbone
 from neon_core.distributed import agree, barrier, broadcast_object, file_hash, is_main
-from neon_core.finetune import train_on
+from neon_core.finetune import open_set, train_on
 from neon_core.precision import float32_precision
-from neon_core.seeds import parse_seeds
+from neon_core.seeds import check_seeds, parse_seeds
 from neon_core.selftrain import find_snapshots
 from neon_core.synthetic import generate_set
 from neon_files.atomic import sha256_file
 from neon_files.errors import UserError
-from neon_files.image_set import ImageSet
 from neon_files.published import obtain
 from neon_metrics.detector import WEIGHTS_NAME, Detector
 from neon_metrics.evaluate import Evaluator
@@ -101,6 +100,9 @@ class Reproduction:
         self.out_dir = Path(out_dir).resolve()
         self.seeds = parse_seeds(row.recipe.evaluate_seeds)
         self.counts = Counts.of(plan, len(self.seeds))
+        blocks = [(plan.synthetic_from, row.recipe.num_synthetic), (max(self.seeds) + 1, len(self.seeds))]
+        for first, count in blocks if plan.second_block else blocks[:1]:
+            check_seeds(range(first, first + count))
         self.ledger = Ledger(self.out_dir, on_stage)
         self.command = command
 
@@ -182,7 +184,7 @@ class Reproduction:
         def work() -> dict:
             _ = self.evaluator
             backbone = self.load()
-            images = ImageSet(self.out_dir / "synthetic", use_labels=backbone.num_classes > 0)
+            images = open_set(self.out_dir / "synthetic", use_labels=backbone.num_classes > 0)
             made = train_on(
                 images,
                 backbone,
@@ -258,7 +260,7 @@ class Reproduction:
         self.__dict__.pop("sweep", None)  # one network in memory at a time
         length = {path.stem: seen for seen, path in find_snapshots(self.out_dir / "finetune").items()}[snapshot]
         backbone = self.load()
-        images = ImageSet(real, use_labels=backbone.num_classes > 0)
+        images = open_set(real, use_labels=backbone.num_classes > 0)
         made = train_on(
             images,
             backbone,

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from neon_core.backbone import Backbone
-from neon_core.distributed import barrier, broadcast_object, file_hash, is_main, print0
+from neon_core.distributed import agree, barrier, broadcast_object, file_hash, is_main, print0
 from neon_core.merge import NeonWeights, check_w
 from neon_core.seeds import format_seeds
 from neon_files.checkpoint import read_checkpoint
@@ -105,6 +106,7 @@ class Sweep:
     ):
         self.backbone, self.evaluator, self.snapshots = backbone, evaluator, dict(snapshots)
         self.out_dir, self.settings, self.batch_size = Path(out_dir), dict(settings), batch_size
+        agree("snapshots", lambda: {name: os.path.getsize(path) for name, path in snapshots.items() if path.exists()})
         self.identity = {
             **identity,
             "batch_size": batch_size,

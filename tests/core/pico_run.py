@@ -19,11 +19,11 @@ import torch
 from pico import RECIPE, PicoBackbone, PixelMoments
 
 from neon_core.distributed import print0, rank, session
+from neon_core.finetune import open_set
 from neon_core.prepared import training_data
 from neon_core.selftrain import self_train
 from neon_core.synthetic import generate_set
 from neon_files.errors import UserError
-from neon_files.image_set import ImageSet
 from neon_metrics.accumulator import MetricAccumulator
 from neon_metrics.evaluate import evaluate
 from neon_metrics.kept import KeptWork
@@ -75,7 +75,7 @@ def main(stage, out, num, batch, save_seconds, mode, checkpointing):
         if stage in ("fail", "user_error"):
             torch.distributed.barrier()
         if stage in ("finetune", "all"):
-            data = training_data(backbone, ImageSet(out / "set"), device)
+            data = training_data(backbone, open_set(os.environ.get(f"PICO_SET_{rank()}", out / "set")), device)
             self_train(backbone, data, RECIPE.train, out / "run", seed=5, device=device, mode=mode,
                        activation_checkpointing=checkpointing)  # fmt: skip
         if stage in ("evaluate", "all"):

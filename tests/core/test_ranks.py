@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -167,6 +168,24 @@ def test_workers_stop_when_their_launcher_was_killed(runs, tmp_path):
         worker.kill()
     assert len(gone) == 2 and not alive
     assert (tmp_path / "run/state.pt").exists()
+
+
+def test_ranks_that_see_another_set_look_again_and_then_say_what_differs(runs, tmp_path):
+    """Rank 1's folder stands for a file system that shows the last image late, or never."""
+    (tmp_path / "set").symlink_to(runs[0] / "set")
+    late = shutil.copytree(runs[0] / "set", tmp_path / "late")
+    last = max(late.rglob("*.png"))
+    last.rename(tmp_path / "kept.png")
+    done = launch(SCRIPT, "finetune", tmp_path, ranks=2, PICO_SET_1=late, NEON_SHARED_FILES_SECONDS=1)
+    assert set(done.returncodes) == {2} and not (tmp_path / "run").exists()
+    assert re.search("rank 0 sees 41 images .*, rank 1 sees .* 40 images", done.stderr), done.stderr
+    assert done.stderr.count("Error:") == 1
+    process = start(SCRIPT, "finetune", tmp_path, ranks=2, PICO_SET_1=late)
+    time.sleep(2)
+    assert process.poll() is None
+    (tmp_path / "kept.png").rename(last)
+    assert process.wait(60) == 0
+    assert_same_training(tmp_path, runs[0])
 
 
 def test_a_killed_evaluation_goes_on_with_another_number_of_ranks(runs, tmp_path):

@@ -20,6 +20,22 @@ def test_what_is_not_a_seed_is_named(text):
         parse_seeds(text)
 
 
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("4294967296", "4294967296 is beyond 4294967295"),
+        ("0-3,4294967290-4294967296", "is beyond 4294967295"),
+        ("9" * 5000, "is beyond 4294967295"),
+        ("0-4000000000", "4000000001 of them; name at most 16777216"),
+        (",".join(["0-9999999"] * 2), "20000000 of them"),
+    ],
+)
+def test_seeds_that_repeat_others_or_fill_the_memory_are_refused(text, problem):
+    with pytest.raises(UserError, match=problem):
+        parse_seeds(text)
+    assert parse_seeds("0" * 30 + "7,4294967295") == [7, 4294967295]
+
+
 @pytest.mark.parametrize("seeds", [[0, 1, 2, 7], [5], [3, 2, 1], [1, 1, 2], list(range(100)), []])
 def test_written_lists_are_read_back(seeds):
     text = format_seeds(seeds)
