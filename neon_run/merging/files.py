@@ -13,8 +13,6 @@ from neon_core.merge import check_names
 from neon_files.checkpoint import open_checkpoint, pack_metadata
 from neon_files.containers import Weights
 from neon_files.errors import UserError
-from neon_files.guard import reading
-from neon_files.names import match_names
 from neon_files.safetensors_file import Layout, read_header
 from neon_run.merging.lora import is_adapter
 from neon_run.merging.rules import NEON, find_rule
@@ -53,10 +51,6 @@ def merge_files(
                 f"{end.path}: looks like an adapter; `neon merge` merges those it knows, --dense as plain weights"
             )
     layouts = theta_base.layout(), theta_syn.layout()
-    with reading(theta_syn.path):
-        partner = match_names(*layouts)
-    loaders = {partner[name]: load for name, load in theta_syn.loaders.items()}
-    layouts = layouts[0], {partner[name]: entry for name, entry in layouts[1].items()}
     steps.check_used(layouts[0])
     moving = ({k: shape for k, (_, shape) in layout.items() if not steps.keeps(k)} for layout in layouts)
     check_names(apply, *moving)
@@ -64,12 +58,12 @@ def merge_files(
 
     def merged(name: str) -> Tensor:
         tensor = theta_base.loaders[name]()
-        if name not in loaders or steps.keeps(name):
+        if name not in theta_syn.loaders or steps.keeps(name):
             return tensor
-        return apply(name, tensor, loaders[name](), steps.of(name))
+        return apply(name, tensor, theta_syn.loaders[name](), steps.of(name))
 
     def merged_dtype(name: str) -> torch.dtype:
-        if name not in loaders or steps.keeps(name):
+        if name not in theta_syn.loaders or steps.keeps(name):
             return layouts[0][name][0]
         return apply(name, *(torch.empty(0, dtype=layout[name][0]) for layout in layouts), steps.of(name)).dtype
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neon_core.merge import STATISTICS, check_names, check_w, matches, neon_rule
 from neon_files.errors import UserError, say
@@ -76,6 +76,11 @@ class Steps:
                 name: value.clone() if self.keeps(name) else neon_rule(name, value, syn[name], self.of(name))
                 for name, value in base.items()
             }
+
+
+def steps_of(net: nn.Module, w: float) -> Steps:
+    """`w` for the parameters of `net`, whose buffers come from the base: as NeonWeights moves it."""
+    return Steps(w, buffers=frozenset(name for name, _ in net.named_buffers()))
 
 
 def as_steps(w: float | Steps, **changes: Any) -> Steps:

@@ -30,6 +30,7 @@ from neon_files.published import obtain
 from neon_metrics.detector import WEIGHTS_NAME, Detector
 from neon_metrics.evaluate import Evaluator
 from neon_run.merging.files import merge_files
+from neon_run.merging.steps import steps_of
 from neon_run.reproduce import measure, report
 from neon_run.reproduce.ledger import Ledger
 from neon_run.rows import Row
@@ -223,8 +224,9 @@ class Reproduction:
         best, out = found["best"], self.out_dir / "neon.safetensors"
 
         def work() -> dict:
+            steps = steps_of(self.sweep.backbone.net, best["w"])  # on every rank: they load the network together
             if is_main():
-                merge_files(self.files["base"], self.snapshots[best["snapshot"]], best["w"], out)
+                merge_files(self.files["base"], self.snapshots[best["snapshot"]], steps, out)
             barrier()
             outputs = {"path": out.name, "sha256": file_hash(out)}
             return {"outputs": outputs, "files": [out.name]}

@@ -24,6 +24,7 @@ from neon_files.errors import UserError
 from neon_files.run_files import NUMBER, intact, read_record, write_record
 from neon_metrics.evaluate import Evaluator
 from neon_run.merging.files import merge_files
+from neon_run.merging.steps import steps_of
 
 POINT = {"snapshot": str, "w": NUMBER, "seeds": str, "fid": NUMBER}  # entries of a point's file
 BASE = "base"  # the snapshot name of every point at w = 0: the base itself, whatever the snapshot
@@ -180,7 +181,7 @@ class Sweep:
         """Merge the files of one point into <out>/neon.safetensors."""
         out = self.out_dir / "neon.safetensors"
         if is_main():
-            merge_files(base, self.snapshots[snapshot], w, out)
+            merge_files(base, self.snapshots[snapshot], steps_of(self.backbone.net, w), out)
         barrier()
         return out
 

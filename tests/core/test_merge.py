@@ -19,6 +19,7 @@ from neon_files.errors import UserError
 from neon_run.merging.command import merge_command
 from neon_run.merging.files import merge_files
 from neon_run.merging.rules import RULES, find_rule
+from neon_run.merging.steps import steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,6 +185,18 @@ def test_running_statistics_come_from_the_base_alike_in_dict_module_and_file(tmp
     out = merge_files(tmp_path / "base", tmp_path / "syn", 1.5, tmp_path / "out")
     assert same(read_checkpoint(out).state, merged)
     assert torch.isfinite(net.eval()(torch.ones(2, 5))).all()
+
+
+def test_file_of_a_known_network_is_the_network_that_was_searched(tmp_path):
+    """Whatever the buffers of a snapshot hold: the module moves its parameters, and so does the merge of the files."""
+    base, syn = BASE | {"table": torch.ones(3)}, SYN | {"table": torch.full((3,), 5.0), "mask": torch.zeros(4, 4)}
+    net = Net()
+    net.register_buffer("table", torch.zeros(3))
+    NeonWeights(net, base, syn).set(1.5)
+    ends = save(tmp_path / "base", base, "torch"), save(tmp_path / "syn", syn, "torch")
+    merged = read_checkpoint(merge_files(*ends, steps_of(net, 1.5), tmp_path / "out")).state
+    assert same(merged, net.state_dict(), ordered=False) and torch.equal(merged["table"], base["table"])
+    assert not torch.equal(neon_merge(base, syn | {"mask": BASE["mask"]}, 1.5)["table"], base["table"])
 
 
 def test_official_rules_know_no_statistics():
