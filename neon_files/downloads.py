@@ -287,10 +287,15 @@ def main(
     elif verify:
         _verify(entries, root, all_named=bool(words))
     else:
-        _fetch_all(entries, root, force)
+        try:
+            _fetch_all(entries, root, force)
+        except KeyboardInterrupt:
+            _say("stopped; what has come is kept, and the same command goes on")
+            raise SystemExit(130) from None
 
 
 def _list(manifest: Manifest, entries: list[Entry], root: Path) -> None:
+    _say(f"below {root}:")
     for entry in entries:
         here = "here" if (root / entry.destination).is_file() else "-"
         rows = ", ".join(row for row, names in manifest.rows.items() if entry.name in names) or "no row"

@@ -12,8 +12,10 @@ import errno
 import hashlib
 import json
 import os
+import queue
 import re
 import shutil
+import threading
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -261,15 +263,43 @@ def _xet_library() -> ModuleType | None:
 @contextmanager
 def _over_xet(library: ModuleType, source: Source, have: int) -> Iterator[_Stream]:
     """The file from `have` on, out of the hub's store of chunks: many connections, content addressed by its hash."""
-    with _network():
-        group = library.XetSession().new_download_stream_group(
-            token_refresh_url=source.xet.refresh_route, token_refresh_headers=dict(source.headers)
-        )
-        stream = group.download_stream(library.XetFileInfo(source.xet.file_hash, source.size), start=have)
+    ahead: queue.Queue = queue.Queue(maxsize=2)
+    stopped = threading.Event()
+
+    def read() -> None:
+        """In a thread of its own, since the library hears neither Ctrl-C nor a time-out while it waits."""
+        try:
+            group = library.XetSession().new_download_stream_group(
+                token_refresh_url=source.xet.refresh_route, token_refresh_headers=dict(source.headers)
+            )
+            for chunk in group.download_stream(library.XetFileInfo(source.xet.file_hash, source.size), start=have):
+                put(bytes(chunk))
+            put(None)
+        except Exception as error:
+            put(error)
+
+    def put(item: bytes | Exception | None) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                return ahead.put(item, timeout=1)
+
+    def chunks() -> Iterator[bytes]:
+        while True:
+            try:
+                item = ahead.get(timeout=timeout_seconds())
+            except queue.Empty:
+                raise TimeoutError(f"silent for {timeout_seconds()} s") from None
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    threading.Thread(target=read, daemon=True).start()
     try:
-        yield _Stream(map(bytes, stream), have, source.size)
+        yield _Stream(chunks(), have, source.size)
     finally:
-        stream.cancel()
+        stopped.set()
 
 
 @contextmanager

@@ -56,6 +56,14 @@ def test_store_of_chunks_that_fails_is_told_and_the_next_run_goes_on(xet, monkey
     assert xet.run("a.pth")[0] == 0 and xet.a.read_bytes() == A
 
 
+def test_store_of_chunks_that_falls_silent_is_given_up(xet, monkeypatch):
+    xet.server.cas = xet.server.url
+    monkeypatch.setattr(transfer, "ATTEMPTS", 2)
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+    code, _, err = xet.run("a.pth")
+    assert code == 2 and "no lasting connection to" in err and "(silent for 1 s)" in err
+
+
 # What is no download: pages in its place, odd settings, file systems without locks
 
 

@@ -151,6 +151,19 @@ def test_killed_in_the_middle_then_resumed(place):
     assert leftovers(place.a.parent) == ["a.pth"]
 
 
+def test_stopped_by_ctrl_c_then_resumed(server, tmp_path):
+    place = Place(tmp_path, server)
+    server.faults["a.pth"] = [("stall", 300_000)]
+    with place.start("a.pth", HF_HUB_DOWNLOAD_TIMEOUT="60") as process:
+        part = place.a.with_name(".a.pth.fetched.part")
+        server.wait_for(lambda: part.exists() and part.stat().st_size > 200_000, 120)
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+    assert process.returncode == 130 and "what has come is kept, and the same command goes on" in err
+    assert "Traceback" not in err
+    assert place.run("a.pth")[0] == 0 and place.a.read_bytes() == A and server.gets()[-1]["Range"]
+
+
 def test_offline_lists_all_that_is_missing_without_a_request(place, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, _, err = place.run()
