@@ -11,20 +11,13 @@ from neon_core.backbone import Backbone, TrainSettings
 from neon_core.distributed import agree
 from neon_core.prepared import training_data
 from neon_core.selftrain import self_train
-from neon_core.synthetic import read_manifest
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
 
 
 def open_set(data: str | Path, **options: Any) -> ImageSet:
-    """The images of a set, the same on every rank, which all call it; with `options` of ImageSet. UserError also where
-    its generation was not finished."""
-
-    def look() -> ImageSet:
-        read_manifest(data)
-        return ImageSet(data, **options)
-
-    return agree(data, look, lambda images: f"{len(images)} images (digest {images.digest})")
+    """The images of a set, the same on every rank, which all call it; with `options` of ImageSet. Raises UserError."""
+    return agree(data, lambda: ImageSet(data, **options), lambda s: f"{len(s)} images (digest {s.digest})")
 
 
 def need_labels(images: ImageSet, reader: str) -> None:

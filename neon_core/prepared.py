@@ -1,7 +1,7 @@
 """What a fine-tune draws its batches from: the prepared items of a synthetic set, and their labels.
 
 Where preparing is dear (a frozen tokenizer), it is done once per image and kept beside the set:
-    <set>.prepared/<key>-<digest of the item list>/part-00012.npy      PART_ITEMS items each
+    <set>.prepared/<key>-<digest of the set's content>/part-00012.npy      PART_ITEMS items each
 """
 
 from __future__ import annotations
@@ -76,5 +76,5 @@ def training_data(
 def _is_whole(path: Path, num_items: int) -> bool:
     try:
         return len(np.load(path, mmap_mode="r", allow_pickle=False)) == num_items
-    except (OSError, ValueError, EOFError):  # not there, or damaged: prepared again
+    except (OSError, ValueError, EOFError, TypeError):  # not there, or damaged: prepared again
         return False

@@ -1,18 +1,20 @@
 """The synthetic set S: lossless images and labels in EDM's layout, with a manifest that says how they were made.
 
-    <out>/manifest.json                       every setting, the base's hash, written first
+    <out>/manifest.json                       every setting, the base's hash, written first; at the end a digest of all
     <out>/000000/000123_label7.png            one image per seed (no label part where unconditional)
-    <out>/dataset.json                        labels, written last: a set that has it is complete
+    <out>/dataset.json                        labels, written when the images are on the disk: the set is complete
 
-A killed run is continued by the same command, on any number of ranks: finished batches are kept.
+The same command continues a killed run, and mends a set of which images were lost or damaged, on any number of ranks.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import zipfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import PIL.Image
@@ -21,11 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neon_core.backbone import Backbone
-from neon_core.distributed import barrier, file_hash, gather_objects, is_main, rank, world_size
+from neon_core.distributed import barrier, broadcast_object, file_hash, gather_objects, is_main, rank, world_size
 from neon_core.pixels import sample
 from neon_core.seeds import check_seeds, deal, format_seeds, global_batches
-from neon_files.atomic import atomic_path
+from neon_files.atomic import atomic_path, flush, write_json
 from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
 from neon_files.run_files import read_record
 
 
@@ -53,8 +56,9 @@ def generate_set(
 ) -> dict:
     """Make, or finish making, the images of `seeds` under `out_dir`. Returns the manifest.
 
-    `settings` go to `backbone.sample`; `provenance` (`origin` and the like) is recorded. Every rank calls it.
-    Raises UserError where the folder holds another set, a seed twice, or the network gives NaN (NotFiniteImages).
+    `settings` go to `backbone.sample`; `provenance` (`origin` and the like) is recorded. Every rank calls it. What is
+    there is read, and made again where it is damaged. Raises UserError where the folder holds another set, a seed
+    twice, or the network gives NaN (NotFiniteImages).
     """
     out_dir = Path(out_dir)
     check_seeds(seeds)
@@ -79,55 +83,104 @@ def generate_set(
 
     names = [image_name(seed, None if labels is None else int(labels[i]), subfolders) for i, seed in enumerate(seeds)]
     batches = global_batches(len(seeds), batch_size)
-    done = [b for b, part in enumerate(batches) if all((out_dir / names[i]).exists() for i in part)]
-    done = gather_objects(done)[0]  # rank 0's view: files may appear while the others look
-    mine = deal(len(batches), rank(), world_size(), done)
-    bar = tqdm(total=len(seeds), initial=sum(len(batches[b]) for b in done), unit="img", desc="generate",
+    digests = _whole_batches(out_dir, names, batches, backbone.img_size)
+    left = len(batches) - len(digests)
+    finished = broadcast_object((out_dir / "dataset.json").exists()) and not left
+    if is_main() and not finished:
+        (out_dir / "dataset.json").unlink(missing_ok=True)  # it must not vouch for images that are not there
+    share = deal(len(batches), rank(), world_size(), list(digests))
+    bar = tqdm(total=len(seeds), initial=sum(len(batches[b]) for b in digests), unit="img", desc="generate",
                disable=not (progress and is_main()))  # fmt: skip
+    made: dict[int, int] = {}
     with ThreadPoolExecutor(max_workers=4) as writers:
-        pending = []
-        for number, b in enumerate(mine):
+        pending: dict[int, list[Future]] = {}
+        for number, b in enumerate(share):
             part = list(batches[b])
             images = sample(backbone, [seeds[i] for i in part], None if labels is None else labels[part], settings)
-            for future in pending:
-                future.result()
-            pending = [
-                writers.submit(write_png, out_dir / names[i], image)
-                for i, image in zip(part, images.cpu(), strict=True)
-            ]
-            left = len(seeds) - bar.n
-            bar.update(min(left, len(part) * world_size()) if number < len(mine) - 1 else left)
-        for future in pending:
-            future.result()
+            made |= _written(pending)
+            pending = {b: [writers.submit(write_png, out_dir / names[i], image)
+                           for i, image in zip(part, images.cpu(), strict=True)]}  # fmt: skip
+            rest = len(seeds) - bar.n
+            bar.update(min(rest, len(part) * world_size()) if number < len(share) - 1 else rest)
+        made |= _written(pending)
     bar.close()
-    barrier()
+    if not finished:
+        kept = deal(len(digests), rank(), world_size())
+        _flush(out_dir, [names[i] for b in [*made, *(sorted(digests)[k] for k in kept)] for i in batches[b]])
+    for part in gather_objects(made):
+        digests |= part
+    manifest["images_sha256"] = f"{sum(digests.values()) % (1 << 256):064x}"
     if is_main():
+        if read_record(out_dir / "manifest.json") != manifest:
+            write_json(out_dir / "manifest.json", manifest)
         entries = None if labels is None else sorted([name, int(k)] for name, k in zip(names, labels, strict=True))
         with atomic_path(out_dir / "dataset.json") as temporary:
-            temporary.write_text(json.dumps({"labels": entries}, indent=2))
+            temporary.write_text(json.dumps({"labels": entries}, indent=2), encoding="utf-8")
     barrier()
     return manifest
+
+
+def _whole_batches(out_dir: Path, names: Sequence[str], batches: Sequence[range], size: int) -> dict[int, int]:
+    """Batch -> sum of its images' digests, for those of which every image can be read; each rank reads its share."""
+
+    def digest(name: str) -> int | None:
+        try:
+            data = (out_dir / name).read_bytes()
+            with PIL.Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+                fits = image.size == (size, size)
+                image.verify()  # every chunk's check sum
+        except (OSError, SyntaxError, ValueError):  # missing, cut short, overwritten
+            return None
+        return _digest(name.rpartition("/")[2], data) if fits else None
+
+    whole = {}
+    with ThreadPoolExecutor(max_workers=8) as readers:
+        for b in deal(len(batches), rank(), world_size()):
+            found = list(readers.map(digest, [names[i] for i in batches[b]]))
+            if None not in found:
+                whole[b] = sum(found)
+    return {b: value for part in gather_objects(whole) for b, value in part.items()}
+
+
+def _digest(name: str, data: bytes) -> int:
+    """Of one image file; digests are added up, so that ranks need no common order."""
+    return int.from_bytes(hashlib.sha256(name.encode() + b"\0" + data).digest(), "big")
+
+
+def _written(pending: dict[int, list[Future]]) -> dict[int, int]:
+    return {b: sum(future.result() for future in futures) for b, futures in pending.items()}
+
+
+def _flush(out_dir: Path, names: Sequence[str]) -> None:
+    """See that images, and the folders that name them, are on the disk."""
+    folders = {(out_dir / name).parent for name in names} | {out_dir}
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for _ in pool.map(flush, [*(out_dir / name for name in names), *folders]):
+            pass
 
 
 def read_manifest(path: str | Path) -> dict | None:
-    """The manifest of a set made here, None for a set from elsewhere; UserError where it was not finished."""
-    path = Path(path)
-    if not (path / "manifest.json").exists():
-        return None
-    manifest = read_record(path / "manifest.json")
-    if not (path / "dataset.json").exists():
-        raise UserError(f"{path}: this synthetic set was not finished; run the same generate command again")
-    return manifest
+    """The manifest of a set made here, None for a set from elsewhere; UserError where it is not whole."""
+    return ImageSet(path, use_labels=False).manifest
+
+
+def withdraw_unless_whole(out_dir: str | Path) -> None:
+    """Take back the listing of a set of ours that is not whole any more, so that `generate_set` is called again."""
+    try:
+        ImageSet(out_dir, use_labels=False)
+    except UserError:
+        (Path(out_dir) / "dataset.json").unlink(missing_ok=True)
 
 
 def write_zip(folder: str | Path, archive: str | Path) -> Path:
-    """A finished set as one uncompressed .zip in EDM's layout (images and dataset.json). Raises UserError."""
+    """A finished set as one uncompressed .zip in EDM's layout: images, dataset.json, and the manifest. UserError."""
     folder, archive = Path(folder), Path(archive)
     if not (folder / "dataset.json").exists():
         raise UserError(f"{folder}: no dataset.json, so this is not a finished set; run its generate command again")
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
+    images = ImageSet(folder, use_labels=False)
+    names = [*images.names, *(["manifest.json"] if images.manifest else []), "dataset.json"]
     with atomic_path(archive) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as target:
-        for name in tqdm([*names, "dataset.json"], desc="zip", disable=not is_main()):
+        for name in tqdm(names, desc="zip", disable=not is_main()):
             target.write(folder / name, name)
     return archive
 
@@ -137,6 +190,7 @@ def _claim(out_dir: Path, manifest: dict) -> None:
     found = out_dir / "manifest.json"
     if found.exists():
         earlier = read_record(found)
+        earlier.pop("images_sha256", None)  # known at the end
         if earlier != manifest:
             key = next(k for k in sorted({*earlier, *manifest}) if earlier.get(k) != manifest.get(k))
             raise UserError(
@@ -147,8 +201,7 @@ def _claim(out_dir: Path, manifest: dict) -> None:
         if out_dir.exists() and any(out_dir.rglob("*.png")):
             raise UserError(f"{out_dir}: holds images but no manifest.json; name an empty or new --outdir")
         out_dir.mkdir(parents=True, exist_ok=True)
-        with atomic_path(found) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        write_json(found, manifest)
 
 
 def write_images(folder: Path, names: Sequence[str], images: Tensor) -> None:
@@ -157,13 +210,16 @@ def write_images(folder: Path, names: Sequence[str], images: Tensor) -> None:
         write_png(folder / name, image)
 
 
-def write_png(path: Path, image: Tensor) -> None:
-    """Lossless and atomic; uint8 [C, H, W] with one or three channels."""
+def write_png(path: Path, image: Tensor) -> int:
+    """Lossless and atomic; uint8 [C, H, W] with one or three channels. Returns a digest of the file."""
     array = image.numpy()
     picture = PIL.Image.fromarray(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="png", compress_level=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path, sync=False) as temporary:
-        picture.save(temporary, format="png", compress_level=3)
+        temporary.write_bytes(buffer.getvalue())
+    return _digest(path.name, buffer.getvalue())
 
 
 def check_labels(labels: Tensor | None, num_classes: int) -> None:

@@ -39,10 +39,10 @@ def atomic_path(final: str | Path, sync: bool = True) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if sync:
-            _sync(temporary)
+            flush(temporary)
         os.replace(temporary, final)
         if sync:
-            _sync(final.parent)
+            flush(final.parent)
     except OSError as error:
         _raise_clear(error, final, temporary)
     except RuntimeError as error:  # torch.save reports a failed write this way
@@ -62,8 +62,9 @@ def hidden(name: str) -> str:
     return f".{encoded[: _LONG - 20].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:16]}"
 
 
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+def flush(path: str | Path) -> None:
+    """See that a file's bytes, or a folder's names, are on the disk."""
+    if os.name == "nt" and Path(path).is_dir():  # Windows opens no folders
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:

@@ -29,6 +29,7 @@ IN_MEMORY_BYTES = 2 << 30  # a set up to this size is decoded once and kept
 LISTING_BYTES = 1 << 20, 1 << 16  # dataset.json may have: in any case, and for each image (a vector of 1,000 is 20 KB)
 MAX_LISTING_BYTES = 1 << 29
 SPLITS = {"train", "val", "valid", "validation", "test"}
+AGAIN = "run the same generate command again, which makes what is missing"
 CHUNK = 256  # items that are looked at together
 
 
@@ -210,12 +211,13 @@ class ImageSet:
         found = None if data is None else parse_json(data, f"{self.path}: manifest.json")
         if not isinstance(found, dict) or not str(found.get("format")).startswith("neon-synthetic-set"):
             return None
-        again = "run the same generate command again, which makes only what is missing"
         if "dataset.json" not in self._store.names:
-            raise UserError(f"{self.path}: this synthetic set was not finished; {again}")
-        if found.get("num_images") != len(self.names):
-            raise UserError(f"{self.path}: {len(self.names)} images are there, its manifest.json says "
-                            f"{found.get('num_images')}; {again}")  # fmt: skip
+            raise UserError(f"{self.path}: this synthetic set was not finished; {AGAIN}")
+        count = found.get("num_images")
+        if count != len(self.names):
+            more = isinstance(count, int) and count < len(self.names)
+            remedy = "remove those that are not of the set" if more else AGAIN
+            raise UserError(f"{self.path}: holds {len(self.names)} images, its manifest.json says {count}; {remedy}")
         return found
 
 
@@ -225,6 +227,8 @@ def _images(store: Store, path: Path) -> tuple[Store, list[str]]:
     kinds = pictures | {".npy"}
     while True:
         names = sorted(name for name in store.names if os.path.splitext(name)[1].lower() in kinds)
+        if not names and "manifest.json" in store.names:
+            raise UserError(f"{path}: this synthetic set was not finished; {AGAIN}")
         if not names:
             raise UserError(f"{path}: no images in it; name a folder or .zip of images")
         inner = _set_inside(store, names, path)

@@ -12,6 +12,7 @@ import click
 
 from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
+from neon_files.image_store import is_clutter
 from neon_run.cli import run
 
 LABELLED = re.compile(r".+_label(\d+)\.(png|jpg|jpeg)", re.IGNORECASE | re.DOTALL)
@@ -33,7 +34,7 @@ def make_labels(root: str | Path) -> tuple[Path, int]:
     if not root.is_dir():
         raise UserError(f"--root {root}: no such folder")
     names = [Path(folder, file).relative_to(root).as_posix() for folder, _, files in os.walk(root) for file in files]
-    entries = labels_of_names(names)
+    entries = labels_of_names(name for name in names if not is_clutter(name))
     if not entries:
         raise UserError(f"--root {root}: no file is named like 000123_label7.png; make the set with edm/generate.py")
     path = root / "dataset.json"

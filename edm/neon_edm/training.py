@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from neon_core.finetune import train_on
-from neon_core.synthetic import origin, read_manifest
+from neon_core.finetune import open_set, train_on
+from neon_core.synthetic import origin
 from neon_edm.backbone import EDMBackbone
 from neon_edm.layers import FourierEmbedding
 from neon_edm.networks import SongUNet
@@ -34,11 +34,10 @@ def fine_tune(
     `claims` are what the official train.py's flags say about the network; `options` (seed) go to `self_train`. Raises
     UserError, before anything is trained, where they are wrong, or the set is unfinished or does not fit the network.
     """
-    read_manifest(data)
     path = fetch(base)
     backbone = EDMBackbone.load(path, recipe, device)
     check_claims(claims or {}, backbone, path)
-    images = ImageSet(data, use_labels=backbone.num_classes > 0, xflip=xflip)
+    images = open_set(data, use_labels=backbone.num_classes > 0, xflip=xflip)
     check_fits(images, backbone, path)
     provenance = {**origin(recipe.name, path), "augment": recipe.augment, "dropout": recipe.dropout}
     return train_on(images, backbone, recipe.train, out_dir, device=device, provenance=provenance, **options)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
+from neon_files.image_store import is_clutter
 
 LABELLED_NAME = re.compile(r"label(\d+)_\d+\.[a-z0-9]+", re.IGNORECASE)
 
@@ -61,7 +62,8 @@ def create_labels(folder: str | Path, output: str | Path | None = None) -> dict[
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the folder of label<class>_<number>.png images")
-    listing = labels_from_names(path.name for path in folder.iterdir() if path.is_file())
+    files = (path.name for path in folder.iterdir() if path.is_file())
+    listing = labels_from_names(name for name in files if not is_clutter(name))
     if not listing["labels"]:
         raise UserError(f"{folder}: no file is named like label7_000012.png, so there are no labels to list")
     with atomic_path(Path(output or folder / "dataset.json")) as temporary:

@@ -23,7 +23,7 @@ from neon_core.finetune import open_set, train_on
 from neon_core.precision import float32_precision
 from neon_core.seeds import check_seeds, parse_seeds
 from neon_core.selftrain import find_snapshots
-from neon_core.synthetic import generate_set
+from neon_core.synthetic import generate_set, withdraw_unless_whole
 from neon_files.atomic import sha256_file
 from neon_files.errors import UserError
 from neon_files.published import obtain
@@ -179,6 +179,8 @@ class Reproduction:
 
         what = {"count": count, "settings": settings, "batch_size": self.plan.batch_size}
         what |= {"from": self.plan.synthetic_from} if self.plan.synthetic_from else {}
+        if is_main():
+            withdraw_unless_whole(self.out_dir / "synthetic")
         return self.ledger.run("generate", what, ["fetch"], work)
 
     def finetune(self) -> dict:

@@ -139,6 +139,16 @@ def test_a_finished_run_does_nothing_again_and_a_change_redoes_what_hangs_on_it(
     assert (out / "neon.safetensors").exists()
 
 
+def test_lost_images_are_made_again_by_the_same_command(whole, files, tmp_path):
+    out = copied(whole, tmp_path)
+    before, stamps = {p: p.read_bytes() for p in (out / "synthetic").rglob("*.png")}, records(out)
+    for path in list(before)[::4]:
+        path.unlink()
+    Reproduction(pico_row(files), out, PLAN, CPU).run()
+    assert before == {p: p.read_bytes() for p in (out / "synthetic").rglob("*.png")}
+    assert [stage for stage, stamp in records(out).items() if stamp != stamps[stage]] == ["generate"]
+
+
 def test_another_base_file_redoes_everything_or_says_why_not(whole, files, tmp_path):
     out = copied(whole, tmp_path)
     other = tmp_path / "other.safetensors"

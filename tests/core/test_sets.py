@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from core.pico import PicoBackbone
 
+from neon_core.finetune import open_set
 from neon_core.prepared import training_data
 from neon_core.synthetic import check_labels, generate_set, image_name, read_manifest, write_zip
 from neon_files.errors import UserError
@@ -84,6 +86,81 @@ def test_an_unfinished_set_is_not_read_as_a_whole_one(tmp_path):
         read_manifest(tmp_path)
     with pytest.raises(UserError, match="not a finished set"):
         write_zip(tmp_path, tmp_path / "S.zip")
+
+
+def pngs(folder):
+    return sorted(folder.rglob("*.png"))
+
+
+def overwrite(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "missing": lambda path: path.unlink(),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-30]),
+    "flipped": overwrite,
+    "empty": lambda path: path.write_bytes(b""),
+    "of another size": lambda path: PIL.Image.new("RGB", (9, 9)).save(path),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_is_lost_or_damaged_is_made_again_and_nothing_else(tmp_path, kind):
+    manifest = make(tmp_path, seeds=range(12))
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in pngs(tmp_path)}
+    DAMAGE[kind](pngs(tmp_path)[5])
+    assert make(tmp_path, seeds=range(12)) == manifest  # with the digest of all images
+    after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in pngs(tmp_path)}
+    assert {p: data for p, (data, _) in after.items()} == {p: data for p, (data, _) in before.items()}
+    assert [p for p in after if after[p][1] != before[p][1]] == pngs(tmp_path)[4:8], "one batch"
+
+
+def test_a_set_with_missing_images_is_refused_wherever_it_is_opened(tmp_path):
+    make(tmp_path / "S")
+    write_zip(tmp_path / "S", tmp_path / "S.zip")
+    for path in pngs(tmp_path / "S")[3:5]:
+        path.unlink()
+    with zipfile.ZipFile(tmp_path / "few.zip", "w") as few, zipfile.ZipFile(tmp_path / "S.zip") as whole:
+        for name in whole.namelist()[2:]:
+            few.writestr(name, whole.read(name))
+    for path in (tmp_path / "S", tmp_path / "few.zip"):
+        for opening in (ImageSet, open_set, read_manifest):
+            with pytest.raises(UserError, match=r"holds 8 images, its manifest\.json says 10; run the same generate"):
+                opening(path)
+    with pytest.raises(UserError, match="holds 8 images"):
+        write_zip(tmp_path / "S", tmp_path / "T.zip")
+    write_png(tmp_path / "mine.png", 1)
+    make(tmp_path / "S")
+    write_png(tmp_path / "S" / "mine.png", 1)
+    with pytest.raises(UserError, match=r"holds 11 images, .* remove those that are not of the set"):
+        ImageSet(tmp_path / "S")
+
+
+def test_a_set_that_is_being_mended_is_not_finished(tmp_path):
+    make(tmp_path)
+    overwrite(pngs(tmp_path)[0])
+
+    class Killed(PicoBackbone):
+        def sample(self, *args, **settings):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_set(Killed.fresh(), range(10), tmp_path, settings={}, batch_size=4)
+    with pytest.raises(UserError, match="not finished"):
+        ImageSet(tmp_path)
+
+
+def test_images_are_on_the_disk_before_the_listing_vouches_for_them(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(
+        "neon_core.synthetic.flush", lambda path: flushed.append((path, (tmp_path / "dataset.json").exists()))
+    )
+    make(tmp_path)
+    wanted = {*pngs(tmp_path), tmp_path, *(path.parent for path in pngs(tmp_path))}
+    assert {path for path, _ in flushed} == wanted and not any(listed for _, listed in flushed)
 
 
 def test_a_zip_holds_the_same_set(tmp_path):
@@ -170,23 +247,86 @@ def test_labels_out_of_range_are_named():
     check_labels(torch.tensor([0, 9]), 10)
 
 
+class Dear(PicoBackbone):
+    prepared_key = "squares-v1"
+    prepared = 0
+
+    def prepare(self, images):
+        self.prepared += len(images)
+        return images.float().square()
+
+
+def remake_folder(folder, seed):
+    generate_set(PicoBackbone.fresh(seed=seed), range(10), folder, settings={}, batch_size=4)
+
+
+def remake_zip(path, seed):
+    remake_folder(path.with_name(f"zipped-{seed}"), seed)
+    write_zip(path.with_name(f"zipped-{seed}"), path)
+
+
+def remake_classes(folder, seed):
+    for number in range(10):
+        write_png(folder / f"class{number % 4}" / f"{number}.png", 20 * seed + number, size=8)
+
+
+def remake_plain_zip(path, seed):
+    remake_classes(path.with_name(f"plain-{seed}"), seed)
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in pngs(path.with_name(f"plain-{seed}")):
+            archive.write(file, file.relative_to(path.with_name(f"plain-{seed}")))
+
+
+@pytest.mark.parametrize(
+    "name, remake",
+    [("S", remake_folder), ("S.zip", remake_zip), ("C", remake_classes), ("C.zip", remake_plain_zip)],
+)
+def test_a_set_made_anew_in_the_same_place_is_another_set(tmp_path, name, remake):
+    """Same names, same settings, other images: what was prepared of the old ones is not used."""
+    digests = []
+    for seed in (1, 2):
+        path = tmp_path / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        remake(path, seed)
+        images, backbone = ImageSet(path), Dear.fresh()
+        data = training_data(backbone, images, CPU)
+        assert torch.equal(data.items(np.arange(10)), images.images(range(10)).float().square())
+        assert backbone.prepared == 10
+        training_data(backbone, ImageSet(path), CPU)
+        assert backbone.prepared == 10, "prepared once"
+        digests.append(images.digest)
+    assert digests[0] != digests[1]
+
+
+def test_a_copy_of_a_set_is_the_same_set(tmp_path):
+    """So that a fine-tune goes on after a move to another disk."""
+    make(tmp_path / "S")
+    write_zip(tmp_path / "S", tmp_path / "S.zip")
+    shutil.copytree(tmp_path / "S", tmp_path / "T", copy_function=shutil.copyfile)  # with new times
+    shutil.copyfile(tmp_path / "S.zip", tmp_path / "T.zip")
+    assert ImageSet(tmp_path / "S").digest == ImageSet(tmp_path / "T").digest == ImageSet(tmp_path / "T.zip").digest
+
+
+def test_other_labels_make_another_set(tmp_path):
+    make(tmp_path)
+    before = ImageSet(tmp_path).digest
+    listing = json.loads((tmp_path / "dataset.json").read_text())
+    listing["labels"][0][1] ^= 1
+    (tmp_path / "dataset.json").write_text(json.dumps(listing))
+    assert ImageSet(tmp_path).digest != before
+
+
 def test_what_is_prepared_once_is_kept_and_completed(tmp_path, monkeypatch):
     monkeypatch.setattr("neon_core.prepared.PART_ITEMS", 4)
     make(tmp_path / "S")
-    calls = []
-
-    class Dear(PicoBackbone):
-        prepared_key = "squares-v1"
-
-        def prepare(self, images):
-            calls.append(len(images))
-            return images.float().square()
-
-    first = training_data(Dear.fresh(), ImageSet(tmp_path / "S"), CPU)
+    backbone = Dear.fresh()
+    first = training_data(backbone, ImageSet(tmp_path / "S"), CPU)
     wanted = ImageSet(tmp_path / "S").images([9, 0, 5]).float().square()
-    assert torch.equal(first.batch(np.array([9, 0, 5]))[0], wanted) and sum(calls) == 10
+    assert torch.equal(first.batch(np.array([9, 0, 5]))[0], wanted) and backbone.prepared == 10
     parts = sorted(tmp_path.glob("S.prepared/*/part-*.npy"))
     assert len(parts) == 3
-    parts[1].unlink()
-    again = training_data(Dear.fresh(), ImageSet(tmp_path / "S"), CPU)
-    assert torch.equal(again.batch(np.array([9, 0, 5]))[0], wanted) and sum(calls) == 14
+    parts[1].write_bytes(parts[1].read_bytes()[:-8])  # cut short
+    again = training_data(backbone, ImageSet(tmp_path / "S"), CPU)
+    assert torch.equal(again.batch(np.array([9, 0, 5]))[0], wanted) and backbone.prepared == 14
