@@ -33,6 +33,7 @@ from neon_files.torch_file import LEGACY_START, read_torch
 _AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict")
 _RAW = ("trainer", "var_wo_ddp", "state_dict", "model_state_dict", "model", "module", "net", "network", "params")
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler", re.IGNORECASE)
+_DEEPEST = 20  # dots in the way to a state dict; names of entries may have some
 _TOP = "."  # the entry that is the file itself
 
 
@@ -128,9 +129,13 @@ class _Choice:
 
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    _room: int = 1 << 20  # characters of metadata
+    _known: dict[int, bool] = field(default_factory=dict, repr=False)  # id of a value -> has it tensors
 
     def state_dict(self, content: Any, entry: str | None = None, trail: str = "") -> dict[str, LazyTensor]:
         where = f"its entry {trail.rstrip('.')!r}" if trail else "it"
+        if trail.count(".") > _DEEPEST:
+            raise Unfit(f"{where[:100]} lies too deep for a state dict")
         if not isinstance(content, dict):
             raise Unfit(f"{where} {_kind(content)}; save a plain state dict instead")
         if entry == _TOP:
@@ -140,16 +145,23 @@ class _Choice:
             if first not in content:
                 raise Unfit(f"has no entry {trail + entry!r}; it has {_some(content)}")
             return self.state_dict(content[first], rest or None, f"{trail}{first}.")
-        plain = {name: v for name, v in content.items() if v is None or isinstance(v, str | bool | int | float)}
-        self.metadata |= {str(name): value for name, value in plain.items()}
+        self._keep_plain(content)
         taken = self._taken(content, trail)
         if taken is not None:
             return self.state_dict(content[taken], None, f"{trail}{taken}.")
         return self._tensors(content, where)
 
+    def _keep_plain(self, content: dict) -> None:
+        for name, value in content.items():
+            if value is None or isinstance(value, str | bool | int | float):
+                self._room -= len(str(name)) + len(str(value))
+                if self._room < 0:
+                    return
+                self.metadata[str(name)] = value
+
     def _taken(self, content: dict, trail: str) -> str | None:
         """The entry that holds the weights; None: they lie in `content` itself. Says so where several would fit."""
-        nests = [name for name, value in content.items() if isinstance(name, str) and _is_nest(name, value)]
+        nests = [name for name, value in content.items() if isinstance(name, str) and self._is_nest(name, value)]
         averaged = sorted((name for name in nests if _is_averaged(name)), key=lambda name: name not in _AVERAGED)
         raw = [name for name in _RAW if name in nests and isinstance(content[name], dict)]
         direct = any(isinstance(value, LazyTensor | Unreadable) for value in content.values())
@@ -171,6 +183,23 @@ class _Choice:
             self.notes.append(f"takes {kind}{taken!r}, not {other} (--entry {second} takes those)")
         return fitting[0]
 
+    def _is_nest(self, name: str, value: Any) -> bool:
+        if _NO_WEIGHTS.search(name) or not isinstance(value, dict):
+            return False
+        return self._holds_tensors(value) or (name in (*_AVERAGED, *_RAW) and not value)
+
+    def _holds_tensors(self, value: Any) -> bool:
+        """Within lists and dicts too; each is looked at once, however often it is referred to."""
+        if isinstance(value, LazyTensor | Unreadable):
+            return True
+        if not isinstance(value, dict | list | tuple):
+            return False
+        if id(value) not in self._known:
+            self._known[id(value)] = False  # should it hold itself
+            inner = value.values() if isinstance(value, dict) else value
+            self._known[id(value)] = any(self._holds_tensors(v) for v in inner)
+        return self._known[id(value)]
+
     def _tensors(self, content: dict, where: str) -> dict[str, LazyTensor]:
         for name, value in content.items():
             if isinstance(value, Unreadable):
@@ -179,7 +208,9 @@ class _Choice:
                 raise Unfit(f"{name} is a {value.origin}, whose numbers cannot be read; save it as an ordinary tensor")
         state = {name: value for name, value in content.items() if isinstance(value, LazyTensor)}
         if not state or not all(isinstance(name, str) for name in state):
-            lists = [str(name) for name, value in content.items() if isinstance(value, list) and _holds_tensors(value)]
+            lists = [
+                str(name) for name, value in content.items() if isinstance(value, list) and self._holds_tensors(value)
+            ]
             if lists:
                 raise Unfit(f"{where} holds tensors without names ({_some(lists)}); choose another one with --entry")
             objects = [f"{name} {_kind(value)}" for name, value in content.items() if isinstance(value, Record)]
@@ -200,22 +231,6 @@ def _kind(value: Any) -> str:
 def _is_averaged(name: str) -> bool:
     """`ema` as a word of its own: state_dict_ema, net_ema, ema_0.9999, modelEMA; not schema."""
     return "ema" in re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
-
-
-def _is_nest(name: str, value: Any) -> bool:
-    if _NO_WEIGHTS.search(name) or not isinstance(value, dict):
-        return False
-    return _holds_tensors(value) or (name in (*_AVERAGED, *_RAW) and not value)
-
-
-def _holds_tensors(value: Any, seen: set[int] | None = None) -> bool:
-    seen = set() if seen is None else seen
-    if isinstance(value, LazyTensor | Unreadable):
-        return True
-    if not isinstance(value, dict | list | tuple) or id(value) in seen:
-        return False
-    seen.add(id(value))
-    return any(_holds_tensors(v, seen) for v in (value.values() if isinstance(value, dict) else value))
 
 
 def _some(names: Any, limit: int = 5) -> str:

@@ -48,10 +48,6 @@ class _Part:
     start: tuple[int, ...]  # of the box within the tensor
     size: tuple[int, ...]
 
-    def overlaps(self, other: _Part) -> bool:
-        pairs = zip(self.start, self.size, other.start, other.size, strict=True)
-        return all(a < c + d and c < a + b for a, b, c, d in pairs)
-
     def load(self) -> Tensor:
         with reading(self.path), open(self.path, "rb") as file:
             file.seek(self.offset)
@@ -71,13 +67,15 @@ class PartedTensor(LazyTensor):
         self.shape, self._dtype, self._parts = shape, dtype, parts
 
     def load(self) -> Tensor:
-        whole = torch.empty(self.shape, dtype=self._dtype)
+        whole, filled = torch.empty(self.shape, dtype=self._dtype), torch.zeros(self.shape, dtype=torch.bool)
         for part in self._parts:
             box = tuple(slice(start, start + size) for start, size in zip(part.start, part.size, strict=True))
             numbers = part.load()
             if numbers.dtype != self._dtype:
                 raise Unfit(f"{part.path.name} holds {numbers.dtype}, {METADATA} says {self._dtype}")
-            whole[box] = numbers
+            whole[box], filled[box] = numbers, True
+        if not filled.all():  # their sizes add up, so two of them lie over one another
+            raise Unfit("its parts overlap; the folder is damaged")
         return whole
 
 
@@ -92,6 +90,9 @@ def read_distributed(folder: Path) -> dict[str, Any]:
     places = {_place(index): _fields(info, "_StorageInfo") for index, info in places.items()}
     paths = state.get("planner_data") or {}
     content: dict[str, Any] = {}
+    files = {_file_in(folder, info) for info in places.values()}
+    if sum(info["length"] for info in places.values()) > sum(path.stat().st_size for path in files):
+        raise Unfit("its parts lie over one another; it is damaged, or made to fill the memory")
     for name, entry in entries.items():
         if not _is(entry, "TensorStorageMetadata"):
             continue
@@ -124,8 +125,6 @@ def _tensor(folder: Path, name: str, entry: Record, places: dict) -> PartedTenso
         parts.append(_Part(_file_in(folder, info), info["offset"], info["length"], start, size))
     if sum(math.prod(part.size) for part in parts) != math.prod(shape):
         raise Unfit(f"{name}: its {len(parts)} parts do not fill its shape {list(shape)}")
-    if any(part.overlaps(other) for i, part in enumerate(parts) for other in parts[:i]):
-        raise Unfit(f"{name}: two of its parts overlap")
     if math.prod(shape) * dtype.itemsize > sum(part.length for part in parts):
         raise Unfit(f"{name}: its parts are too short for its shape {list(shape)}")
     return PartedTensor(dtype, shape, parts)

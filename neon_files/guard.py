@@ -9,6 +9,7 @@ from pathlib import Path
 from neon_files.errors import UserError
 
 AGAIN = "download it again"
+_LONGEST = 600  # characters that a damaged file may put into a message
 
 
 class Unfit(UserError):
@@ -25,11 +26,10 @@ def reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Refused as error:
-        raise UserError(
-            f"{path}: refused, nothing in it was run: the pickle {error.message}; save a plain state dict instead"
-        ) from error
+        what = f"refused, nothing in it was run: the pickle {error.message[:_LONGEST]}; save a plain state dict instead"
+        raise UserError(f"{path}: {what}") from error
     except Unfit as error:
-        raise UserError(f"{path}: {error.message}") from error
+        raise UserError(f"{path}: {error.message[:_LONGEST]}") from error
     except UserError:
         raise
     except RecursionError as error:

@@ -14,10 +14,14 @@ from typing import Any, BinaryIO
 
 from neon_files.guard import Refused
 
-MAX_STEPS = 3_000_000  # opcodes and copied items; a network of 2.3 billion parameters takes some 20 thousand
-MAX_NODES = 1_000_000  # values of one file after shared ones have been written out
+MAX_STEPS = 2_000_000  # opcodes and copied items; a network of 2.3 billion parameters takes some 20 thousand
+MAX_NODES = 300_000  # values of one file after shared ones have been written out
 _MAX_LINE = 1 << 16  # bytes of one line of a text opcode
+_MAX_NAME = 300  # characters of a module's or a class's name
+_MAX_KEY = 64  # values within one key
 _MAX_BITS = 4096  # of a whole number; random generators keep some of 128
+
+_TOO_LONG = f"takes more than {MAX_STEPS:,} steps to read"
 
 # Names of the standard library, NumPy and torch that checkpoints hold beside their weights. All stay inert; the list
 # exists so that a file that asks for anything else of them is refused rather than half read.
@@ -128,7 +132,9 @@ class InertUnpickler:
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
         for opcode, argument, _ in pickletools.genops(self._file):
-            self._charge(1)
+            self._steps += 1
+            if self._steps > MAX_STEPS:
+                raise Refused(_TOO_LONG)
             if opcode.name in _CONSTANTS:
                 if type(argument) is int and argument.bit_length() > _MAX_BITS:
                     raise Refused(f"holds a number of {argument.bit_length()} bits")
@@ -142,7 +148,7 @@ class InertUnpickler:
     def _charge(self, steps: int) -> None:
         self._steps += steps
         if self._steps > MAX_STEPS:
-            raise Refused(f"takes more than {MAX_STEPS:,} steps to read")
+            raise Refused(_TOO_LONG)
 
     def _marked(self) -> list[Any]:
         """What was pushed since the last mark."""
@@ -253,6 +259,8 @@ class InertUnpickler:
 
 
 def _stays_inert(module: str, name: str) -> bool:
+    if len(module) > _MAX_NAME or len(name) > _MAX_NAME:
+        return False
     if name in _HARMLESS.get(module, ()):
         return True
     if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
@@ -262,18 +270,27 @@ def _stays_inert(module: str, name: str) -> bool:
     return module.partition(".")[0] not in _GUARDED and not any(part.startswith("__") for part in name.split("."))
 
 
-def as_key(value: Any, depth: int = 3) -> Any:
-    """`value`, if it may be a key or a member of a set; hashing must be cheap. Raises Refused."""
-    small = type(value) is int and value.bit_length() <= 64
-    if small or value is None or isinstance(value, bool | float | complex | str | bytes | Name | Record | Function):
-        return value
-    if isinstance(value, tuple) and depth and len(value) <= 32:
-        for item in value:
-            as_key(item, depth - 1)
-        return value
-    if type(value).__hash__ is object.__hash__ or type(value).__module__ == "torch":  # by identity: dtypes, tensors
-        return value
-    raise Refused(f"uses a {type(value).__name__} as a key")
+def as_key(value: Any) -> Any:
+    """`value`, if it may be a key or a member of a set: hashing it, alone or in a tuple, must be cheap. Raises Refused."""
+    left, count = [value], 0
+    while left:
+        part = left.pop()
+        count += 1
+        if count > _MAX_KEY or (isinstance(part, tuple) and len(part) > _MAX_KEY):
+            raise Refused(f"uses a key of more than {_MAX_KEY} values")
+        if isinstance(part, tuple):
+            left.extend(part)
+        elif not _is_plain_key(part):
+            raise Refused(f"uses a {type(part).__name__} as a key")
+    return value
+
+
+def _is_plain_key(value: Any) -> bool:
+    if type(value) is int:  # hashes of larger ones can be made to collide
+        return value.bit_length() <= 64
+    # The rest is hashed by identity: names, records, dtypes, tensors.
+    plain = value is None or isinstance(value, bool | float | complex | str | bytes)
+    return plain or type(value).__hash__ is object.__hash__ or type(value).__module__ == "torch"
 
 
 _CONSTANTS = {

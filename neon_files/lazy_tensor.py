@@ -36,6 +36,8 @@ _STORAGES = {
 }
 DTYPES = {str(t).removeprefix("torch."): t for t in vars(torch).values() if isinstance(t, torch.dtype)}
 _NUMPY_TYPE = re.compile(r"[<>=|]?([biufc]\d{1,2}|\?|[SU]\d{1,4})")
+_FLAGS = {"conj", "neg"}  # views that torch has not written out
+_DIMENSIONS = 64
 _EXPANDED = 1 << 24  # elements of a tensor that shows the same memory again and again (stride 0)
 
 
@@ -46,15 +48,22 @@ class Storage:
 
     def __init__(self, dtype: torch.dtype, nbytes: int, read: Callable[[], UntypedStorage]):
         self.dtype, self.nbytes, self._read = dtype, nbytes, read
-        self._data: UntypedStorage | None = None
+        self._data: dict[frozenset[str], UntypedStorage] = {}
 
     def resolved(self) -> Storage:
         return self
 
-    def load(self) -> UntypedStorage:
-        if self._data is None:
-            self._data = self._read()
-        return self._data
+    def load(self, flags: frozenset[str] = frozenset()) -> UntypedStorage:
+        """The bytes; those of the conjugate ("conj") or negative ("neg") numbers, if asked for."""
+        if flags not in self._data:
+            if not flags:
+                self._data[flags] = self._read()
+            else:
+                numbers = torch.empty(0, dtype=self.dtype).set_(self.load())
+                numbers = -numbers if "neg" in flags else numbers
+                numbers = numbers.conj().resolve_conj() if "conj" in flags else numbers
+                self._data[flags] = numbers.untyped_storage()
+        return self._data[flags]
 
 
 class LazyTensor:
@@ -69,15 +78,16 @@ class LazyTensor:
         size: tuple[int, ...],
         stride: tuple[int, ...],
         dtype: torch.dtype | None = None,  # that of the storage, if None
-        flags: dict[str, bool] | None = None,  # {"conj": True}, {"neg": True}: views that torch has not written out
+        flags: dict[str, bool] | None = None,  # {"conj": True}
     ):
         sane = hasattr(storage, "resolved") and isinstance(size, tuple) and isinstance(stride, tuple)
         if not sane or not all(type(n) is int and 0 <= n < 1 << 62 for n in (offset, *size, *stride)):
             raise Refused("holds a tensor whose description makes no sense")
-        if len(size) != len(stride) or not isinstance(flags, dict | None) or not isinstance(dtype, torch.dtype | None):
+        sane = len(size) == len(stride) <= _DIMENSIONS and isinstance(flags, dict | None)
+        if not sane or not isinstance(dtype, torch.dtype | None) or (flags and not _FLAGS.issuperset(flags)):
             raise Refused("holds a tensor whose description makes no sense")
         self._storage, self._offset, self.shape, self._stride = storage, offset, size, stride
-        self._dtype, self._flags = dtype, {name for name, value in (flags or {}).items() if value}
+        self._dtype, self._flags = dtype, frozenset(name for name, value in (flags or {}).items() if value)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,15 +98,12 @@ class LazyTensor:
         storage, dtype = self._storage.resolved(), self.dtype
         available, count = storage.nbytes // dtype.itemsize, math.prod(self.shape)
         last = self._offset + sum((n - 1) * step for n, step in zip(self.shape, self._stride, strict=True))
-        limit = available if self._flags else max(available, _EXPANDED)
-        if count > limit or (count and last >= available):  # `set_` would enlarge the storage
+        if count > max(available, _EXPANDED) or (count and last >= available):  # `set_` would enlarge the storage
             raise Refused("holds a tensor that reaches beyond its storage")
-        if not self._flags <= {"conj", "neg"}:
-            raise Refused(f"holds a tensor with unknown flags ({', '.join(map(str, self._flags))})")
-        tensor = torch.empty(0, dtype=dtype).set_(storage.load(), self._offset, self.shape, self._stride)
-        if "neg" in self._flags:
-            tensor = -tensor
-        return tensor.conj().resolve_conj() if "conj" in self._flags else tensor
+        if self._flags and dtype != storage.dtype:
+            raise Refused("holds a conjugate of numbers of another type")
+        data = storage.load(self._flags)
+        return torch.empty(0, dtype=dtype).set_(data, self._offset, self.shape, self._stride)
 
 
 class Unreadable:
@@ -191,7 +198,7 @@ class Array:
         """Read-only. Raises Refused for arrays of objects and for damaged ones."""
         dtype, shape, data = self._dtype, self._shape, self._data
         sane = isinstance(dtype, NumpyType) and isinstance(shape, tuple) and isinstance(data, bytes | bytearray)
-        if not sane or not all(type(n) is int and n >= 0 for n in shape):
+        if not sane or len(shape) > _DIMENSIONS or not all(type(n) is int and n >= 0 for n in shape):
             raise Refused("holds a NumPy array of objects, or one whose description makes no sense")
         if math.prod(shape) * dtype.numpy().itemsize != len(data):
             raise Refused("holds a NumPy array whose numbers do not fill it")

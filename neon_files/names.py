@@ -21,9 +21,8 @@ def unwrapped(state: dict[str, T]) -> dict[str, T]:
     if "n_averaged" in kept and all(name.startswith("module.") for name in kept if name != "n_averaged"):
         del kept["n_averaged"]  # the counter of torch's AveragedModel
     renamed = {bare: kept[_only(names, bare)] for bare, names in _grouped(kept, _without_wrappers).items()}
-    while renamed and all(name.startswith("module.") for name in renamed):
-        renamed = {name.removeprefix("module."): value for name, value in renamed.items()}
-    return renamed
+    depth = min((_leading_modules(name) for name in renamed), default=0)
+    return {name[len("module.") * depth :]: value for name, value in renamed.items()}
 
 
 def match_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
@@ -46,6 +45,11 @@ def match_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
         ours_left = [name for name in ours_left if name not in set(matched.values())]
         theirs_left = [name for name in theirs_left if name not in matched]
     return pairs
+
+
+def _leading_modules(name: str) -> int:
+    """How often the name begins with `module.`."""
+    return next(i for i, part in enumerate([*name.split(".")[:-1], ""]) if part != "module")
 
 
 def _without_wrappers(name: str) -> str:

@@ -22,6 +22,8 @@ from neon_files.lazy_tensor import TABLE, Array, LazyTensor, NumpyType, Storage,
 from neon_files.torch_file import read_legacy
 
 _PATHS = ("pathlib.", "pathlib._local.")
+_TEXT = 100  # characters that count as a value
+_TENSOR = 30  # values whose conversion takes as long as a tensor's
 
 
 class _Blob:
@@ -128,8 +130,8 @@ class _Converter:
     def __init__(self):
         self._left = MAX_NODES
 
-    def _count(self) -> None:
-        self._left -= 1
+    def _count(self, values: int = 1) -> None:
+        self._left -= values
         if self._left < 0:
             raise Refused(f"stands for more than {MAX_NODES:,} values")
 
@@ -145,7 +147,9 @@ class _Converter:
             state, class_name = node.state, node.class_name
         if not isinstance(state, dict):
             raise Refused(f"holds a {class_name} whose state is no dictionary")
-        transient = state.get("_non_persistent_buffers_set") or ()
+        transient = set(state.get("_non_persistent_buffers_set") or ())
+        tables = [state.get(name) or {} for name in ("_parameters", "_buffers", "_modules")]
+        self._count(sum(map(len, (state, transient, *tables))))
         tensors: dict[str, LazyTensor] = {}
         for table, skipped in (("_parameters", ()), ("_buffers", transient)):
             for name, value in (state.get(table) or {}).items():
@@ -155,7 +159,6 @@ class _Converter:
                     raise Refused(f"holds {name!r} of {class_name}, which is {value.reason}")
                 if not isinstance(value, LazyTensor):
                     raise Refused(f"holds {name!r} of {class_name} that is no tensor")
-                self._count()
                 tensors[name] = value
         children = {}
         for name, value in (state.get("_modules") or {}).items():
@@ -189,7 +192,10 @@ class _Converter:
         Everything else is given to `other`, or Refused is raised: no stand-in leaves this module.
         """
         self._count()
-        if value is None or isinstance(value, bool | int | float | complex | str | bytes | bytearray | slice | range):
+        if isinstance(value, str | bytes | bytearray):
+            self._count(len(value) // _TEXT)
+            return value
+        if value is None or isinstance(value, bool | int | float | complex | slice | range):
             return value
         if isinstance(value, torch.dtype):
             return str(value).removeprefix("torch.")
@@ -200,12 +206,14 @@ class _Converter:
         if isinstance(value, dict):
             return {_hashable(self.plain(k, other)): self.plain(v, other) for k, v in value.items()}
         if isinstance(value, LazyTensor):
+            self._count(_TENSOR)
             return value.load()
         if isinstance(value, Record):
             origin = str(value.origin)
             if origin.startswith("omegaconf.") and isinstance(value.state, dict):
                 return self.plain(value.state["_content" if "_content" in value.state else "_val"], other)
             if origin.startswith(_PATHS) and all(isinstance(part, str) for part in value.args):
+                self._count(sum(map(len, value.args)) // _TEXT)
                 return "/".join(value.args).replace("//", "/")
         try:
             if isinstance(value, Array):

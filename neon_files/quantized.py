@@ -55,10 +55,12 @@ def find_quantized(layout: Mapping[str, tuple[torch.dtype, Iterable[int]]]) -> t
 
 def _tensor_above(name: str, layout: Mapping) -> str | None:
     """`lin.weight` for `lin.weight.absmax` and `lin.weight.quant_state.bitsandbytes__nf4`, if it is a tensor."""
-    above = name.rpartition(".")[0]
-    while above and above not in layout:
+    above = name
+    for _ in range(2):
         above = above.rpartition(".")[0]
-    return above or None
+        if above in layout:
+            return above
+    return None
 
 
 def _speaks_of(scale: str, leaf: str) -> bool:

@@ -102,7 +102,11 @@ def open_tensors(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str
         dtype, shape = _TYPES.get(entry.get("dtype")), entry.get("shape")
         if dtype is None:
             raise Unfit(f"{name} has the type {str(entry.get('dtype'))[:40]!r}, which cannot be read")
-        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape):
+        if (
+            not isinstance(shape, list)
+            or len(shape) > 64
+            or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape)
+        ):
             raise Unfit(f"{_BROKEN} (the shape of {name} makes no sense)")
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         if [begin - start, end - start] != _offsets(name, entry):

@@ -25,8 +25,9 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number, pickled; the protocol comes before
 _LEGACY_PROTOCOL = 1001
 _LARGEST_PICKLE = 64 << 20  # bytes of the descriptions in a compressed file
-_LARGEST_GROWTH = 50  # times the archive's size, that compressed members may grow to; weights hardly shrink at all
-_ALWAYS_ALLOWED = 512 << 20  # bytes
+_LARGEST_GROWTH = 20  # times the archive's size, that compressed members may grow to; weights hardly shrink at all
+_ALWAYS_ALLOWED = 256 << 20  # bytes
+_CHUNK = 1 << 20
 
 
 def map_file(path: str | Path) -> UntypedStorage:
@@ -82,7 +83,10 @@ class _Archive:
             raise Unfit("is encrypted; unpack it and save it without a password")
         if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
             raise Unfit("is compressed in a way that we do not know; unpack it and zip it again")
-        grown = sum(member.file_size for member in members if member.compress_type != zipfile.ZIP_STORED)
+        stored = [member.file_size for member in members if member.compress_type == zipfile.ZIP_STORED]
+        if sum(stored) > self._size:
+            raise Unfit("its members lie over one another; it is damaged, or made to fill the memory")
+        grown = sum(member.file_size for member in members) - sum(stored)
         if grown > max(_ALWAYS_ALLOWED, _LARGEST_GROWTH * self._size):
             raise Unfit(f"would unpack to {grown:,} bytes, far more than weights compress to")
         self._checked = any(member.CRC for member in members)  # torch can save without: all are 0 then
@@ -112,7 +116,7 @@ class _Archive:
 
     def _load(self, member: zipfile.ZipInfo, nbytes: int, itemsize: int) -> UntypedStorage:
         if member.compress_type != zipfile.ZIP_STORED:
-            return memory_of(self._zip.read(member.filename))[:nbytes]
+            return self._unpacked(member)[:nbytes]
         if self._mapped is None:
             self._mapped = self._whole()
         start = self._start(member)
@@ -120,6 +124,16 @@ class _Archive:
         if self._checked and zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(whole).numpy()) != member.CRC:
             raise Unfit(f"its member {member.filename} differs from its checksum")
         return whole[:nbytes]
+
+    def _unpacked(self, member: zipfile.ZipInfo) -> UntypedStorage:
+        buffer, end = bytearray(member.file_size), 0
+        with self._zip.open(member) as file:  # which compares the checksum at the end
+            while chunk := file.read(_CHUNK):
+                buffer[end : end + len(chunk)] = chunk
+                end += len(chunk)
+        if end != member.file_size:
+            raise EOFError(f"its member {member.filename} is cut short")
+        return _storage_of(buffer)
 
     def _start(self, member: zipfile.ZipInfo) -> int:
         """Where the member's bytes begin: behind a header of its own, whose name and extra field vary in length."""
@@ -133,9 +147,11 @@ class _Archive:
 
 def memory_of(data: bytes) -> UntypedStorage:
     """A copy of `data` that may be written to."""
-    if not data:
-        return UntypedStorage(0)
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).untyped_storage()
+    return _storage_of(bytearray(data))
+
+
+def _storage_of(buffer: bytearray) -> UntypedStorage:
+    return torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage() if buffer else UntypedStorage(0)
 
 
 def _described(pid: Any, length: int = 5) -> tuple[str, torch.dtype, int]:

@@ -85,7 +85,7 @@ def test_parts_of_several_ranks_are_joined(tmp_path, boxes):
 WRONG = {
     "do not fill its shape": {"boxes": HALVES[:1]},
     "lies outside of it": {"boxes": HALVES, "size": (3, 6)},
-    "two of its parts overlap": {"boxes": [HALVES[0], ((1, 0), (2, 6))]},
+    "its parts overlap": {"boxes": [HALVES[0], ((1, 0), (2, 6))]},
     "is missing or lies": {"boxes": HALVES, "change": lambda m, places: places.pop(next(iter(places)))},
     "part outside of the folder": {
         "boxes": HALVES,
