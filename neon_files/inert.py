@@ -271,7 +271,7 @@ def _stays_inert(module: str, name: str) -> bool:
 
 
 def as_key(value: Any) -> Any:
-    """`value`, if it may be a key or a member of a set: hashing it, alone or in a tuple, must be cheap. Raises Refused."""
+    """`value`, if it may be a key or a member of a set: hashing it must be cheap. Raises Refused."""
     left, count = [value], 0
     while left:
         part = left.pop()
@@ -281,7 +281,7 @@ def as_key(value: Any) -> Any:
         if isinstance(part, tuple):
             left.extend(part)
         elif not _is_plain_key(part):
-            raise Refused(f"uses a {type(part).__name__} as a key")
+            raise Refused(f"uses a key of the type {type(part).__name__}, or a very large one")
     return value
 
 
