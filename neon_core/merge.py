@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from neon_files.checkpoint import describe_mismatch, is_finite
 from neon_files.errors import UserError
 
-# Of what has passed through a layer, not trained: a variance may not be extrapolated, it would become negative.
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# Not trained but followed: a variance that is extrapolated becomes negative, and the directions of spectral norm (the
+# last pattern, of torch's parametrization) are no unit vectors any more.
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "parametrizations.*._[uv]")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 _FRACTIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *_FLOAT8, torch.complex64, torch.complex128)
 _WHOLE = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)

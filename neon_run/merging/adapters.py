@@ -69,7 +69,7 @@ def adapter_kind(part: WeightFile) -> str | None:
     if part.adapter_config is None:
         return "LORA"  # whose reader refuses what is none
     kind = part.adapter_config.get("peft_type")
-    if kind == "LORA" or kind in LINEAR:
+    if kind in ("LORA", *LINEAR):
         return kind
     known = ", ".join(("LORA", *LINEAR))
     said = f"is of the kind {kind}" if kind else f"has no peft_type in its {ADAPTER_CONFIG}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import os
 import re
 import zipfile
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from neon_files.errors import UserError, say
+from neon_files.foreign import parse_json
 from neon_run.merging.weight_file import NOT_WRITTEN, TORCH_SUFFIXES, WeightFile
 
 Files = Mapping[str, Path]  # name within the folder, with slashes -> file
@@ -60,8 +60,11 @@ def kind(path: Path) -> str:
         return "other" if suffix in _NUMBERS else "model"
     if suffix in _PICTURES:
         return "text"
-    with open(path, "rb") as file:
-        start = file.read(4096)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if start.startswith(_LEGACY_TORCH) or start[8:9] == b"{" or _is_torch_zip(path, start):
         return "weights"
     hidden = path.name.startswith(".") and not path.suffixes
@@ -69,10 +72,13 @@ def kind(path: Path) -> str:
 
 
 def _is_torch_zip(path: Path, start: bytes) -> bool:
-    if not start.startswith(b"PK\x03\x04") or not zipfile.is_zipfile(path):
+    if not start.startswith(b"PK\x03\x04"):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/data.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def _is_text(start: bytes) -> bool:
@@ -152,9 +158,9 @@ def check_indices(in_base: Files, written: Iterable[str]) -> None:
         if not re.search(r"\.index(\.[\w-]+)?\.json$", name):
             continue
         try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = parse_json(path.read_bytes(), str(path))["weight_map"]
             places = dict.fromkeys(weight_map.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: is no index of shards ({type(error).__name__}: {error})") from error
         for file in places:
             shard = (Path(name).parent / str(file)).as_posix()

@@ -213,6 +213,11 @@ def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
         raise UserError(f"{name}: its settings say {kind}, which is no plain LoRA; merge the network it gives instead")
     if (start.lower() if isinstance(start, str) else start) not in _STARTS:
         raise UserError(f"{name}: began with {start}, which also moves the frozen weights; convert it to plain LoRA")
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise UserError(f"{name}: alpha_pattern is {patterns!r}, not a table; the settings are broken")
+    for key in patterns:
+        _pattern(name, key)
     for setting, value in settings.items():
         if value and setting not in _SETTINGS:
             raise UserError(
@@ -225,10 +230,18 @@ def _scale(module: str, rank: int, configs: Mapping[str, Mapping[str, Any]]) -> 
         if module.startswith(prefix):
             patterns = (settings.get("alpha_pattern") or {}).items()
             inner = module.removeprefix(prefix)
-            matching = (alpha for key, alpha in patterns if re.fullmatch(rf"(?:.*\.)?(?:{key})", inner))
+            matching = (alpha for key, alpha in patterns if _pattern(module, key).fullmatch(inner))
             alpha = _number(next(matching, settings.get("lora_alpha", rank)), f"{module}: lora_alpha")
             return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     return None
+
+
+def _pattern(name: str, key: Any) -> re.Pattern:
+    """A module's name, or what follows a dot in it, as peft's patterns say it."""
+    try:
+        return re.compile(rf"(?:.*\.)?(?:{key})")
+    except re.error as error:
+        raise UserError(f"{name}: alpha_pattern has {key!r}, which is no regular expression ({error})") from error
 
 
 def reverse_lora(

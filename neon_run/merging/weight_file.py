@@ -17,6 +17,7 @@ from neon_files.atomic import atomic_path, write_json
 from neon_files.checkpoint import open_checkpoint
 from neon_files.containers import Weights
 from neon_files.errors import UserError
+from neon_files.foreign import parse_json
 from neon_files.quantized import find_quantized
 from neon_files.safetensors_file import DTYPE_NAMES, Layout, read_header, write_safetensors
 
@@ -76,10 +77,7 @@ class WeightFile:
     def adapter_config(self) -> dict[str, Any] | None:
         """The settings of peft beside the file."""
         path = self.path.with_name(ADAPTER_CONFIG)
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        except ValueError as error:
-            raise UserError(f"{path}: is not JSON ({error}); mend it") from error
+        settings = parse_json(path.read_bytes(), str(path)) if path.is_file() else None
         if not isinstance(settings, dict | None):
             raise UserError(f"{path}: is no table of settings; download it again")
         return settings
@@ -147,7 +145,7 @@ def write_result(path: Path, layout: Layout, load: Callable[[str], Tensor], meta
 def _maybe_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

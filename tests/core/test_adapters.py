@@ -1,5 +1,6 @@
 """Adapters as peft and diffusers write them: the merged one makes the network that a dense merge would."""
 
+import copy
 import json
 import os
 import shutil
@@ -260,3 +261,80 @@ def test_diffusers_pipelines_load_the_merged_adapter(tmp_path, diffusers, metada
         expected = neon_merge(base, dense[1], w)
         assert_close(unet_network(diffusers, tmp_path / "alone.safetensors"), expected, rtol=0, atol=1e-6)
     assert max((dense[0][name] - dense[1][name]).abs().max() for name in base) > 0.01
+
+
+def ddpm(diffusers, folder: Path, seed: int) -> Path:
+    """A pipeline as a hub holds it: also in half precision."""
+    torch.manual_seed(seed)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    pipeline = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(num_train_timesteps=20))
+    pipeline.save_pretrained(folder)
+    copy.deepcopy(pipeline).to(torch.float16).save_pretrained(folder, variant="fp16")
+    return folder
+
+
+def test_a_merged_pipeline_opens_with_all_its_variants(tmp_path, diffusers):
+    base, syn = (ddpm(diffusers, tmp_path / str(seed), seed) for seed in (1, 2))
+    (syn / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()  # a trainer saves one
+    out = merge_folders(base, syn, 1.5, tmp_path / "out")
+    load = diffusers.DDPMPipeline.from_pretrained
+    expected = neon_merge(load(base).unet.state_dict(), load(syn).unet.state_dict(), 1.5)
+    assert_close(load(out).unet.state_dict(), expected, rtol=0, atol=0)
+    half = load(out, variant="fp16", torch_dtype=torch.float16).unet.state_dict()
+    assert_close(half, {name: value.half() for name, value in expected.items()}, rtol=0, atol=0)
+
+
+def kohya(module: str, end: int) -> str:
+    return f"lora_unet_{module.replace('.', '_')}.lora_{('down', 'up')[end]}.weight"
+
+
+def processor(module: str, end: int) -> str:
+    place, _, layer = module.rpartition(".")
+    return f"unet.{place}.processor.{layer}_lora.{('down', 'up')[end]}.weight"
+
+
+SPELLINGS = {
+    "kohya": kohya,
+    "attention processor": processor,
+    "layers": lambda module, end: f"unet.{module}.lora.{('down', 'up')[end]}.weight",
+    "peft": lambda module, end: f"unet.{module}.lora_{'AB'[end]}.weight",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_adapters_of_every_spelling_that_diffusers_reads(tmp_path, diffusers, spelling):
+    mixin = diffusers.loaders.StableDiffusionLoraLoaderMixin
+    modules = [name for name, _ in tiny_unet(diffusers).named_modules() if name.endswith(("to_q", "to_v"))]
+
+    def write(file: Path, seed: int, rank: int, alpha: float) -> Path:
+        unet, state = tiny_unet(diffusers), {}
+        generator = torch.Generator().manual_seed(seed)
+        for module in modules:
+            layer = unet.get_submodule(module)
+            state[SPELLINGS[spelling](module, 0)] = 0.3 * torch.randn(rank, layer.in_features, generator=generator)
+            state[SPELLINGS[spelling](module, 1)] = 0.3 * torch.randn(layer.out_features, rank, generator=generator)
+            if spelling == "kohya":
+                state[f"lora_unet_{module.replace('.', '_')}.alpha"] = torch.tensor(alpha)
+        save_file(state, file)
+        return file
+
+    def dense(file: Path) -> dict[str, torch.Tensor]:
+        unet = tiny_unet(diffusers)
+        state, alphas = mixin.lora_state_dict(str(file), unet_config=unet.config)[:2]
+        mixin.load_lora_into_unet(state, alphas, unet)
+        unet.fuse_lora()
+        unet.unload_lora()
+        return {name: value.detach() for name, value in unet.state_dict().items()}
+
+    ends = write(tmp_path / "a.safetensors", 1, 2, 1.0), write(tmp_path / "b.safetensors", 2, 3, 6.0)
+    networks, out = [dense(file) for file in ends], tmp_path / "out.safetensors"
+    base = tiny_unet(diffusers).state_dict()
+    assert max((networks[0][name] - networks[1][name]).abs().max() for name in base) > 0.01
+    for w in (1.5, -1.0):
+        merge_paths(*ends, w, out)
+        assert_close(dense(out), neon_merge(*networks, w), rtol=0, atol=1e-6)
+        reverse_adapter(ends[1], w, out)
+        assert_close(dense(out), neon_merge(base, networks[1], w), rtol=0, atol=1e-6)

@@ -187,6 +187,15 @@ def test_running_statistics_come_from_the_base_alike_in_dict_module_and_file(tmp
     assert torch.isfinite(net.eval()(torch.ones(2, 5))).all()
 
 
+def test_directions_of_spectral_norm_come_from_the_base():
+    nets = [nn.utils.parametrizations.spectral_norm(nn.Linear(5, 7)) for _ in range(2)]
+    base, syn = (net.state_dict() for net in nets)
+    merged = neon_merge(base, syn, 1.5)
+    for end in ("_u", "_v"):
+        assert torch.equal(merged[f"parametrizations.weight.0.{end}"], base[f"parametrizations.weight.0.{end}"])
+    assert not torch.equal(merged["parametrizations.weight.original"], base["parametrizations.weight.original"])
+
+
 def test_file_of_a_known_network_is_the_network_that_was_searched(tmp_path):
     """Whatever the buffers of a snapshot hold: the module moves its parameters, and so does the merge of the files."""
     base, syn = BASE | {"table": torch.ones(3)}, SYN | {"table": torch.full((3,), 5.0), "mask": torch.zeros(4, 4)}
