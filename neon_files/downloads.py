@@ -28,6 +28,7 @@ from neon_files.transfer import (
     Unreachable,
     compare,
     download,
+    forget,
     hub_client,
     is_on,
     one_process,
@@ -128,13 +129,14 @@ def _replace(entry: Entry, source: Source, path: Path, state: State, say: Say) -
     if entry.restricted:
         say(f"{entry.name}: {entry.licence}")
     say(f"{entry.name}: fetching {_bytes(source.size)} from {entry.source} into {path.parent}")
-    fresh = sidecar(path, "fetched")
-    digest = download(source, fresh, entry.name)
+    part = sidecar(path, "part")
+    digest = download(source, part, entry.name)
     if path.exists() and not state.usable:
         old = path.with_name(f"{path.name[:240]}.old")
         say(f"{path}: {state.text}; kept as {old.name}")
         os.replace(path, old)
-    os.replace(fresh, path)
+    os.replace(part, path)
+    forget(part)
     _write_record(path, digest, _checked(source), source.version)
 
 
@@ -337,7 +339,7 @@ def _fetch_all(entries: list[Entry], root: Path, force: bool) -> None:
     if failed:
         reasons = [(entry, error.message.removeprefix(f"{entry.name}: ")) for entry, error in failed]
         lines = [f"  {entry.destination} <- {entry.source}: {reason}" for entry, reason in reasons]
-        raise UserError(f"{len(failed)} of {len(entries)} files are not here:\n" + "\n".join(lines))
+        raise UserError(f"{len(failed)} of {len(entries)} files are not here, below {root}:\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 They come through the hub's client: its Xet library for files that the hub stores so, its HTTP session for all others.
 What no library does is here: to go on after a killed process (the hub's client and pooch both start over), to hash
 what came before it gets its name, and to keep what came when the connection breaks again and again. The bytes go to
-`NAME.part` beside the final file, with a note of what they belong to (`NAME.part.json`).
+`.NAME.part` beside the final file, with a note of what they belong to (`.NAME.part.json`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from neon_files.atomic import write_json
 from neon_files.errors import UserError
 from neon_files.kinds import stand_in
 from neon_files.lock import Timeout, locked
@@ -135,22 +136,28 @@ def sidecar(path: Path, suffix: str) -> Path:
     return path.with_name(f".{name}.{suffix}")
 
 
-def download(source: Source, final: Path, name: str = "") -> str:
-    """Fetch `source` to `final`; gives its sha256. The caller holds `one_process(final)`; messages call it `name`.
+def download(source: Source, part: Path, name: str) -> str:
+    """Bring all bytes of `source` to `part` and check them; gives their sha256. The caller holds `one_process`.
 
-    Raises Unreachable where another try may help, and UserError where the file is missing, refused, of another length
-    or hash, or cannot be written. Only a file that passed all checks gets its name.
+    Messages call the file `name`. Raises Unreachable where another try may help, and UserError where the file is
+    missing, refused, of another length or hash (then `part` is removed), or cannot be written.
     """
-    name = name or final.name
-    part, note = final.with_name(f"{final.name}.part"), final.with_name(f"{final.name}.part.json")
-    total = _receive_stubbornly(source, part, note, name)
+    total = _receive_stubbornly(source, part, name)
     problem, digest = compare(source, part, total)
-    note.unlink(missing_ok=True)
     if problem:
-        part.unlink()
+        forget(part)
         raise UserError(f"{name}: {problem}, from {source.url}; thrown away; try again, or tell its publisher")
-    os.replace(part, final)
     return digest
+
+
+def forget(part: Path) -> None:
+    """Remove what a download left of `part`, and the note on what it belongs to."""
+    for path in (part, _note(part)):
+        path.unlink(missing_ok=True)
+
+
+def _note(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
 
 
 def compare(source: Source, path: Path, size: int | None = None) -> tuple[str, str]:
@@ -173,13 +180,13 @@ def compare(source: Source, path: Path, size: int | None = None) -> tuple[str, s
     return "", sha256.hexdigest()
 
 
-def _receive_stubbornly(source: Source, part: Path, note: Path, name: str) -> int | None:
+def _receive_stubbornly(source: Source, part: Path, name: str) -> int | None:
     """`_receive`, going on where the connection broke as long as every few tries bring new bytes."""
     failures = 0
     while True:
         before = _size(part)
         try:
-            return _receive(source, part, note, name)
+            return _receive(source, part, name)
         except _Broken as error:
             kept = _size(part)
             failures = 1 if kept > before else failures + 1
@@ -191,9 +198,9 @@ def _receive_stubbornly(source: Source, part: Path, note: Path, name: str) -> in
         time.sleep(min(BACKOFF * 2 ** (failures - 1), 10.0))
 
 
-def _receive(source: Source, part: Path, note: Path, name: str) -> int | None:
+def _receive(source: Source, part: Path, name: str) -> int | None:
     """Bring `part` to its full length; gives that length where the server tells it. Raises _Broken."""
-    known = _read_note(note)
+    known = _read_note(part)
     have = _size(part)
     same = (known.get("url"), known.get("version")) == (source.url, source.version)
     if not same or (source.size is not None and have > source.size):
@@ -212,9 +219,13 @@ def _receive(source: Source, part: Path, note: Path, name: str) -> int | None:
                 f"{name}: {source.url} has {stream.total:,} bytes instead of {expected:,}; not the published file"
             )
         _check_space(part, name, expected, stream.start)
-        identity = {"url": source.url, "version": source.version, "validator": stream.validator, "total": expected}
+        validator = stream.validator or (known.get("validator", "") if stream.start else "")
+        identity = {"url": source.url, "version": source.version, "validator": validator, "total": expected}
         with _writing(part):
-            note.write_text(json.dumps(identity), encoding="utf-8")
+            if not stream.start:
+                part.unlink(missing_ok=True)  # before the note changes: what another file began must not go on as this
+            if identity != known:
+                write_json(_note(part), identity)
             _copy(stream, part, expected, name)
     if expected is not None and _size(part) != expected:
         raise _Broken(f"ended after {_size(part):,} of {expected:,} bytes")
@@ -373,8 +384,8 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _read_note(note: Path) -> dict:
+def _read_note(part: Path) -> dict:
     with suppress(OSError, ValueError):
-        content = json.loads(note.read_text(encoding="utf-8"))
+        content = json.loads(_note(part).read_text(encoding="utf-8"))
         return content if isinstance(content, dict) else {}
     return {}

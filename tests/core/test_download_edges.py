@@ -38,7 +38,7 @@ def test_file_in_xet_goes_on_where_http_broke_off(xet, monkeypatch):
     xet.server.faults["a.pth"] = [("cut", 300_000)] + [("cut", 0)] * 9
     assert xet.run("a.pth")[0] == 2
     monkeypatch.delenv("HF_HUB_DISABLE_XET")
-    part = xet.a.with_name(".a.pth.fetched.part")
+    part = xet.a.with_name(".a.pth.part")
     assert part.read_bytes() == A[:300_000]
     part.write_bytes(b"?" + A[1:300_000])  # would not be seen if it started over
     code, _, err = xet.run("a.pth")
@@ -131,4 +131,4 @@ def test_address_that_leads_from_https_to_http_is_refused(monkeypatch, tmp_path)
     session = SimpleNamespace(stream=lambda *_, **__: contextlib.nullcontext(response))
     monkeypatch.setattr(transfer, "hub_client", lambda: SimpleNamespace(get_session=lambda: session))
     with pytest.raises(UserError, match="which is not encrypted; not fetched"):
-        transfer.download(transfer.Source("https://example.org/a"), tmp_path / "a")
+        transfer.download(transfer.Source("https://example.org/a"), tmp_path / "a", "a")

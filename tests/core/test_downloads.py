@@ -141,7 +141,7 @@ def test_two_processes_make_one_download(place):
 def test_killed_in_the_middle_then_resumed(place):
     place.server.faults["a.pth"] = [("stall", 300_000)]
     with place.start("a.pth", HF_HUB_DOWNLOAD_TIMEOUT="60") as process:
-        part = place.a.with_name(".a.pth.fetched.part")
+        part = place.a.with_name(".a.pth.part")
         place.server.wait_for(lambda: part.exists() and part.stat().st_size > 200_000, 120)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and not place.a.exists()
@@ -151,11 +151,33 @@ def test_killed_in_the_middle_then_resumed(place):
     assert leftovers(place.a.parent) == ["a.pth"]
 
 
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_stopped_while_it_is_hashed_then_not_fetched_again(place, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "compare", killed)
+        assert place.run("a.pth")[0] == 130 and not place.a.exists()
+    assert place.run("a.pth")[0] == 0 and place.a.read_bytes() == A and len(place.server.gets()) == 1
+
+
+def test_stopped_before_the_first_byte_of_another_version_nothing_is_spliced(server, tmp_path, monkeypatch):
+    place = Place(tmp_path, server, sha256="")  # no hash would tell a mixture
+    server.faults["a.pth"] = [("cut", 300_000)] + [("cut", 0)] * 9
+    assert place.run("a.pth")[0] == 2
+    server.files["a.pth"], server.faults["a.pth"] = bytes(reversed(A)), []
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "_copy", killed)
+        assert place.run("a.pth")[0] == 130
+    assert place.run("a.pth")[0] == 0 and place.a.read_bytes() == bytes(reversed(A))
+
+
 def test_stopped_by_ctrl_c_then_resumed(server, tmp_path):
     place = Place(tmp_path, server)
     server.faults["a.pth"] = [("stall", 300_000)]
     with place.start("a.pth", HF_HUB_DOWNLOAD_TIMEOUT="60") as process:
-        part = place.a.with_name(".a.pth.fetched.part")
+        part = place.a.with_name(".a.pth.part")
         server.wait_for(lambda: part.exists() and part.stat().st_size > 200_000, 120)
         process.send_signal(signal.SIGINT)
         err = process.stderr.read()
