@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 import time
 from pathlib import Path
@@ -27,9 +28,11 @@ TRUE_W, TRUE_CONTRAST = 1.0, 1.1
 
 
 class SlowPico(PicoBackbone):
-    """Loads its checkpoint, and waits at every step, so that a test can kill the run in its middle."""
+    """Loads its checkpoint. Goes no further where PICO_HANG says, so that a test can kill the run there:
+    "PATTERN:COUNT", as soon as so many files are there; ":COUNT", at this call."""
 
-    pause = float(os.environ.get("PICO_PAUSE", 0))
+    hang = os.environ.get("PICO_HANG", ":0")
+    calls = 0
 
     @classmethod
     def load(cls, checkpoint, recipe, device):
@@ -39,12 +42,18 @@ class SlowPico(PicoBackbone):
         return cls(net.eval().requires_grad_(False), device)
 
     def sample(self, *args, **settings):
-        time.sleep(self.pause)
+        self._step()
         return super().sample(*args, **settings)
 
     def encode(self, *args):
-        time.sleep(self.pause)
+        self._step()
         return super().encode(*args)
+
+    def _step(self):
+        SlowPico.calls += 1
+        pattern, count = self.hang.rsplit(":", 1)
+        if 0 < int(count) <= (len(glob.glob(pattern)) if pattern else SlowPico.calls):
+            time.sleep(600)
 
 
 def make_files(folder: Path) -> None:

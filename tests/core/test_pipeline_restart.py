@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,26 +22,27 @@ from neon_run.reproduce.reproduction import Reproduction
 SCRIPT = Path("tests/core/pico_reproduce.py")
 
 
-def count(folder: Path, pattern: str) -> int:
-    return len(list(folder.glob(pattern)))
+def enough(folder: Path, pattern: str, num: int) -> bool:
+    return len(list(folder.glob(pattern))) >= num
 
 
 def test_killed_in_every_stage_on_other_numbers_of_ranks(tmp_path):
-    """Slowed down so that each start can be killed in its stage. The fine-tune keeps to one process, since sums over
-    ranks round differently and so do its weights."""
+    """The fine-tune keeps to one process, since sums over ranks round differently and so do its weights."""
     files, out = tmp_path / "files", tmp_path / "out"
     files.mkdir()
     make_files(files)
     unbroken = Reproduction(pico_row(files), tmp_path / "unbroken", PLAN, CPU).run()
     stages = (
-        ("generate", 2, 0.2, lambda: count(out / "synthetic", "**/*.png") >= 3),
-        ("finetune", 0, 0.1, lambda: (out / "finetune/state.pt").exists()),
-        ("search", 2, 0.1, lambda: count(out / "search/points", "*.json") >= 3),
-        ("evaluate", 0, 0.05, lambda: count(out / "search/points", "*-n200-*.json") >= 1),
+        ("generate", 2, "synthetic/**/*.png", 3),
+        ("finetune", 0, "finetune/state.pt", 1),
+        ("search", 2, "search/points/*.json", 3),
+        ("evaluate", 0, "search/points/*-n200-*.json", 1),
     )
-    for stage, ranks, pause, reached in stages:
-        process = start(SCRIPT, files, out, ranks=ranks, PICO_PAUSE=pause)
-        kill_when(process, reached, seconds=150)
+    for stage, ranks, pattern, num in stages:
+        # Images are written while others are sampled, so there it is the second call that goes no further.
+        hang = ":2" if stage == "generate" else f"{out / pattern}:{num}"
+        process = start(SCRIPT, files, out, ranks=ranks, PICO_HANG=hang)
+        kill_when(process, partial(enough, out, pattern, num), seconds=150)
         assert f"next: {stage};" in status(out)
     done = launch(SCRIPT, files, out, ranks=2)
     assert done.returncode == 0, done.stderr
