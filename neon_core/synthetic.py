@@ -26,7 +26,7 @@ from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, broadcast_object, file_hash, gather_objects, is_main, rank, world_size
 from neon_core.pixels import sample
 from neon_core.seeds import check_seeds, deal, format_seeds, global_batches
-from neon_files.atomic import atomic_path, flush, write_json
+from neon_files.atomic import atomic_path, flush, remove_stale_below, write_json
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
 from neon_files.run_files import read_record
@@ -79,6 +79,7 @@ def generate_set(
     manifest = json.loads(json.dumps(manifest, default=str))
     if is_main():
         _claim(out_dir, manifest)
+        remove_stale_below(out_dir)
     barrier()
 
     names = [image_name(seed, None if labels is None else int(labels[i]), subfolders) for i, seed in enumerate(seeds)]

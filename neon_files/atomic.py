@@ -9,7 +9,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,21 @@ def _raise_clear(error: OSError, final: Path, temporary: Path) -> None:
 
 def remove_stale(final: str | Path) -> None:
     """Delete temporaries of `final` that killed processes of this machine left behind."""
-    if os.name == "nt":  # where asking for a process can end it
-        return
     final = Path(final)
     start = hidden(final.name)
-    pattern = re.compile(re.escape(f"{start}.{socket.gethostname()}-") + r"(\d+)-\d+\.part")
-    for path in final.parent.glob(f"{_glob_escape(start)}.*.part"):
+    _remove_stale(final.parent.glob(f"{_glob_escape(start)}.*.part"), re.escape(start))
+
+
+def remove_stale_below(folder: str | Path) -> None:
+    """`remove_stale` for every file of a folder and its subfolders."""
+    _remove_stale(Path(folder).rglob(".*.part"), r"\..+")
+
+
+def _remove_stale(paths: Iterable[Path], start: str) -> None:
+    if os.name == "nt":  # where asking for a process can end it
+        return
+    pattern = re.compile(start + re.escape(f".{socket.gethostname()}-") + r"(\d+)-\d+\.part")
+    for path in paths:
         match = pattern.fullmatch(path.name)
         if match and not _alive(int(match[1])):
             path.unlink(missing_ok=True)

@@ -1,15 +1,13 @@
-"""Options and fixtures that all tests share."""
+"""Options and fixtures that all tests share.
+
+Imports that take seconds stand in the fixtures: xdist's controller reads this file and runs no test.
+"""
 
 import re
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-
-from neon_files.checkpoint import write_checkpoint
-from neon_metrics.inception import InceptionV3
 
 GOLDEN_DATA = Path(__file__).parent / "golden" / "data"
 
@@ -21,6 +19,8 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Golden numbers were made on one thread, and the suite shares its cores with its own child processes."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -33,6 +33,11 @@ def golden_data() -> Path:
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory):
     """Weights that fit the Inception network, drawn so that its features tell images apart."""
+    import torch
+
+    from neon_files.checkpoint import write_checkpoint
+    from neon_metrics.inception import InceptionV3
+
     path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -47,6 +52,8 @@ def inception_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def reference_file(tmp_path_factory):
     """Statistics of the right size, of no images in particular."""
+    import numpy as np
+
     path = tmp_path_factory.mktemp("reference") / "reference.npz"
     features = np.random.default_rng(0).standard_normal((16, 2048))
     np.savez(path, mu=features.mean(0), sigma=np.cov(features, rowvar=False))

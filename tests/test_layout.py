@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@cache
 def imports(file: Path) -> set[str]:
     """Modules of ours that a file imports, wherever in it; packages' `__init__` where only a name of theirs is used."""
     found = set()
@@ -60,9 +62,6 @@ def imports(file: Path) -> set[str]:
     return found & MODULES.keys()
 
 
-GRAPH = {name: imports(file) for name, file in MODULES.items()}
-
-
 def package(module: str) -> str:
     return module.split(".")[0]
 
@@ -72,7 +71,7 @@ def test_imports_go_down_only(name):
     """A floor imports the floors below it; a backbone imports the floors, never another backbone."""
     below = set(FLOORS) if name in BACKBONES else set(FLOORS[: FLOORS.index(name)])
     for module in (m for m in MODULES if package(m) == name):
-        wrong = {used for used in GRAPH[module] if package(used) not in below | {name}}
+        wrong = {used for used in imports(MODULES[module]) if package(used) not in below | {name}}
         assert not wrong, f"{module} imports {wrong}"
 
 
@@ -82,7 +81,7 @@ def test_no_circle_of_files():
     def visit(module: str, trail: tuple[str, ...]) -> None:
         assert module not in trail, f"circle: {' -> '.join([*trail, module])}"
         if module not in done:
-            for used in GRAPH[module]:
+            for used in imports(MODULES[module]):
                 visit(used, (*trail, module))
             done.add(module)
 

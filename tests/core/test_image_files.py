@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -180,6 +181,14 @@ def test_transparent_pixels_are_refused_and_opaque_ones_read(tmp_path):
         ImageSet(tmp_path)
 
 
+def claiming(width, height):
+    """A small picture whose header says another size."""
+    data = bytearray(picture(0, "1"))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
 def animation():
     return picture((1, 1, 1), kind="gif", save_all=True, append_images=[PIL.Image.new("RGB", (4, 4), (5, 5, 5))])
 
@@ -191,8 +200,8 @@ NO_IMAGES = {
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n", "of no kind that is read"),
     "cut": (picture((1, 2, 3), size=(64, 64))[:60], "truncated|cannot be read"),
     "animated": (animation(), "several frames"),
-    "huge": (picture(0, "1", (9000, 8000)), "9000x8000 pixels, at most"),
-    "bomb": (picture(0, "1", (30000, 20000)), "exceeds limit"),
+    "huge": (claiming(9000, 8000), "9000x8000 pixels, at most"),
+    "bomb": (claiming(30000, 20000), "exceeds limit"),
 }
 
 

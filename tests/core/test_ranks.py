@@ -105,7 +105,7 @@ def test_torchrun_starts_the_ranks_and_passes_on_their_failure(runs, tmp_path):
 
 
 def test_a_killed_generation_goes_on_and_keeps_what_was_finished(runs, tmp_path):
-    process = start(SCRIPT, "generate", tmp_path, ranks=2, PICO_PAUSE=0.5)
+    process = start(SCRIPT, "generate", tmp_path, ranks=2, PICO_PAUSE=0.2)
     kill_when(process, lambda: len(list((tmp_path / "set").rglob("*.png"))) >= 12)
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "set").rglob("*.png")}
     assert 0 < len(kept) < 41 and not (tmp_path / "set/dataset.json").exists()
@@ -117,7 +117,7 @@ def test_a_killed_generation_goes_on_and_keeps_what_was_finished(runs, tmp_path)
 
 def test_a_killed_fine_tune_goes_on_exactly(runs, tmp_path):
     (tmp_path / "set").symlink_to(runs[0] / "set")
-    process = start(SCRIPT, "finetune", tmp_path, PICO_PAUSE=0.1)
+    process = start(SCRIPT, "finetune", tmp_path, PICO_PAUSE=0.04)
     kill_when(process, lambda: (tmp_path / "run/state.pt").exists())
     assert launch(SCRIPT, "finetune", tmp_path).returncode == 0
     assert (tmp_path / "run/log.jsonl").read_text() == (runs[0] / "run/log.jsonl").read_text()
@@ -189,7 +189,7 @@ def test_ranks_that_see_another_set_look_again_and_then_say_what_differs(runs, t
 
 
 def test_a_killed_evaluation_goes_on_with_another_number_of_ranks(runs, tmp_path):
-    process = start(SCRIPT, "evaluate", tmp_path, "--save_seconds", 0, ranks=2, PICO_PAUSE=0.3)
+    process = start(SCRIPT, "evaluate", tmp_path, "--save_seconds", 0, ranks=2, PICO_PAUSE=0.15)
     kill_when(process, lambda: len(list((tmp_path / "eval").glob("partial-*/rank-*.pt"))) == 2)
     done = launch(SCRIPT, "evaluate", tmp_path)
     assert done.returncode == 0 and "continuing:" in done.stdout

@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -56,6 +60,19 @@ def test_a_second_run_keeps_every_file(tmp_path):
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
     make(tmp_path)
     assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    make(tmp_path)
+    written = {p for p in tmp_path.rglob("*") if p.is_file()}
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    name = f".000003_label3.png.{socket.gethostname()}"
+    half = [tmp_path / "000000" / f"{name}-{pid}-7.part" for pid in (dead.pid, os.getpid())]
+    for path in half:
+        path.write_bytes(b"")
+    make(tmp_path)
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == written | {half[1]}, "that of a living process stays"
 
 
 def test_another_set_in_the_folder_is_refused_and_kept(tmp_path):
