@@ -10,7 +10,7 @@ import numpy as np
 
 from neon_files.errors import UserError
 
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def parse_json(data: bytes, source: str) -> Any:
@@ -23,23 +23,27 @@ def parse_json(data: bytes, source: str) -> Any:
         raise UserError(f"{source} is not a JSON text ({error}); make it again") from error
 
 
-def read_npy(file: BinaryIO, num_bytes: int, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """The array of an .npy `file` of `num_bytes`; its header is believed only as far as there are bytes for it.
+def npy_header(file: BinaryIO, num_bytes: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether the order is Fortran's, dtype) of an .npy `file` of `num_bytes`, which is then at its numbers.
 
-    Raises ValueError for anything but plain numbers, for a file cut short, and for another shape than `shape`.
+    A header is believed only where it fits the bytes: ValueError where they are fewer or more. ValueError too for
+    arrays of objects, whose numbers are a pickle.
     """
     version = np.lib.format.read_magic(file)
-    if version not in _HEADERS:
+    if version not in _READERS:
         raise ValueError(f"an .npy file of version {'.'.join(map(str, version))}")
-    found, fortran, dtype = _HEADERS[version](file)
-    if dtype.kind not in "fiub":
-        raise ValueError(f"an array of {dtype}, not of plain numbers")
-    if shape is not None and found != shape:
-        raise ValueError(f"the shape is {list(found)}, expected {list(shape)}")
-    wanted = math.prod(found) * dtype.itemsize
-    if min(found, default=1) < 0 or wanted > num_bytes - file.tell():
-        raise ValueError(f"cut short: {wanted} bytes promised for the shape {list(found)}, fewer there")
-    buffer = bytearray(wanted)  # which, unlike bytes, makes an array that can be written to
-    if file.readinto(buffer) != wanted:
+    shape, fortran, dtype = _READERS[version](file)
+    if dtype.hasobject:
+        raise ValueError("an array of objects, not of plain numbers")
+    wanted, there = math.prod(shape) * dtype.itemsize, num_bytes - file.tell()
+    if min(shape, default=1) < 0 or wanted != there:
+        raise ValueError(f"cut short or damaged: the shape {list(shape)} needs {wanted} bytes, {there} are there")
+    return shape, fortran, dtype
+
+
+def npy_numbers(file: BinaryIO, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> np.ndarray:
+    """The array behind a header that `npy_header` gave."""
+    buffer = bytearray(math.prod(shape) * dtype.itemsize)  # which, unlike bytes, makes an array that can be written to
+    if file.readinto(buffer) != len(buffer):
         raise ValueError("cut short")
-    return np.frombuffer(buffer, dtype).reshape(found, order="F" if fortran else "C")
+    return np.frombuffer(buffer, dtype).reshape(shape, order="F" if fortran else "C")

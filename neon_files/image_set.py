@@ -21,7 +21,7 @@ from torch import Tensor
 
 from neon_files import picture
 from neon_files.errors import UserError, one_line, say
-from neon_files.foreign import parse_json, read_npy
+from neon_files.foreign import npy_header, npy_numbers, parse_json
 from neon_files.image_labels import labels_of_folders, labels_of_listing
 from neon_files.image_store import Inside, Store, open_store
 
@@ -156,7 +156,11 @@ class ImageSet:
         try:
             data = self._store.read(name)
             if name.lower().endswith(".npy"):
-                array = read_npy(io.BytesIO(data), len(data))
+                file = io.BytesIO(data)
+                shape, fortran, dtype = npy_header(file, len(data))
+                if (dtype.kind != "f" and dtype != np.uint8) or len(shape) not in (2, 3):
+                    raise ValueError(f"it holds {dtype} {list(shape)}, not [C, H, W] of pixels (uint8) or latents")
+                array = npy_numbers(file, shape, fortran, dtype)
                 return array.reshape(-1, *array.shape[-2:])
             with picture.open_picture(data) as image:
                 return picture.pixels(image)

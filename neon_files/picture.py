@@ -7,6 +7,8 @@ import io
 import numpy as np
 import PIL.Image
 
+from neon_files.kinds import other_kind
+
 # Pillow's readers of plain pixels. Its others are stubs, documents and videos, or (PostScript) run a program.
 FORMATS = ("PNG", "JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "PPM", "TGA", "PCX", "SGI",
            "QOI", "DDS")  # fmt: skip
@@ -32,7 +34,7 @@ def open_picture(data: bytes) -> PIL.Image.Image:
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=known)
     except PIL.UnidentifiedImageError as error:
-        raise ValueError(f"it is {describe(data)}") from error
+        raise ValueError(f"it {_kind(data)}") from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} are read")
     if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -59,18 +61,7 @@ def pixels(image: PIL.Image.Image) -> np.ndarray:
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def describe(data: bytes) -> str:
-    """What a file that is none of ours may be, from its first bytes."""
-    if not data:
-        return "empty"
-    kinds = {
-        b"<": "a web page or XML",
-        b"version https://git-lfs": "a pointer of git LFS, not the file it stands for",
-        b"\x80": "a pickle",
-        b"PK\x03\x04": "a zip archive",
-        b"\x93NUMPY": "a single .npy array",
-        b"\x89HDF": "an HDF5 file",
-        b"%PDF": "a PDF",
-    }
-    start = data[:64].lstrip()
-    return next((kind for mark, kind in kinds.items() if start.startswith(mark)), "of no kind that is read here")
+def _kind(data: bytes) -> str:
+    """What a file is that Pillow does not know."""
+    kind = other_kind(data[:512]) or "is of no kind that is read here"
+    return "is a damaged image" if kind == "is an image" else kind

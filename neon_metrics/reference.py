@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-import zlib
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from neon_files.atomic import atomic_path
-from neon_files.errors import UserError
+from neon_files.errors import UserError, one_line
+from neon_files.foreign import npy_header, npy_numbers
 from neon_files.home import download_command
 from neon_files.kinds import other_kind
 from neon_metrics.covariance import psd_factor
 from neon_metrics.statistics import FeatureStatistics
+
+MAX_FEATURES = 4096  # twice Inception's; a covariance of them takes 128 MiB
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,7 @@ def load_reference(path: str | Path, num_features: int | None = None) -> Referen
         raise UserError(
             f"{path}: no such file of reference statistics; the published ones come with `{download_command()}`"
         )
-    mu, sigma = _read(path)
-    for name, array, ndim in (("mu", mu, 1), ("sigma", sigma, 2)):
-        if array.dtype.kind != "f":
-            raise UserError(f"{path}: {name} holds {array.dtype}, not floating-point numbers")
-        if array.ndim != ndim or array.size == 0:
-            raise UserError(f"{path}: {name} has the shape {list(array.shape)}, expected {['D', 'D, D'][ndim - 1]!r}")
-    if sigma.shape != (len(mu), len(mu)):
-        raise UserError(f"{path}: mu has {len(mu)} features, but sigma has the shape {list(sigma.shape)}")
-    if num_features is not None and len(mu) != num_features:
-        raise UserError(f"{path}: made from {len(mu)} features, the detector gives {num_features}")
-    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
+    mu, sigma = (array.astype(np.float64, copy=False) for array in _read(path, num_features))
     for name, array in (("mu", mu), ("sigma", sigma)):
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} has {np.count_nonzero(~np.isfinite(array))} values that are not finite")
@@ -81,23 +74,48 @@ def load_reference(path: str | Path, num_features: int | None = None) -> Referen
     return Reference(mu, (sigma + sigma.T) / 2, str(path))
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: Path, num_features: int | None) -> list[np.ndarray]:
+    """mu and sigma in their own type. Every header is read, and refused, before any numbers are."""
     remedy = "name an archive with mu and sigma, as numpy.savez writes it"
     try:
         with open(path, "rb") as file:
             kind = other_kind(file.read(512))
         if kind:
             raise UserError(f"{path}: not a readable .npz archive: it {kind}; {remedy}")
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [name for name in ("mu", "sigma") if name not in archive.files]
+        with zipfile.ZipFile(path) as archive, ExitStack() as opened:
+            members = [member.filename.removesuffix(".npy") for member in archive.infolist()]
+            missing = [name for name in ("mu", "sigma") if name not in members]
             if missing:
-                there = _contents(archive.files)
+                there = _contents(members)
                 raise UserError(f"{path}: no {' and no '.join(missing)} in it (it holds {there}); {remedy}")
-            return archive["mu"], archive["sigma"]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        # numpy refuses arrays of objects with a ValueError: reading them would run a pickle
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable .npz archive of plain arrays ({reason})") from error
+            twice = [name for name in ("mu", "sigma") if members.count(name) > 1]
+            if twice:
+                raise UserError(f"{path}: {twice[0]} is in it twice; {remedy}")
+            infos = [archive.getinfo(f"{name}.npy") for name in ("mu", "sigma")]
+            files = [opened.enter_context(archive.open(info)) for info in infos]
+            headers = [npy_header(file, info.file_size) for file, info in zip(files, infos, strict=True)]
+            _check_headers(path, *headers, num_features)
+            return [npy_numbers(file, *header) for file, header in zip(files, headers, strict=True)]
+    except UserError:
+        raise
+    except Exception as error:  # foreign bytes: zipfile and numpy raise many kinds
+        raise UserError(f"{path}: not a readable .npz archive of plain arrays ({one_line(error)})") from error
+
+
+def _check_headers(path: Path, mu: tuple, sigma: tuple, num_features: int | None) -> None:
+    """UserError where the arrays of these (shape, order, dtype) are no mean and no covariance."""
+    for name, (shape, _, dtype), ndim in (("mu", mu, 1), ("sigma", sigma, 2)):
+        if dtype.kind != "f":
+            raise UserError(f"{path}: {name} holds {dtype}, not floating-point numbers")
+        if len(shape) != ndim or 0 in shape:
+            raise UserError(f"{path}: {name} has the shape {list(shape)}, expected {['D', 'D, D'][ndim - 1]!r}")
+    count = mu[0][0]
+    if sigma[0] != (count, count):
+        raise UserError(f"{path}: mu has {count} features, but sigma has the shape {list(sigma[0])}")
+    if num_features is not None and count != num_features:
+        raise UserError(f"{path}: made from {count} features, the detector gives {num_features}")
+    if count > MAX_FEATURES:
+        raise UserError(f"{path}: made from {count} features; at most {MAX_FEATURES} can be handled")
 
 
 def _contents(members: list[str]) -> str:

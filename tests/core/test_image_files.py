@@ -196,7 +196,7 @@ def animation():
 NO_IMAGES = {
     "empty": (b"", "it is empty"),
     "page": (b"<html>404</html>", "a web page"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git LFS"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n", "of no kind that is read"),
     "cut": (picture((1, 2, 3), size=(64, 64))[:60], "truncated|cannot be read"),
     "animated": (animation(), "several frames"),

@@ -1,6 +1,7 @@
 """Reference statistics: every published form is read, every broken one refused in one sentence that names it."""
 
 import pickle
+import time
 import zipfile
 
 import numpy as np
@@ -159,6 +160,33 @@ def test_files_of_other_kinds_are_called_by_name(tmp_path, statistics):
     for name, kind in kinds.items():
         with pytest.raises(UserError, match=rf"{name}: .*{kind}.*; name an archive with mu and sigma"):
             load_reference(tmp_path / name)
+
+
+def test_a_header_is_refused_before_its_numbers_are_read(tmp_path):
+    """A bomb: 0.2 MB that unpack to 200 MB; and headers that promise what is not there."""
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, mu=np.zeros(5000), sigma=np.zeros((5000, 5000)))
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"bomb\.npz: made from 5000 features; at most 4096"):
+        load_reference(path)
+    assert time.monotonic() - began < 1
+    np.savez(path, mu=np.zeros(1000), sigma=np.zeros((1000, 1000)))
+    for old, new in ((b"(1000, 1000)", b"(9000, 1000)"), (b"(1000,)", b"(9000,)"), (b"(1000, 1000)", b"(-100, -100)")):
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name).replace(old, new) for name in archive.namelist()}
+        with zipfile.ZipFile(tmp_path / "lies.npz", "w") as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+        with pytest.raises(UserError, match=r"lies\.npz: not a readable \.npz archive .*needs -?\d+ bytes, "):
+            load_reference(tmp_path / "lies.npz")
+
+
+def test_an_array_that_is_there_twice_is_refused(tmp_path, statistics):
+    np.savez(tmp_path / "twice.npz", mu=statistics[0], sigma=statistics[1])
+    with zipfile.ZipFile(tmp_path / "twice.npz", "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("mu.npy", archive.read("mu.npy"))
+    with pytest.raises(UserError, match=r"twice\.npz: mu is in it twice"):
+        load_reference(tmp_path / "twice.npz")
 
 
 def test_a_missing_file_says_how_to_get_it(tmp_path):
