@@ -22,19 +22,10 @@ import click
 from neon_files.atomic import write_json
 from neon_files.errors import UserError
 from neon_files.home import cache_dir, home
+from neon_files.lock import one_process, sidecar
 from neon_files.manifest import MANIFEST, Entry, Manifest, Missing, find_file, read_manifest
-from neon_files.transfer import (
-    Source,
-    Unreachable,
-    compare,
-    download,
-    forget,
-    hub_client,
-    is_on,
-    one_process,
-    sidecar,
-    timeout_seconds,
-)
+from neon_files.streams import Source, hub_client, is_on, timeout_seconds
+from neon_files.transfer import Unreachable, compare, download, forget
 
 Say = Callable[[str], None]
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import click
 from filelock import FileLock, SoftFileLock, Timeout
 
-__all__ = ["Timeout", "locked"]
+from neon_files.errors import UserError
+
+__all__ = ["Timeout", "locked", "one_process", "sidecar"]
 _WITHOUT_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -34,3 +39,31 @@ def locked(path: str | Path, timeout: float = -1) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def one_process(final: Path) -> Iterator[None]:
+    """Only one process of this node (or shared file system) is in the body for this file; the others wait."""
+    lock = sidecar(final, "lock")
+    with ExitStack() as stack:
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(locked(lock, timeout=0))
+            except Timeout:
+                note = f"if none is left on any machine, delete {lock}*"
+                click.echo(f"{final.name}: another process is fetching it; waiting ({note})", err=True)
+                stack.enter_context(locked(lock))
+        except OSError as error:
+            reason = "a broken link" if final.parent.is_symlink() and not final.parent.exists() else error.strerror
+            remedy = "mend that, or set NEON_HOME to another folder"
+            raise UserError(f"{final.parent}: cannot write there ({reason}); {remedy}") from error
+        yield
+
+
+def sidecar(path: Path, suffix: str) -> Path:
+    """The hidden file `.NAME.suffix` beside `path`, NAME cut short where a file system has no room for it."""
+    name = path.name
+    if len(os.fsencode(name)) > 190:  # room for the temporary names of writing it
+        name = f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return path.with_name(f".{name}.{suffix}")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from download_place import ROOT, A, Place, leftovers
 
-from neon_files import transfer
+from neon_files import streams, transfer
 from neon_files.downloads import fetch
 from neon_files.errors import UserError
 
@@ -96,7 +96,7 @@ def test_empty_time_out_means_none_and_an_odd_one_is_named(server, tmp_path, mon
     code, _, err = place.run("a.pth")
     assert code == 2 and f"{name}=soon: not a whole number of seconds; set another or unset it" in err
     monkeypatch.setenv(name, "")
-    assert place.run("a.pth")[0] == 0 and transfer.timeout_seconds() == 30
+    assert place.run("a.pth")[0] == 0 and streams.timeout_seconds() == 30
 
 
 def test_a_fresh_process_needs_no_torch_and_survives_empty_time_outs(server, tmp_path):
@@ -129,6 +129,6 @@ def test_names_of_240_letters_and_long_urls(server, tmp_path, monkeypatch):
 def test_address_that_leads_from_https_to_http_is_refused(monkeypatch, tmp_path):
     response = SimpleNamespace(status_code=200, url=SimpleNamespace(scheme="http"), headers={}, iter_raw=list)
     session = SimpleNamespace(stream=lambda *_, **__: contextlib.nullcontext(response))
-    monkeypatch.setattr(transfer, "hub_client", lambda: SimpleNamespace(get_session=lambda: session))
+    monkeypatch.setattr(streams, "hub_client", lambda: SimpleNamespace(get_session=lambda: session))
     with pytest.raises(UserError, match="which is not encrypted; not fetched"):
-        transfer.download(transfer.Source("https://example.org/a"), tmp_path / "a", "a")
+        transfer.download(streams.Source("https://example.org/a"), tmp_path / "a", "a")
