@@ -24,9 +24,10 @@ _NUMBERS = (".npz", ".npy")  # not always of a network
 # What trainers keep beside their weights, by the names that they give it.
 _STATE_OF_TRAINING = re.compile(
     r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|custom_checkpoint|training_args|dl_state_dict)"
-    r"(_\d+)?\.(bin|pt|pth|pkl)"
+    r"(_\d+)?\.(bin|pt|pth|pkl)|events\.out\.tfevents\..*"
 )
-_LEFT_OUT = (".git", ".cache")  # of a clone, of a download
+_LEFT_OUT = (".git", ".cache", "__MACOSX", ".ipynb_checkpoints")  # of a clone, a download, an archive, a notebook
+_CLUTTER = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini")  # of desktops
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9"
 
@@ -41,6 +42,8 @@ def files_of(folder: Path) -> dict[str, Path]:
         seen.add(real)
         folders[:] = [name for name in folders if name not in _LEFT_OUT]
         for name in names:
+            if _CLUTTER.fullmatch(name):
+                continue
             path = Path(place, name)
             if not path.is_file():
                 raise UserError(f"{path}: a broken link or no regular file; complete the folder or remove it")
@@ -69,6 +72,13 @@ def kind(path: Path) -> str:
         return "weights"
     hidden = path.name.startswith(".") and not path.suffixes
     return "text" if (suffix in _TEXT or hidden) and _is_text(start) else "other"
+
+
+def is_container(path: Path) -> bool:
+    """Whether a file is a zip, a pickle or safetensors; raw bytes, whatever their suffix, are no weights of torch."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    return start.startswith((b"PK", b"\x80")) or start[8:9] == b"{" or path.name.startswith("openvino")
 
 
 def _is_torch_zip(path: Path, start: bytes) -> bool:

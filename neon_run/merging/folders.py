@@ -123,6 +123,8 @@ class _FolderMerge:
         for names in self.left:
             path, place = self.in_base[names[0]], Path(names[0]).parent.as_posix()
             near = [s for s in self.sets if s.place == place] + self._same_pipeline(place)
+            if not contents.is_container(path) and contents.equal(names[0], self.in_base, self.in_syn):
+                continue  # a vocabulary, say
             parts = self._open(names, self.in_base) if near else []
             relatives = [s for s in near if contents.family(s.names[0]) == contents.family(names[0])]
             copies = next(filter(None, (s.copies(names, parts) for s in near if s.place == place)), None)
@@ -167,7 +169,7 @@ def reverse_adapter(adapter: str | Path, w: float | Steps, out: str | Path) -> P
     if not adapter.is_dir():
         part = WeightFile(find_file(adapter))
         check_output(out, part.path)
-        steps.check_used([*part.loaders, *modules_of(part.loaders)])
+        _check_patterns(steps, out, part)
         _write_adapter(out, reversed_adapter(part, steps))
         return out
     _check_places(out, adapter)
@@ -175,11 +177,16 @@ def reverse_adapter(adapter: str | Path, w: float | Steps, out: str | Path) -> P
     parts = {name: WeightFile(path) for name, path in files.items() if contents.kind(path) == "weights"}
     if not parts:
         raise UserError(f"{adapter}: holds no weight files")
-    steps.check_used([n for part in parts.values() for n in (*part.loaders, *modules_of(part.loaders))])
+    _check_patterns(steps, out, *parts.values())
     contents.check_others(files, files, parts)
     record = {**steps.record(), "base": "no adapter", "synthetic": {name: sha256_file(files[name]) for name in parts}}
     _write_folder(out, files, {name: _reverse_writer(part, steps) for name, part in parts.items()}, record)
     return out
+
+
+def _check_patterns(steps: Steps, out: Path, *parts: WeightFile) -> None:
+    steps.check_used([name for part in parts for name in (*part.loaders, *modules_of(part.loaders))])
+    steps.say_kept(out, dict.fromkeys(name for part in parts for name in part.loaders))
 
 
 def _reverse_writer(part: WeightFile, steps: Steps) -> Writer:
@@ -195,7 +202,7 @@ def merge_adapter_files(
     steps, out = as_steps(w), Path(out)
     check_output(out, base.path, syn.path)
     made = merge_adapters(base, syn, steps, scale)
-    steps.check_used([n for part in (base, syn) for n in (*part.loaders, *modules_of(part.loaders))])
+    _check_patterns(steps, out, base, syn)
     if made.config is not None:
         raise UserError(f"{base.path}: has its rank and alpha in {ADAPTER_CONFIG} beside it; give the two folders")
     _write_adapter(out, made)

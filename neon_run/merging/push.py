@@ -227,7 +227,11 @@ def _provenance(weights: Weights, measured: Results) -> str:
         lines.append(f"| these weights | `{weights.path.name}` | `{weights.sha256}` |")
     record = json.dumps(weights.record, indent=1, sort_keys=True, ensure_ascii=False)
     details = f"<details><summary>The whole record</summary>\n\n```json\n{record}\n```\n\n</details>"
-    return "\n".join(["## Provenance", "", f"w = {weights.w:g}.", "", *lines, "", details])
+    steps = f"w = {weights.w:g}" + "".join(
+        f"; `{name}`: w = {w:g}" for name, w in weights.record.get("w_by_pattern", [])
+    )
+    steps += "".join(f"; `{pattern}` from the base" for pattern in weights.record.get("keep", []))
+    return "\n".join(["## Provenance", "", f"{steps}.", "", *lines, "", details])
 
 
 def _why(weights: Weights) -> str:

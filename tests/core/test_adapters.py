@@ -101,6 +101,18 @@ def test_one_adapter_is_reversed_as_the_network_that_it_makes(tmp_path, kind):
         assert_close(network(out), neon_merge(base, dense, w), rtol=0, atol=1e-6)
 
 
+def test_adapters_of_different_modules_count_as_zero_where_they_are_not(tmp_path):
+    ends = [
+        adapter(tmp_path / "a", peft.LoraConfig(target_modules=["q", "embed"], r=4, lora_alpha=3), 1),
+        adapter(tmp_path / "b", peft.LoraConfig(target_modules="(q|v|conv)", r=2, rank_pattern={"v": 3}), 2),
+    ]
+    dense = [network(folder) for folder in ends]
+    for number, pair in enumerate((ends, ends[::-1])):
+        out = merge_folders(*pair, 1.5, tmp_path / f"out{number}")
+        expected = neon_merge(*(dense if pair is ends else dense[::-1]), 1.5)
+        assert_close(network(out), expected, rtol=0, atol=1e-6)
+
+
 def test_w_by_pattern_and_kept_modules(tmp_path):
     """`-w 1 --w 'q*=0.5' --keep v` of two adapters is the dense merge with these steps."""
     for kind in (LORA["plain"], LINEAR["MiSS"]):

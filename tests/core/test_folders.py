@@ -306,6 +306,27 @@ def test_unknown_files_that_are_equal_are_copied(tmp_path, name):
     assert (merge_folders(base, syn, 1.5, tmp_path / "out") / name).read_bytes() == b"\x80\0same"
 
 
+def test_raw_bytes_that_are_equal_are_no_weights_whatever_their_suffix(tmp_path):
+    base, syn = two_folders(tmp_path, "second.pt")
+    for folder in (base, syn):
+        (folder / "vocabulary.bin").write_bytes(b"one two three")
+    out = merge_folders(base, syn, 1.5, tmp_path / "out")
+    assert (out / "vocabulary.bin").read_bytes() == b"one two three"
+    for folder in (base, syn):
+        (folder / "openvino_model.bin").write_bytes(b"numbers of the old network")
+    with pytest.raises(UserError, match=r"openvino_model\.bin"):
+        merge_folders(base, syn, 1.5, tmp_path / "none")
+
+
+def test_clutter_of_desktops_is_left_out(tmp_path):
+    base, syn = two_folders(tmp_path, "second.pt")
+    for name in (".DS_Store", "._model.safetensors", "Thumbs.db", "__MACOSX/._second.pt"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(b"\0\5\x16\7")
+    out = merge_folders(base, syn, 1.5, tmp_path / "out")
+    assert sorted(os.listdir(out)) == ["model.safetensors", PROVENANCE, "second.pt"]
+
+
 @pytest.mark.parametrize("name", ["flax_model.msgpack", "onnx/model.onnx"])
 def test_other_formats_beside_merged_weights_are_stale_even_if_equal(tmp_path, name):
     base, syn = two_folders(tmp_path, "second.pt")

@@ -14,6 +14,7 @@ from neon_files.atomic import sha256_file
 from neon_files.checkpoint import write_checkpoint
 from neon_run.merging.files import merge_files
 from neon_run.merging.push import MARK, push_command
+from neon_run.merging.steps import Steps
 
 
 @pytest.fixture
@@ -55,6 +56,14 @@ def run(*arguments) -> tuple[int, str]:
     result = CliRunner().invoke(push_command, [str(argument) for argument in arguments])
     assert result.exit_code in (0, 2), result.exception
     return result.exit_code, result.output
+
+
+def test_card_tells_the_w_of_patterns_and_what_was_kept(tmp_path):
+    merged(tmp_path)
+    steps = Steps(1.0, blocks=(("a", 0.5),), keep=("a*",))
+    weights = merge_files(tmp_path / "mine.safetensors", tmp_path / "syn.safetensors", steps, tmp_path / "blocks")
+    code, output = run(weights, "me/model", "--licence", "mit", "--dry_run")
+    assert code == 0 and "w = 1; `a`: w = 0.5; `a*` from the base." in output
 
 
 def test_weights_card_and_results_in_one_commit(hub, tmp_path):
