@@ -26,13 +26,14 @@ from tqdm import tqdm
 
 from neon_core import parallel
 from neon_core.backbone import Backbone, TrainSettings
-from neon_core.distributed import agree, all_reduce_, barrier, broadcast_object, is_main, largest, world_size
+from neon_core.distributed import agree, barrier, broadcast_object, is_main, largest, world_size
+from neon_core.finetune_folder import StepLog, claim, find_snapshots, snapshot_path
 from neon_core.prepared import TrainingData
 from neon_core.seeds import derive_seed
-from neon_files.atomic import atomic_path, write_json
+from neon_files.atomic import atomic_path
 from neon_files.checkpoint import write_checkpoint
 from neon_files.errors import UserError
-from neon_files.run_files import intact, one_run, read_record, read_tensors, set_aside
+from neon_files.run_files import intact, one_run, read_tensors, set_aside
 from neon_files.stopping import Stopped, signals_wait
 
 MicroBatch = tuple[Tensor, Tensor | None, torch.Generator]  # encoded images, labels, random stream
@@ -180,16 +181,6 @@ def snapshot_plan(settings: TrainSettings) -> list[int]:
     return sorted({n for n in ends if n <= end} | {end})
 
 
-def snapshot_path(out_dir: Path, images_seen: int) -> Path:
-    return out_dir / f"snapshot-{images_seen:09d}.safetensors"
-
-
-def find_snapshots(out_dir: str | Path) -> dict[int, Path]:
-    """Images seen -> file, of all snapshots in a run's folder, in order."""
-    found = sorted(Path(out_dir).glob("snapshot-*.safetensors"))
-    return {int(path.stem.removeprefix("snapshot-")): path for path in found}
-
-
 def check_sizes(settings: TrainSettings) -> None:
     """UserError where the micro batches do not fill the batch, with the nearest sizes that do."""
     batch, micro = settings.batch_size, settings.micro_batch_size
@@ -234,7 +225,7 @@ def self_train(
     identity = json.loads(json.dumps(identity, default=str))
     with one_run(out_dir) if is_main() else nullcontext():
         if is_main():
-            _claim(out_dir, identity)
+            claim(out_dir, identity)
         barrier()
         plan = snapshot_plan(settings)
         missing = broadcast_object([n for n in plan if not snapshot_path(out_dir, n).exists()])
@@ -271,7 +262,7 @@ class _Loop:
         barrier()
         if agree(path, path.exists):
             self.run.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        self.log = _Log(self.out_dir / "log.jsonl", self.run)
+        self.log = StepLog(self.out_dir / "log.jsonl", self.run.images_seen, self.run.must_be_finite)
 
     def train(self, data: TrainingData, seed: int, progress: bool) -> None:
         run, settings, end = self.run, self.run.settings, self.missing[-1]
@@ -282,7 +273,8 @@ class _Loop:
             for step, micro_batches in _prefetched(run, data, steps, seed):
                 # the step
                 lr = run.lr
-                self.log.add(run.step(micro_batches, settings.batch_size // settings.micro_batch_size), lr)
+                loss = run.step(micro_batches, settings.batch_size // settings.micro_batch_size)
+                self.log.add(run.images_seen, lr, loss, run.gradient_norm)
                 bar.update(settings.batch_size)
 
                 # what all ranks do now: the hosts agree, waiting for no device
@@ -315,52 +307,6 @@ class _Loop:
             with atomic_path(self.out_dir / "state.pt") as temporary:
                 torch.save(state, temporary)
         barrier()
-
-
-class _Log:
-    """`log.jsonl`, a line per step. Losses stay on the device until `settle`, so that no step waits for them."""
-
-    def __init__(self, path: Path, run: FineTune):
-        self.path, self.run = path, run
-        self.lines = _earlier_lines(path, run.images_seen) if is_main() else []
-        self.open: list[tuple[int, float, Tensor, Tensor]] = []  # images seen, lr, loss, gradient norm
-
-    def add(self, loss: Tensor, lr: float) -> None:
-        norm = self.run.gradient_norm
-        self.open.append((self.run.images_seen, lr, loss, loss.new_zeros([]) if norm is None else norm))
-
-    def settle(self) -> float:
-        """Write the lines of all steps so far, on rank 0; the last loss. A collective. Raises UserError where a loss
-        or a gradient is not finite and must be."""
-        losses = all_reduce_(torch.stack([loss for _, _, loss, _ in self.open])).tolist()
-        norms = torch.stack([norm for *_, norm in self.open]).tolist()
-        for (images, lr, *_), loss, norm in zip(self.open, losses, norms, strict=True):
-            loss /= world_size()
-            if self.run.must_be_finite and not (math.isfinite(loss) and math.isfinite(norm)):
-                part = "gradient" if math.isfinite(loss) else "loss"
-                raise UserError(
-                    f"the {part} is not finite after {images - self.run.settings.batch_size} images; lower the "
-                    "learning rate, or use --precision fp32"
-                )
-            self.lines.append(json.dumps({"images": images, "loss": loss, "lr": lr}))
-        self.open = []
-        if is_main():
-            with atomic_path(self.path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in self.lines), encoding="utf-8")
-        return loss
-
-
-def _earlier_lines(path: Path, images_seen: int) -> list[str]:
-    """The lines of a log before the steps that will be done again, up to the first that is damaged."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["images"] > images_seen:
-                break
-        except (ValueError, TypeError, KeyError):
-            break
-        kept.append(line)
-    return kept
 
 
 def _is_state_before(state: object, images: int) -> bool:
@@ -425,20 +371,3 @@ class _deterministic_dropout:
 
     def __exit__(self, *error):
         return self._fork.__exit__(*error)
-
-
-def _claim(out_dir: Path, identity: dict) -> None:
-    """Record whose fine-tune this folder holds. UserError where it holds another one."""
-    path = out_dir / "settings.json"
-    if path.exists():
-        earlier = read_record(path)
-        if earlier != identity:
-            a, b = ({**x, **x.get("settings", {})} for x in (earlier, identity))
-            key = next(k for k in sorted({*a, *b}) if k != "settings" and a.get(k) != b.get(k))
-            raise UserError(
-                f"{out_dir}: holds a fine-tune with {key} = {a.get(key)!r}, not {b.get(key)!r}; name another --outdir"
-            )
-    elif find_snapshots(out_dir):
-        raise UserError(f"{out_dir}: holds snapshots but no settings.json; name an empty or new --outdir")
-    else:
-        write_json(path, identity)

@@ -22,7 +22,7 @@ from neon_core.distributed import agree, barrier, broadcast_object, file_hash, i
 from neon_core.finetune import open_set, train_on
 from neon_core.precision import float32_precision
 from neon_core.seeds import check_seeds, parse_seeds
-from neon_core.selftrain import find_snapshots
+from neon_core.selftrain import check_sizes, find_snapshots
 from neon_core.synthetic import generate_set, withdraw_unless_whole
 from neon_files.atomic import sha256_file
 from neon_files.errors import UserError
@@ -99,6 +99,7 @@ class Reproduction:
     ):
         self.row, self.recipe, self.plan, self.device = row, row.recipe, plan, device
         self.out_dir = Path(out_dir).resolve()
+        check_sizes(row.recipe.train)
         self.seeds = parse_seeds(row.recipe.evaluate_seeds)
         self.counts = Counts.of(plan, len(self.seeds))
         blocks = [(plan.synthetic_from, row.recipe.num_synthetic), (max(self.seeds) + 1, len(self.seeds))]

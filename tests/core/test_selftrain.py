@@ -163,7 +163,7 @@ def spoil(run):
 def test_gradients_that_are_not_finite_end_the_run_or_become_zero(tmp_path):
     backbone = PicoBackbone.fresh()
     backbone.net.out.bias.register_hook(lambda grad: torch.full_like(grad, math.nan))
-    with pytest.raises(UserError, match="the gradient is not finite after 0 images"):
+    with pytest.raises(UserError, match="the gradient is not finite in the step up to 8 images"):
         self_train(backbone, data(), settings(), tmp_path, device=CPU)
     assert not find_snapshots(tmp_path) and not (tmp_path / "state.pt").exists()
     run = FineTune(PicoBackbone.fresh(), settings(nonfinite_gradients="zero", schedule=Constant()), CPU)
@@ -258,6 +258,35 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_do(tmp_path, micro
 def test_sharding_without_ranks_is_refused(tmp_path):
     with pytest.raises(UserError, match="torchrun"):
         self_train(PicoBackbone.fresh(), data(), settings(), tmp_path, device=CPU, mode="fsdp")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "other", "too far"])
+def test_a_damaged_state_is_set_aside_and_the_run_begins_again(tmp_path, capsys, damage):
+    class Breaks(PicoBackbone):
+        def self_training_loss(self, *args):
+            if (tmp_path / "broken/state.pt").exists():
+                raise KeyboardInterrupt
+            return super().self_training_loss(*args)
+
+    with pytest.raises(KeyboardInterrupt):
+        self_train(Breaks.fresh(seed=1), data(), settings(), tmp_path / "broken", device=CPU)
+    path = tmp_path / "broken/state.pt"
+    content = path.read_bytes()
+    if damage == "other":
+        torch.save({"images_seen": 8}, path)
+    elif damage == "too far":  # past a snapshot that is not there
+        (tmp_path / "broken/snapshot-000000080.safetensors").unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes({"cut": content[:middle], "empty": b"", "flip": flipped}[damage])
+    self_train(PicoBackbone.fresh(seed=1), data(), settings(), tmp_path / "broken", device=CPU)
+    self_train(PicoBackbone.fresh(seed=1), data(), settings(), tmp_path / "whole", device=CPU)
+    assert f"{path}: damaged" in capsys.readouterr().err
+    names = {p.name for p in (tmp_path / "whole").iterdir()}
+    assert {p.name for p in (tmp_path / "broken").iterdir()} == names | {"state.pt.damaged"}
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
 
 
 def test_learning_moves_toward_the_data(tmp_path):
