@@ -30,9 +30,9 @@ def claim(out_dir: Path, identity: dict) -> None:
     """Record whose fine-tune this folder holds. UserError where it holds another one."""
     path = out_dir / "settings.json"
     if path.exists():
-        earlier = read_record(path, {"settings": dict})
+        earlier = read_record(path)
         if earlier != identity:
-            a, b = ({**x, **x.get("settings", {})} for x in (earlier, identity))
+            a, b = ({**x, **x["settings"]} if isinstance(x.get("settings"), dict) else x for x in (earlier, identity))
             key = next(k for k in sorted({*a, *b}) if k != "settings" and a.get(k) != b.get(k))
             raise UserError(
                 f"{out_dir}: holds a fine-tune with {key} = {a.get(key)!r}, not {b.get(key)!r}; name another --outdir"

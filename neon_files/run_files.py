@@ -41,6 +41,9 @@ class DamagedFile(UserError):
         super().__init__(f"{path}: damaged ({problem}); put it back from a copy, or begin in another folder")
         self.path, self.problem = path, problem
 
+    def __reduce__(self):  # it may come from a worker process
+        return type(self), (self.path, self.problem)
+
 
 def write_record(path: str | Path, value: Mapping[str, Any]) -> None:
     """`value` as JSON with its digest, atomically."""

@@ -16,9 +16,12 @@ class Stopped(BaseException):
     no handler of errors takes it for one."""
 
     def __init__(self, number: int):
-        self.exit_code = 128 + number
+        self.number, self.exit_code = number, 128 + number
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         super().__init__(f"stopped by {name}; go on with: {command_line()}")
+
+    def __reduce__(self):  # it may come from a worker process
+        return type(self), (self.number,)
 
 
 class _State:

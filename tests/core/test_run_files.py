@@ -3,7 +3,10 @@
 import errno
 import fcntl
 import os
+import pickle
+import signal
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from neon_files.run_files import (
     unchanged,
     write_record,
 )
+from neon_files.stopping import Stopped
 
 VALUE = {"seconds": 1.5, "key": "a", "points": [0.1, float("inf")], "nested": {"b": None}}
 TYPES = {"seconds": NUMBER, "key": str}
@@ -108,6 +112,12 @@ def test_a_file_is_known_by_size_time_and_hash(tmp_path, name, same_stat_is_enou
     assert not unchanged(path, known)
     path.unlink()
     assert not unchanged(path, known)
+
+
+@pytest.mark.parametrize("error", [DamagedFile(Path("a.json"), "no JSON"), Stopped(signal.SIGTERM)])
+def test_errors_reach_the_parent_of_a_worker(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error) and again.exit_code == error.exit_code
 
 
 def test_a_second_run_in_a_folder_is_refused_and_told_whose_it_is(tmp_path):
