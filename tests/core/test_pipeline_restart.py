@@ -144,7 +144,7 @@ def without_costs(results):
     }
 
 
-@pytest.mark.parametrize("damage", JSON)
+@pytest.mark.parametrize("damage", (cut, empty, other_json))
 @pytest.mark.parametrize("name", ["synthetic/manifest.json", "finetune/settings.json"])
 def test_what_cannot_be_made_again_is_named_and_kept(finished, tmp_path, name, damage):
     files, out, _ = finished
