@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,29 @@ from neon_files.torch_file import LEGACY_START, read_torch
 
 # Entries under which scripts keep a state dict, the preferred first: averaged weights are what is published.
 _AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict")
-_RAW = ("trainer", "var_wo_ddp", "state_dict", "model_state_dict", "model", "module", "net", "network", "params")
-_NO_WEIGHTS = re.compile(r"optim|sched|scaler", re.IGNORECASE)
+_RAW = (
+    "trainer",
+    "var_wo_ddp",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "params",
+    "weights",
+)
+_NO_WEIGHTS = re.compile(r"optim|sched|scaler|(^|_)opt(_|$)", re.IGNORECASE)
+_OTHERS = {  # first bytes, or those at 257, of what is kept beside weights or around them
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89HDF": "an HDF5 file",
+    b"GGUF": "a GGUF file",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"ustar": "a tar archive",
+}
 _DEEPEST = 20  # dots in the way to a state dict; names of entries may have some
 _TOP = "."  # the entry that is the file itself
 
@@ -100,7 +121,7 @@ def open_weights(path: str | Path, entry: str | None = None) -> Weights:
         if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and LEGACY_START in start[:32]):
             is_zip = start.startswith(b"PK")
             return _chosen(path, "torch" if is_zip else "torch-legacy", read_torch(path, is_zip), entry)
-        if start[8:9] == b"{" and not start.lstrip().startswith((b"<", b"version")):
+        if start[8:9] == b"{" and not stand_in(start):
             return _open_safetensors(path)
         if (start[:1] == b"\x80" and start[1:2] <= bytes([pickle.HIGHEST_PROTOCOL])) or start[:1] in b"(]}":
             return _open_pickle(path, entry)
@@ -110,11 +131,12 @@ def open_weights(path: str | Path, entry: str | None = None) -> Weights:
 def _foreign(start: bytes) -> str:
     if stand_in(start):
         return f"{stand_in(start)}; {AGAIN}"
-    if start.startswith(b"\x93NUMPY"):
-        return "is a NumPy array, not weights"
+    for magic, kind in _OTHERS.items():
+        if start.startswith(magic) or start[257:].startswith(magic):
+            return f"is {kind}, not weights that can be read; unpack or convert it"
     if not start.strip(b"\0"):
         return f"begins with zeros: an unfinished download; {AGAIN}"
-    return "is no weight file that we know (torch, safetensors, or a pickled EDM or IMM network)"
+    return "is no weight file that we know (torch, safetensors, or a pickled network)"
 
 
 def _chosen(path: Path, container: str, content: Any, entry: str | None) -> Weights:
@@ -162,25 +184,20 @@ class _Choice:
     def _taken(self, content: dict, trail: str) -> str | None:
         """The entry that holds the weights; None: they lie in `content` itself. Says so where several would fit."""
         nests = [name for name, value in content.items() if isinstance(name, str) and self._is_nest(name, value)]
-        averaged = sorted((name for name in nests if _is_averaged(name)), key=lambda name: name not in _AVERAGED)
-        raw = [name for name in _RAW if name in nests and isinstance(content[name], dict)]
+        averaged, raw = _known_names(nests)
         direct = any(isinstance(value, LazyTensor | Unreadable) for value in content.values())
         if not averaged and not raw:
-            others = [name for name in nests if isinstance(content[name], dict)]
-            if direct and others:
+            if direct and nests:
                 raise Unfit(
-                    f"tensors both directly and in {_some(others)}: which of them is meant is unclear; "
-                    f"--entry {trail}{others[0]} takes those, --entry {_TOP} the direct ones"
+                    f"tensors both directly and in {_some(nests)}: which of them is meant is unclear; "
+                    f"neon merge: --entry {trail}{nests[0]} takes those, --entry {_TOP} the direct ones"
                 )
-            if len(others) > 1:
-                raise Unfit(f"holds several sets of weights ({_some(others)}); choose with --entry {trail}{others[0]}")
-            return others[0] if others else None
-        fitting = [*averaged, *raw, *([_TOP] if averaged and direct else [])]
-        if len(fitting) > 1:
-            taken, second = (_TOP if name == _TOP else trail + name for name in fitting[:2])
-            kind = "the averaged weights " if averaged else ""
-            other = "the ones beside it" if second == _TOP else repr(second)
-            self.notes.append(f"takes {kind}{taken!r}, not {other} (--entry {second} takes those)")
+            if len(nests) > 1:
+                raise Unfit(f"holds several sets of weights ({_some(nests)}); choose with --entry {trail}{nests[0]}")
+            return nests[0] if nests else None
+        beside = [*(name for name in nests if name not in (*averaged, *raw)), *([_TOP] if direct else [])]
+        fitting = [*averaged, *raw, *(beside if averaged else [])]
+        self.notes += _said([name if name == _TOP else trail + name for name in fitting])
         return fitting[0]
 
     def _is_nest(self, name: str, value: Any) -> bool:
@@ -207,6 +224,10 @@ class _Choice:
             if isinstance(value, Record) and re.search(r"Tensor|Parameter|Params", value.origin.name):
                 raise Unfit(f"{name} is a {value.origin}, whose numbers cannot be read; save it as an ordinary tensor")
         state = {name: value for name, value in content.items() if isinstance(value, LazyTensor)}
+        if {"ema_model", "online_model"} <= {str(name).partition(".")[0] for name in state}:  # ema-pytorch
+            self.notes.append("takes the averaged weights 'ema_model.', not 'online_model.'")
+            names = [name for name in state if name.startswith("ema_model.")]
+            state = {name.removeprefix("ema_model."): state[name] for name in names}
         if not state or not all(isinstance(name, str) for name in state):
             lists = [
                 str(name) for name, value in content.items() if isinstance(value, list) and self._holds_tensors(value)
@@ -226,6 +247,21 @@ def _kind(value: Any) -> str:
     if isinstance(value, Record):
         return f"is a pickled {value.origin}"
     return f"holds a {'Tensor' if isinstance(value, LazyTensor) else type(value).__name__}, not a state dict"
+
+
+def _known_names(names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Those of averaged weights and those of raw ones, the preferred first."""
+    averaged = sorted(filter(_is_averaged, names), key=lambda name: name not in _AVERAGED)
+    return averaged, [name for name in _RAW if name in names]
+
+
+def _said(fitting: list[str]) -> list[str]:
+    """The note that the first of the entries was taken, where there are others."""
+    if len(fitting) < 2:
+        return []
+    kind = "the averaged weights " if _is_averaged(fitting[0]) else ""
+    other = "the ones beside it" if fitting[1] == _TOP else repr(fitting[1])
+    return [f"takes {kind}{fitting[0]!r}, not {other} (neon merge: --entry {fitting[1]} takes those)"]
 
 
 def _is_averaged(name: str) -> bool:
@@ -259,7 +295,8 @@ def _maybe_json(text: str) -> Any:
 def _open_pickle(path: Path, entry: str | None) -> Weights:
     entries = read_pickle(path)
     networks = {name: value for name, value in entries.items() if isinstance(value, PickledObject)}
-    fitting = [name for name in (*_AVERAGED, *_RAW) if entries.get(name) is not None]
+    averaged, raw = _known_names([name for name, value in entries.items() if value is not None])
+    fitting = [*averaged, *raw]
     wanted = entry or next(iter(fitting), None)
     if wanted not in networks:
         raise Unfit(f"has no network {wanted or 'ema'!r}; its entries are {_some(entries)}")
@@ -272,7 +309,8 @@ def _open_pickle(path: Path, entry: str | None) -> Weights:
     tensors = dict(network.lazy_state())
     if not tensors:
         raise Unfit(f"its entry {wanted!r} ({network.class_name}) holds no tensors")
-    return Weights(path, "pickle", unwrapped(tensors), describe(network, with_attributes=False), metadata)
+    notes = [] if entry else _said(fitting)
+    return Weights(path, "pickle", unwrapped(tensors), describe(network, with_attributes=False), metadata, notes)
 
 
 def describe(pickled: PickledObject, with_attributes: bool = True) -> dict[str, Any]:

@@ -47,7 +47,8 @@ class Storage:
     __slots__ = ("_data", "_read", "dtype", "nbytes")
 
     def __init__(self, dtype: torch.dtype, nbytes: int, read: Callable[[], UntypedStorage]):
-        self.dtype, self.nbytes, self._read = dtype, nbytes, read
+        self.dtype, self.nbytes = dtype, nbytes
+        self._read: Callable[[], UntypedStorage] | None = read  # None once read: what it holds is let go
         self._data: dict[frozenset[str], UntypedStorage] = {}
 
     def resolved(self) -> Storage:
@@ -57,7 +58,7 @@ class Storage:
         """The bytes; those of the conjugate ("conj") or negative ("neg") numbers, if asked for."""
         if flags not in self._data:
             if not flags:
-                self._data[flags] = self._read()
+                self._data[flags], self._read = self._read(), None
             else:
                 numbers = torch.empty(0, dtype=self.dtype).set_(self.load())
                 numbers = -numbers if "neg" in flags else numbers

@@ -126,14 +126,15 @@ class _Archive:
         return whole[:nbytes]
 
     def _unpacked(self, member: zipfile.ZipInfo) -> UntypedStorage:
-        buffer, end = bytearray(member.file_size), 0
+        memory, end = torch.empty(member.file_size, dtype=torch.uint8), 0
+        view = memoryview(memory.numpy())
         with self._zip.open(member) as file:  # which compares the checksum at the end
             while chunk := file.read(_CHUNK):
-                buffer[end : end + len(chunk)] = chunk
+                view[end : end + len(chunk)] = chunk
                 end += len(chunk)
         if end != member.file_size:
-            raise EOFError(f"its member {member.filename} is cut short")
-        return _storage_of(buffer)
+            raise EOFError(f"its member {member.filename[:100]} is cut short")
+        return memory.untyped_storage()
 
     def _start(self, member: zipfile.ZipInfo) -> int:
         """Where the member's bytes begin: behind a header of its own, whose name and extra field vary in length."""
@@ -147,11 +148,7 @@ class _Archive:
 
 def memory_of(data: bytes) -> UntypedStorage:
     """A copy of `data` that may be written to."""
-    return _storage_of(bytearray(data))
-
-
-def _storage_of(buffer: bytearray) -> UntypedStorage:
-    return torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage() if buffer else UntypedStorage(0)
+    return _read_part(io.BytesIO(data), 0, len(data))
 
 
 def _described(pid: Any, length: int = 5) -> tuple[str, torch.dtype, int]:
@@ -201,8 +198,11 @@ def read_legacy(file: BinaryIO) -> Any:
 
 
 def _read_part(file: BinaryIO, start: int, nbytes: int) -> UntypedStorage:
+    memory = torch.empty(nbytes, dtype=torch.uint8)
     file.seek(start)
-    return memory_of(file.read(nbytes))
+    if file.readinto(memory.numpy()) != nbytes:
+        raise EOFError("ends within its numbers")
+    return memory.untyped_storage()
 
 
 def read_torch(path: Path, is_zip: bool) -> Any:

@@ -27,7 +27,7 @@ AVERAGED = {
     "params_ema": ({"params": RAW, "params_ema": EMA}, "params"),
     "ema_0.9999": ({"ema_0.9999": EMA, "model": RAW}, "model"),
     "modelEMA": ({"modelEMA": EMA, "model": RAW}, "model"),
-    "unknown beside": ({"weights": RAW, "g_ema": EMA}, None),
+    "unknown beside": ({"generator": RAW, "g_ema": EMA}, "generator"),
     "shadow": ({"model": RAW, "ema": {"decay": 0.99, "shadow": EMA}}, "model"),
     "within trainer": ({"trainer": {"model": RAW, "model_ema": EMA}}, "trainer.model"),
     "beside raw ones": ({**RAW, "model_ema": EMA}, "."),
@@ -40,10 +40,19 @@ def test_averaged_weights_win_and_the_others_can_be_had(tmp_path, capsys, layout
     content, entry = AVERAGED[layout]
     assert same(read(tmp_path, content), EMA)
     said = capsys.readouterr().err
-    assert ("takes the averaged weights" in said) == (entry is not None) and said.count("\n") <= 1
-    if entry is not None:
-        assert f"(--entry {entry} takes those)" in said
-        assert same(read(tmp_path, content, entry), RAW)
+    assert "takes the averaged weights" in said and f"--entry {entry} takes those)" in said and said.count("\n") == 1
+    assert same(read(tmp_path, content, entry), RAW)
+
+
+def test_average_and_copy_in_one_dictionary(tmp_path, capsys):
+    """As ema-pytorch saves them."""
+    both = {
+        f"{prefix}.{name}": state[name]
+        for prefix, state in (("online_model", RAW), ("ema_model", EMA))
+        for name in state
+    }
+    assert same(read(tmp_path, {"model": RAW, "ema": {"initted": torch.ones(1), "step": torch.ones(1), **both}}), EMA)
+    assert "takes the averaged weights 'ema_model.', not 'online_model.'" in capsys.readouterr().err
 
 
 def test_a_word_that_only_contains_ema_is_none(tmp_path, capsys):
@@ -53,7 +62,7 @@ def test_a_word_that_only_contains_ema_is_none(tmp_path, capsys):
 
 def test_raw_weights_under_two_known_names_are_said(tmp_path, capsys):
     assert same(read(tmp_path, {"net": EMA, "model": RAW}), RAW)
-    assert "takes 'model', not 'net' (--entry net takes those)" in capsys.readouterr().err
+    assert "takes 'model', not 'net' (neon merge: --entry net takes those)" in capsys.readouterr().err
 
 
 def test_names_that_nobody_knows(tmp_path):
