@@ -22,6 +22,7 @@ import click
 from neon_files.atomic import write_json
 from neon_files.errors import UserError
 from neon_files.home import cache_dir, home
+from neon_files.kinds import stand_in
 from neon_files.lock import one_process, sidecar
 from neon_files.manifest import MANIFEST, Entry, Manifest, Missing, find_file, read_manifest
 from neon_files.streams import Source, hub_client, is_on, timeout_seconds
@@ -56,9 +57,18 @@ def known_source(entry: Entry) -> Source:
 
 
 def state_of(entry: Entry, path: Path, rehash: bool = False) -> State:
-    """Looks at the disk only. `rehash` does not believe the note of an earlier check."""
+    """Looks at the disk only. `rehash` does not believe the note of an earlier check. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, where a file of this name belongs; move it away")
     if not path.is_file():
         return MISSING
+    try:
+        with open(path, "rb") as file:
+            problem = stand_in(file.read(100))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend that or move it away") from error
+    if problem:  # noted or not: there was a time when pages were believed
+        return State(problem, usable=False, settled=False)
     record = _read_record(path)
     facts = path.stat()
     if record and not rehash and (record.get("size"), record.get("mtime_ns")) == (facts.st_size, facts.st_mtime_ns):

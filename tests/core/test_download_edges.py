@@ -1,13 +1,16 @@
 """Downloads: files in Xet, pages in place of files, odd settings, names and addresses."""
 
 import contextlib
+import errno
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from download_place import ROOT, A, Place, leftovers
+from download_place import ROOT, A, B, Place, leftovers
 
 from neon_files import streams, transfer
 from neon_files.downloads import fetch
@@ -84,9 +87,31 @@ def test_page_or_pointer_in_place_of_a_file_is_refused_not_recorded(server, tmp_
     code, out, _ = place.run("--verify", "a.pth")
     assert code == 2 and f"BAD  checkpoints/a.pth  {kind}" in out
     assert not list(place.a.parent.glob("*.verified"))
+    facts = place.a.stat()
+    note = {"sha256": "", "size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "checked": ""}
+    place.a.with_name(".a.pth.verified").write_text(json.dumps(note))  # as it was once believed
     server.files["a.pth"] = A
     code, _, err = place.run("a.pth")
     assert code == 0 and place.a.read_bytes() == A and f"{kind}" in err and "kept as a.pth.old" in err
+
+
+def test_folder_in_place_of_the_file_and_a_file_that_cannot_be_read(server, tmp_path, monkeypatch):
+    place = Place(tmp_path, server)
+    place.a.mkdir(parents=True)
+    code, _, err = place.run("a.pth")
+    assert code == 2 and "a.pth: is a folder, where a file of this name belongs; move it away" in err
+    place.b.parent.mkdir()
+    place.b.write_bytes(B)
+    real = open
+
+    def denied(path, *arguments, **others):
+        if Path(path) == place.b:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **others)
+
+    monkeypatch.setattr("builtins.open", denied)
+    code, _, err = place.run("b.npz")
+    assert code == 2 and "b.npz: cannot be read (Permission denied); mend that or move it away" in err
 
 
 @pytest.mark.parametrize("name", ["HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"])
