@@ -26,7 +26,7 @@ from neon_imm.backbone import IMMBackbone
 from neon_imm.latents import VaeCodec
 from neon_imm.loss import IMMLoss
 from neon_imm.precond import IMMPrecond
-from neon_imm.recipes import IMAGENET_NETWORK
+from neon_imm.rows import IMAGENET_NETWORK
 from neon_imm.sampler import pushforward, time_grid
 from neon_imm.vae_files import SD_VAE_CONFIG
 

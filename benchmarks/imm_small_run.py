@@ -37,7 +37,6 @@ from neon_files.checkpoint import load_strict, read_checkpoint, write_checkpoint
 from neon_files.image_set import ImageSet
 from neon_imm.backbone import IMMBackbone
 from neon_imm.precond import IMMPrecond
-from neon_imm.recipes import RECIPES
 from neon_imm.vae_files import load_vae, save_vae
 from neon_metrics.detector import FunctionDetector
 from neon_metrics.evaluate import Evaluator
@@ -250,7 +249,7 @@ def evaluate(out: Path, name: str) -> None:
             )  # fmt: skip
         base_path = out / "base" / f"snapshot-{run['base_images']:09d}.safetensors"
         vae = out / "vae.safetensors" if run["preset"] == "imagenet_256" else None
-        backbone = IMMBackbone.load(base_path, RECIPES[run["preset"]], device, vae=vae)
+        backbone = IMMBackbone.load(base_path, device, vae=vae)
         base = read_checkpoint(base_path).state
         search, fresh = range(NUM_EVALUATED), range(50_000, 50_000 + NUM_EVALUATED)
         rows, grids = [], {}

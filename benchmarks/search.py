@@ -31,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import click
 import numpy as np
 
-from neon_run.cli import parse_seed_list
+from neon_run.flags import parse_seed_list
 from neon_run.search.quick import Axis, Budget, search
 from neon_run.search.sweep import early_stopped_grid
 

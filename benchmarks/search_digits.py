@@ -25,10 +25,10 @@ import torch
 
 from neon_core.seeds import parse_seeds
 from neon_edm.quickstart.prepare import CPU
-from neon_edm.quickstart.recipes import DEFAULT, GUIDED, Quickstart
+from neon_edm.quickstart.settings import DEFAULT, GUIDED, Quickstart
 from neon_files.atomic import write_json
-from neon_run.cli import parse_seed_list
 from neon_run.cli import run as run_command
+from neon_run.flags import parse_seed_list
 from neon_run.reproduce.measure import images_of
 from neon_run.reproduce.reproduction import Reproduction
 from neon_run.search.quick import Budget
@@ -68,7 +68,7 @@ def compare(kind: str, quickstart: Quickstart, seed: int, out: Path) -> list[dic
 
     base = results["base_best"]["guidance"]
     chosen["(base)"] = ((BASE, 0.0, base), 0)
-    first = parse_seeds(row.recipe.evaluate_seeds)[-1] + 1
+    first = parse_seeds(row.evaluate_seeds)[-1] + 1
     blocks = [range(first + i * many, first + (i + 1) * many) for i in range(BLOCKS)]
     found = {}
     for name, ((snapshot, w, guidance), _) in chosen.items():
@@ -90,8 +90,8 @@ def sampled(out: Path, seeds: list[int]) -> list[dict]:
     every = []
     for seed in seeds:
         for kind, quickstart in KINDS.items():
-            lines = compare(kind, quickstart, seed, out / f"{quickstart.recipe.name}-{seed}")
-            write_json(out / f"{quickstart.recipe.name}-{seed}.json", lines)
+            lines = compare(kind, quickstart, seed, out / f"{quickstart.name}-{seed}")
+            write_json(out / f"{quickstart.name}-{seed}.json", lines)
             every += lines
     print("\n{:<13}{:>4}  {:<14}{:>8}  {:>5} {:>8} {:>9}  {}".format(
         "searched", "seed", "procedure", "images", "w", "guidance", "distance", "above the fine grid's"))  # fmt: skip

@@ -17,8 +17,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "VAR")]
 
 import torch
 
+from neon_run.backbones import choose_row
+from neon_var.architectures import ARCHITECTURES, tokenizer
 from neon_var.backbone import VARBackbone
-from neon_var.recipes import ARCHITECTURES, RECIPES, tokenizer
+from neon_var.rows import ROWS
 from neon_var.var import VAR
 from neon_var.vqvae import VQVAE
 
@@ -66,7 +68,7 @@ def main() -> None:
 
     def batch(number: int) -> torch.Tensor:
         seeds = range(number * args.batch_size, (number + 1) * args.batch_size)
-        return backbone.sample(seeds, None, **RECIPES[args.preset].evaluate, precision=args.precision).cpu()
+        return backbone.sample(seeds, None, **choose_row(ROWS, args.preset).evaluate, precision=args.precision).cpu()
 
     if device.type == "cuda":
         batch(1000)

@@ -20,8 +20,8 @@ import torch
 from reference_path import sample_tokens
 
 from neon_core.seeds import PerImageRandom
+from neon_var.architectures import ARCHITECTURES
 from neon_var.quantizer import MultiScaleQuantizer
-from neon_var.recipes import ARCHITECTURES
 from neon_var.sampler import PerImageNoise, sample_scales
 from neon_var.var import VAR
 

@@ -39,7 +39,6 @@ from neon_metrics.statistics import FeatureStatistics
 from neon_run.search.sweep import Sweep
 from neon_var.backbone import VARBackbone
 from neon_var.preprocessing import enlarge_batch, random_crops, to_unit_range
-from neon_var.recipes import RECIPES
 from neon_var.sampler import to_uint8
 from neon_var.var import VAR
 from neon_var.vqvae import VQVAE, PixelAttention, ResBlock
@@ -241,8 +240,7 @@ def evaluate(out: Path, num_images: int) -> None:
     with session("cpu") as device:
         images, _ = digits()
         found = detector(out)
-        recipe = RECIPES["imagenet_256"]
-        backbone = VARBackbone.load(out / "base.safetensors", recipe, device, vae_ckpt=out / "vae.safetensors")
+        backbone = VARBackbone.load(out / "base.safetensors", device, vae_ckpt=out / "vae.safetensors")
         train, held_out = crops(images[:4000], 10), crops(images[4000:], 11)
         redrawn = through_tokenizer(backbone, train)
         references = {  # the second is what a perfect transformer would give behind this tokenizer

@@ -35,10 +35,8 @@ from neon_metrics.accumulator import extract_features
 from neon_metrics.detector import FunctionDetector
 from neon_metrics.evaluate import Evaluator
 from neon_metrics.reference import Reference
-from neon_run.search.sweep import find_checkpoints
+from neon_run.search.sweep import Sweep, find_checkpoints
 from neon_xar.backbone import XARBackbone
-from neon_xar.evaluate import sweep
-from neon_xar.recipes import RECIPES
 from neon_xar.vae import SCALE, from_uint8
 from neon_xar.xar import XAR
 
@@ -138,16 +136,17 @@ def evaluator(out: Path, device: torch.device) -> Evaluator:
 def measure(out: Path, args: argparse.Namespace) -> None:
     """The sweep, on every rank."""
     with session("cpu") as device:
-        base, recipe = last_snapshot(out / "base"), RECIPES["xar_base"]
-        backbone = XARBackbone.load(base, recipe, device, vae_path=out / "vae.safetensors")
+        base = last_snapshot(out / "base")
+        backbone = XARBackbone.load(base, device, vae_path=out / "vae.safetensors")
         judge = evaluator(out, device)
-        options = {"settings": {"flow_steps": STEPS, "cfg": CFG}, "batch_size": 50, "final_seeds": None}
+        options = {"settings": {"flow_steps": STEPS, "cfg": CFG}, "batch_size": 50, "identity": {}}
         seeds = range(2_000_000, 2_000_000 + args.eval_images)
         cfgs = [CFG] if args.fast else [1.0, CFG, 2.5]
         ws = [-1.0, 0.0, 1.0] if args.fast else [-1.0, 0.0, 0.5, 1.0, 2.0]
         snapshots = find_checkpoints(out / "syn")
-        sweep(backbone, judge, base, snapshots, out / "sweep", ws=ws, cfgs=cfgs, seeds=seeds, **options)
-        points = [json.loads(path.read_text()) for path in sorted((out / "sweep" / "points").glob("*.json"))]
+        grid = Sweep(backbone, judge, snapshots, out / "sweep", **options)
+        points = [grid.measure(name, w, seeds, cfg=cfg) for name in snapshots for w in ws for cfg in cfgs]
+        grid.restore()
         rows = best_rows(points)
         fresh = range(3_000_000, 3_000_000 + args.final_images)
         for row in rows.values():

@@ -7,39 +7,44 @@ python imm/encode.py --source datasets/imm256/ns30k --dest datasets/imm256/ns30k
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neon_imm, neon_core: run without installing
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neon_imm and the floors, without installing
 
 import click
 
 from neon_core.distributed import pick_device
 from neon_core.precision import float32_precision
-from neon_imm import options as o
+from neon_imm.commands import VAE
 from neon_imm.labels import create_labels
 from neon_imm.latent_set import encode_images
 from neon_imm.latents import VaeCodec
 from neon_imm.vae_files import load_vae
-from neon_run.cli import batch_option, device_option, run
+from neon_run import flags as f
+from neon_run.cli import run
+from neon_run.commands import HELP
+
+FLAGS = [
+    f.flag("--source", required=True, type=f.PATH, help="Images, folder or .zip."),
+    f.flag("--dest", required=True, type=f.PATH, help="Zip to write."),
+    VAE,
+    f.flag("--max_images", type=f.COUNT, help="Encode only the first ones."),
+    f.flag("--labels_from_names", is_flag=True, help="First write dataset.json from names like label7_000012.png."),
+    f.flag("--batch_size", "--max_batch_size", "--batch", "batch_size", type=f.COUNT, default=64,
+           help="Images read at once."),
+    f.DEVICE,
+]  # fmt: skip
 
 
-@click.command(**o.SETTINGS)
-@click.option("--source", required=True, type=o.FILE, help="Images, folder or .zip.")
-@click.option("--dest", required=True, type=o.FILE, help="Zip to write.")
-@click.option("--vae", metavar="PATH|HUB", help="Autoencoder: folder, file or hub name.  [default: sd-vae-ft-ema]")
-@click.option("--max_images", type=o.COUNT, help="Encode only the first ones.")
-@click.option("--labels_from_names", is_flag=True, help="First write dataset.json from names like label7_000012.png.")
-@batch_option
-@device_option
-def main(source, dest, vae, max_images, labels_from_names, batch_size, device) -> None:
+def encode(source, dest, vae, max_images, labels_from_names, batch_size, device) -> None:
     """Encode a set in float32, as the official data set tool does."""
-    where = pick_device(device)
+    device = pick_device(device)
     if labels_from_names:
         create_labels(source)
-    with float32_precision(allow_tf32=False):
-        autoencoder = load_vae(vae).to(where)
+    with float32_precision("none"):
+        autoencoder = load_vae(vae).to(device)
         codec = VaeCodec(autoencoder, factor=autoencoder.stride)
-        count = encode_images(source, dest, codec, where, batch_size=batch_size, max_images=max_images)
+        count = encode_images(source, dest, codec, device, batch_size=batch_size, max_images=max_images)
     click.echo(f"{dest} | items={count} | source={source}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(click.Command("encode", params=FLAGS, callback=encode, help=encode.__doc__, context_settings=HELP))

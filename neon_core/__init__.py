@@ -4,7 +4,7 @@ Sample a synthetic set S from theta_base, fine-tune briefly on it to theta_syn, 
 theta_neon = theta_base - w (theta_syn - theta_base), w > 0.
 """
 
-from neon_core.backbone import Backbone, Recipe, TrainSettings
+from neon_core.backbone import Backbone, TrainSettings
 from neon_core.merge import NeonWeights, neon_merge
 
-__all__ = ["Backbone", "NeonWeights", "Recipe", "TrainSettings", "neon_merge"]
+__all__ = ["Backbone", "NeonWeights", "TrainSettings", "neon_merge"]

@@ -1,4 +1,4 @@
-"""The contract between the method and a generator: what a backbone offers, and what a row of the paper's table says.
+"""The contract between the method and a generator: what a backbone offers, and how it is fine-tuned.
 
 The core owns seeds, ranks, files, the training loop, the merge and the metrics. A backbone owns its networks, guidance,
 label conventions, frozen tokenizer and pixel rounding. `docs/adding_a_backbone.md` walks through a fifth one.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from neon_core.data_order import shuffled_epochs
 from neon_core.schedules import Constant, Ema, Schedule
+from neon_files.image_set import ImageSet
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,6 @@ class TrainSettings:
     snapshot_images: int | tuple[int, ...] = 250_000  # a snapshot at every multiple or at these counts, and at the end
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One row of the paper's table."""
-
-    name: str  # "cifar10_cond"
-    num_synthetic: int  # |S|, images
-    generate: dict[str, Any]  # sampler settings that make S
-    train: TrainSettings  # theta_base, S -> theta_syn
-    w: float  # merge weight of the row: theta_base - w (theta_syn - theta_base)
-    evaluate: dict[str, Any]  # sampler settings for the FID
-    fid_stats: str  # file under fid_stats/, or URL
-    base: str = ""  # published base checkpoint: path or URL
-    evaluate_seeds: str = "0-49999"  # the official evaluation's seeds
-
-
 class Backbone(Protocol):
     """A generator that Neon can improve. Subclass it explicitly to inherit the defaults of the last methods."""
 
@@ -65,11 +51,15 @@ class Backbone(Protocol):
     num_classes: int  # 0: unconditional
     prepared_key: str = ""  # not "": what `prepare` gives is kept on disk beside the set under this name, which must
     # change with the tokenizer and its weights
+    micro_batch_multiple: int = 1  # the loss takes micro batches of a multiple of this
     unused_parameters: bool = False  # True: a loss may leave parameters of `net` out, which ranks must then search for
 
     @classmethod
-    def load(cls, checkpoint: str | Path, recipe: Recipe, device: torch.device) -> Backbone:
-        """The backbone with the weights of `checkpoint`, in eval mode on `device`. Raises UserError."""
+    def load(cls, checkpoint: str | Path, device: torch.device, **options: Any) -> Backbone:
+        """The backbone with the weights of `checkpoint`, in eval mode on `device`. Raises UserError.
+
+        `options` are the backbone's own: what a file does not say about its network, and files of frozen parts.
+        """
         ...
 
     def assign_labels(self, seeds: Sequence[int], **settings) -> Tensor | None:
@@ -97,6 +87,27 @@ class Backbone(Protocol):
         ...
 
     # Defaults that most backbones keep.
+
+    @classmethod
+    def frozen_files(cls, checkpoint: Path, **options: Any) -> dict[str, Path]:
+        """Option of `load` -> file of a frozen part (a tokenizer) that the network of `checkpoint` needs; it may be
+        missing, as may `checkpoint`."""
+        return {}
+
+    @classmethod
+    def check_settings(cls, **settings: Any) -> None:
+        """UserError for sampler settings that no network of this kind can use. Called before anything is loaded."""
+
+    def check_network(self, **settings: Any) -> None:
+        """UserError for sampler settings that this network cannot use."""
+
+    def check_set(self, images: ImageSet) -> None:
+        """UserError where the network cannot be trained on this set: sizes, channels, labels."""
+
+    def file_order(self, labels: Tensor | None) -> np.ndarray | None:
+        """int64 [N]: images of a run with `labels` in the order in which the official evaluation reads them, which the
+        splits of the Inception Score depend on; None for their own order."""
+        return None
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 [B, C, H, W] of the synthetic set -> what is kept per image: deterministic, done once per image."""

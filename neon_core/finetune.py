@@ -44,6 +44,11 @@ def train_on(
     the set. `cache_dir`: see `training_data`; `options` (seed, mode, activation_checkpointing): see `self_train`.
     Raises UserError.
     """
+    if settings.micro_batch_size % backbone.micro_batch_multiple:
+        raise UserError(
+            f"--micro_batch_size {settings.micro_batch_size}: must be a multiple of {backbone.micro_batch_multiple}, "
+            "which this loss takes together"
+        )
     provenance = {**provenance, "set": images.digest}
     data = training_data(backbone, images, device, cache_dir=cache_dir)
     return self_train(backbone, data, settings, out_dir, device=device, provenance=provenance, **options)

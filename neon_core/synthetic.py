@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -171,19 +170,6 @@ def withdraw_unless_whole(out_dir: str | Path) -> None:
         ImageSet(out_dir, use_labels=False)
     except UserError:
         (Path(out_dir) / "dataset.json").unlink(missing_ok=True)
-
-
-def write_zip(folder: str | Path, archive: str | Path) -> Path:
-    """A finished set as one uncompressed .zip in EDM's layout: images, dataset.json, and the manifest. UserError."""
-    folder, archive = Path(folder), Path(archive)
-    if not (folder / "dataset.json").exists():
-        raise UserError(f"{folder}: no dataset.json, so this is not a finished set; run its generate command again")
-    images = ImageSet(folder, use_labels=False)
-    names = [*images.names, *(["manifest.json"] if images.manifest else []), "dataset.json"]
-    with atomic_path(archive) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as target:
-        for name in tqdm(names, desc="zip", disable=not is_main()):
-            target.write(folder / name, name)
-    return archive
 
 
 def _claim(out_dir: Path, manifest: dict) -> None:

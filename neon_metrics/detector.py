@@ -92,7 +92,7 @@ class InceptionDetector:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images must be uint8 [B, 3, H, W]; got {images.dtype} {tuple(images.shape)}")
         autocast_off = torch.autocast(self.device.type, enabled=False)  # the caller may be sampling in half precision
-        with float32_precision(self.allow_tf32), autocast_off:
+        with float32_precision("all" if self.allow_tf32 else "none"), autocast_off:
             chunks = [self._net(self._prepare(chunk), features) for chunk in images.split(self.chunk_images)]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in features}
 

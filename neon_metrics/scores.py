@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -129,31 +128,6 @@ def _float64(a) -> np.ndarray:
 # --------------------------------------------------------------------------------------- FID at infinitely many images
 
 
-def fid_infinity_fit(num_images, fids) -> tuple[float, float]:
-    """(a, b) of the least-squares line FID = a + b / n; a is the extrapolated value. Chong and Forsyth 2020.
-
-    ValueError for fewer than two different n.
-    """
-    x, y = 1.0 / _float64(num_images), _float64(fids)
-    if x.shape != y.shape or len(np.unique(x)) < 2:
-        raise ValueError("FID infinity needs the FID at two or more different numbers of images")
-    slope = float((x - x.mean()) @ (y - y.mean()) / np.sum((x - x.mean()) ** 2))
-    return float(y.mean() - slope * x.mean()), slope
-
-
-def fid_infinity(
-    features: Tensor, reference: Reference, *, points: int = 15, min_images: int = 5000, seed: int = 0
-) -> float:
-    """FID without the bias of finitely many images: the fit through `points` random subsets of `min_images` .. n."""
-    count = len(features)
-    if count <= min_images:
-        raise UserError(f"FID infinity takes subsets of {min_images} images and more, and there are {count} images")
-    rng = np.random.default_rng(seed)
-    sizes = np.linspace(min_images, count, points).round().astype(int)
-    fids = [fid_from_features(features[torch.from_numpy(rng.permutation(count)[:n])], reference) for n in sizes]
-    return fid_infinity_fit(sizes, fids)[0]
-
-
 # ---------------------------------------------------------------------------------------------------- Inception Score
 
 
@@ -227,11 +201,3 @@ def kid(
         drawn = [torch.from_numpy(rng.choice(len(z), subset_size, replace=False)) for z in (generated, real)]
         values.append(mmd2(generated[drawn[0].to(generated.device)], real[drawn[1].to(real.device)], kernel))
     return float(np.mean(values)), float(np.std(values))
-
-
-def kernel_by_name(name: str, **settings) -> Kernel:
-    """The kernel "poly" (degree, gamma, coef0) or "rbf" (sigma) with other settings than the default ones."""
-    kernels = {"poly": polynomial_kernel, "rbf": rbf_kernel}
-    if name not in kernels:
-        raise UserError(f"kernel {name!r} is unknown; choose from {', '.join(kernels)}")
-    return partial(kernels[name], **settings)

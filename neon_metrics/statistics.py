@@ -87,14 +87,6 @@ class FeatureStatistics:
         self.count = int(state["count"])
 
 
-def edm_sweep_covariance(statistics: FeatureStatistics) -> Tensor:
-    """sum x x^T / (n - 1) - mu mu^T: what EDM's sweep scripts take for the covariance; too large by mu mu^T / (n - 1).
-
-    Only for comparing with numbers of those scripts.
-    """
-    return statistics.covariance() + torch.outer(statistics.mean, statistics.mean) / (statistics.count - 1)
-
-
 class InceptionScoreStatistics:
     """Per split: number of rows, sum of p [K] and sum of p log p, where p is the softmax of one image's logits.
 

@@ -7,6 +7,7 @@ import re
 import textwrap
 from pathlib import Path
 
+import huggingface_hub.constants  # noqa: F401  reads HF_HUB_OFFLINE when imported, which some tests set
 import pytest
 
 GOLDEN_DATA = Path(__file__).parent / "golden" / "data"

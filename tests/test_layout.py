@@ -1,6 +1,7 @@
 """The architecture: data flows one way, and the core knows no backbone."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -105,6 +106,36 @@ def test_the_core_is_small():
     assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) <= 2000
 
 
+BACKBONE_NAMES = re.compile(r"(?<![A-Za-z])(VAR|xAR|xar|EDM|edm|IMM|imm|neon_(var|xar|edm|imm))(?![A-Za-z])")
+FILE_FACTS = {"var_wo_ddp"}  # entries of published files, whatever they are called
+
+
+def test_no_backbone_is_named_below_the_backbones():
+    """In strings, defaults and identifiers; docstrings and comments may say where a rule comes from."""
+    for module in (m for m in MODULES if package(m) in FLOORS):
+        tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+        homes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.FunctionDef | ast.ClassDef))
+        docstrings = {id(n.body[0].value) for n in homes if n.body and isinstance(n.body[0], ast.Expr)}
+        for node in ast.walk(tree):
+            texts = [getattr(node, name, None) for name in ("id", "name", "attr", "arg")]
+            if isinstance(node, ast.Constant) and id(node) not in docstrings and node.value not in FILE_FACTS:
+                texts.append(node.value)
+            for text in texts:
+                found = isinstance(text, str) and BACKBONE_NAMES.search(text.replace("_", " "))
+                assert not found, f"{module}:{getattr(node, 'lineno', '')} names {text!r}"
+
+
+def test_scripts_are_thin():
+    scripts = [p for top in BACKBONES.values() for p in (*(ROOT / top).glob("*.py"), *(ROOT / top).glob("*/calc*.py"))]
+    thin = [p for p in scripts if p.name in ("generate.py", "finetune.py", "sweep.py", "calculate_fid.py")]
+    assert len(thin) == 17
+    for path in thin:
+        code = ast.parse(path.read_text(encoding="utf-8"))
+        lines = path.read_text(encoding="utf-8").splitlines()
+        docstring = code.body[0].end_lineno
+        assert len(lines) - docstring <= 13, f"{path}: a script is its docstring, the path line and one call"
+
+
 def test_downloading_needs_no_torch():
     code = "import sys, neon_files.downloads; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -113,7 +144,7 @@ def test_downloading_needs_no_torch():
 def test_backbones_have_the_same_files():
     for package in BACKBONES:
         names = {file.name for file in PACKAGES[package].glob("*.py")}
-        assert {"__init__.py", "backbone.py", "recipes.py", "rows.py", "sampler.py", "loss.py"} <= names, package
+        assert {"__init__.py", "backbone.py", "rows.py", "commands.py", "sampler.py", "loss.py"} <= names, package
     for folder in ("VAR", "xAR", "edm", "imm"):
         assert {"generate.py", "finetune.py", "sweep.py"} <= {p.name for p in (ROOT / folder).glob("*.py")}
         assert list((ROOT / folder).rglob("calculate_fid.py"))

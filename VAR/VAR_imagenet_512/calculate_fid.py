@@ -9,9 +9,10 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # neon_var, neon_core: run without installing
+sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # neon_var and the floors, without installing
 
-from neon_var.evaluate import calculate_fid
+from neon_run.commands import run_script
+from neon_var.commands import COMMANDS
 
 if __name__ == "__main__":
-    calculate_fid("imagenet_512")
+    run_script("calculate_fid", COMMANDS, preset="imagenet_512")

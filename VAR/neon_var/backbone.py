@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neon_core.backbone import Backbone, Recipe
+from neon_core.backbone import Backbone
 from neon_core.seeds import PerImageRandom
 from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
 from neon_var import loss, official, preprocessing
-from neon_var.loading import load_vae, load_var
+from neon_var.loading import find_vae, load_vae, load_var
 from neon_var.sampler import BatchNoise, PerImageNoise, sample_images, to_uint8
 from neon_var.var import VAR
 from neon_var.vqvae import VQVAE
@@ -42,16 +43,19 @@ class VARBackbone(Backbone):
     def load(
         cls,
         checkpoint: str | Path,
-        recipe: Recipe,
         device: torch.device,
         *,
+        architecture: str | None = None,
         vae_ckpt: str | Path | None = None,
         model_depth: int | None = None,
         compiled: bool = False,
         token_crops: int = 0,
     ) -> VARBackbone:
-        """The network of `checkpoint` beside the VQVAE of `vae_ckpt` (default: where download_models.sh puts it)."""
-        net, net_kwargs = load_var(checkpoint, recipe.name, model_depth)
+        """The network of `checkpoint` beside the VQVAE of `vae_ckpt` (default: where download_models.sh puts it).
+
+        `architecture`, a key of `ARCHITECTURES`, says what a published file does not say about itself.
+        """
+        net, net_kwargs = load_var(checkpoint, architecture, model_depth)
         vae = load_vae(vae_ckpt, net)
         if compiled:
             net.compile_blocks()
@@ -81,18 +85,30 @@ class VARBackbone(Backbone):
             labels[i] = shuffled[block][place]
         return labels
 
+    @classmethod
+    def frozen_files(cls, checkpoint: Path, *, vae_ckpt: Path | None = None, **options: Any) -> dict[str, Path]:
+        return {"vae_ckpt": find_vae(vae_ckpt)}
+
+    @classmethod
     def check_settings(
-        self, *, cfg: float = 0.0, top_k: int = 0, top_p: float = 0.0, precision: str = "auto", **settings
+        cls, *, cfg: float = 0.0, top_k: int = 0, top_p: float = 0.0, precision: str = "auto", **settings: Any
     ) -> None:
-        """UserError for settings that the sampler cannot use."""
-        if not 0 <= top_k <= self.net.vocab_size:
-            raise UserError(f"--top_k {top_k}: the vocabulary has {self.net.vocab_size} tokens; use 0 (off) to that")
+        if top_k < 0:
+            raise UserError(f"--top_k {top_k}: a number of tokens is wanted, 0: all")
         if not 0 <= top_p <= 1:
             raise UserError(f"--top_p {top_p}: a probability is wanted, 0 (off) to 1")
         if not np.isfinite(cfg):
             raise UserError(f"--cfg {cfg}: a finite number is wanted")
         if precision not in (*AUTOCAST, "auto"):
             raise UserError(f"--precision {precision}: choose auto, {', '.join(AUTOCAST)}")
+
+    def check_network(self, *, top_k: int = 0, **settings: Any) -> None:
+        if top_k > self.net.vocab_size:
+            raise UserError(f"--top_k {top_k}: the vocabulary has {self.net.vocab_size} tokens; use 0 (off) to that")
+
+    def check_set(self, images: ImageSet) -> None:
+        if min(images.shape[1:]) < 16:
+            raise UserError(f"{images.path}: images of shape {images.shape} are too small for the tokenizer")
 
     @torch.no_grad()
     def sample(
@@ -115,6 +131,7 @@ class VARBackbone(Backbone):
         precision "auto": float16 on CUDA, as the official evaluation, and float32 on the CPU.
         """
         self.check_settings(cfg=cfg, top_k=top_k, top_p=top_p, precision=precision)
+        self.check_network(top_k=top_k)
         device = self.device
         labels = self.assign_labels(seeds, official_seeds=official_seeds) if labels is None else labels
         labels = torch.where(labels < 0, self.num_classes, labels).to(device)

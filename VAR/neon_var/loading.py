@@ -11,7 +11,7 @@ import torch
 from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
 from neon_files.errors import UserError
 from neon_files.home import CHECKOUT, home
-from neon_var.recipes import ARCHITECTURES, VAE_FILE, tokenizer
+from neon_var.architectures import ARCHITECTURES, VAE_FILE, tokenizer
 from neon_var.var import VAR
 from neon_var.vqvae import VQVAE
 
@@ -22,9 +22,9 @@ OFFICIAL_PLACES = (  # of the official scripts
 )
 
 
-def load_var(path: str | Path, preset: str, depth: int | None = None) -> tuple[VAR, dict[str, Any]]:
+def load_var(path: str | Path, architecture: str | None = None, depth: int | None = None) -> tuple[VAR, dict[str, Any]]:
     """(network, its constructor arguments). A file of ours says what it holds; a published one is taken for the
-    preset's network, of another `depth` if given. Raises UserError that says which depth or preset would fit."""
+    network of `architecture`, of another `depth` if given. Raises UserError that says which would fit."""
     checkpoint = read_checkpoint(path)
     if "quantize.embedding.weight" in checkpoint.state:
         raise UserError(f"{checkpoint.path}: is a VQVAE, not a VAR; give it as --vae_ckpt")
@@ -35,15 +35,15 @@ def load_var(path: str | Path, preset: str, depth: int | None = None) -> tuple[V
                 f"--model_depth {depth}: {checkpoint.path} holds depth {kwargs['depth']}; leave the flag out"
             )
     else:
-        if preset not in ARCHITECTURES:
+        if architecture not in ARCHITECTURES:
             raise UserError(
                 f"{checkpoint.path}: does not say what it holds; choose --preset {' or '.join(ARCHITECTURES)}"
             )
-        kwargs = ARCHITECTURES[preset].network(depth)
+        kwargs = ARCHITECTURES[architecture].network(depth)
         _check_size(checkpoint, kwargs)
     side = 16 * kwargs["patch_nums"][-1]
-    fitting = [name for name, architecture in ARCHITECTURES.items() if architecture.img_size == side]
-    if preset in ARCHITECTURES and fitting and preset not in fitting:
+    fitting = [name for name, known in ARCHITECTURES.items() if known.img_size == side]
+    if architecture in ARCHITECTURES and fitting and architecture not in fitting:
         raise UserError(f"{checkpoint.path}: makes images of {side} pixels a side; use the preset {fitting[0]}")
     with torch.device("meta"):
         net = VAR(**kwargs)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,35 +26,6 @@ def token_loss(
         n, weight = newest
         ce = torch.cat((ce[:, :-n], ce[:, -n:] * weight), dim=1)
     return ce.sum(dim=1).mean()
-
-
-@dataclass
-class ProgressiveStages:
-    """Progressive training: the first prog_si + 1 scales, the newest of them warmed up over `warmup_steps` steps.
-
-    prog_si = -1: all scales. The first stage of a run is not warmed up.
-    """
-
-    prog_it: int = 0  # steps in this stage, the present one included
-    last_prog_si: int = -1
-    first_prog: bool = True
-
-    def step(self, prog_si: int, warmup_steps: float) -> float:
-        """Weight of the newest scale in the step that begins."""
-        if prog_si != self.last_prog_si:
-            if self.last_prog_si != -1:
-                self.first_prog = False
-            self.last_prog_si, self.prog_it = prog_si, 0
-        self.prog_it += 1
-        return 1.0 if self.first_prog else max(min(self.prog_it / warmup_steps, 1.0), 0.01)
-
-
-def progressive_loss(
-    logits: Tensor, tokens: Tensor, sizes: list[int], prog_si: int, weight: float, label_smoothing: float = 0
-) -> Tensor:
-    """`token_loss` in stage prog_si of scales with `sizes` tokens; -1 and the last scale are plain training."""
-    newest = (sizes[prog_si], weight) if 0 <= prog_si < len(sizes) - 1 else None
-    return token_loss(logits, tokens, sum(sizes), newest, label_smoothing)
 
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:

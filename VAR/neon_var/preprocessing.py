@@ -5,15 +5,10 @@ VAR was trained on crops of larger images, so its own samples are enlarged befor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-from neon_files.errors import UserError
 
 ENLARGE = 1.125
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -55,40 +50,6 @@ def random_crops(images: Tensor, resolution: int, generator: torch.Generator) ->
     return images.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def center_crop_offset(height: int, width: int, resolution: int) -> tuple[int, int]:
-    """(top, left) of the middle; half margins round to even."""
-    return round((height - resolution) / 2), round((width - resolution) / 2)
-
-
-def crop(images: Tensor, offset: tuple[int, int], resolution: int) -> Tensor:
-    """[..., resolution, resolution] at (top, left)."""
-    top, left = offset
-    return images[..., top : top + resolution, left : left + resolution]
-
-
 def to_unit_range(images: Tensor) -> Tensor:
     """float32 in [-1, 1] of uint8."""
     return images.float().div(255).mul(2).sub(1)
-
-
-def list_class_folders(root: Path, classes: Sequence[str] | None = None) -> list[tuple[Path, int]]:
-    """(file, label) of every picture in `root/<class>/**`: classes and files in string order, label = class position.
-
-    Raises UserError where there is no class folder, or one without a picture.
-    """
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if classes is None else list(classes)
-    if not names:
-        raise UserError(f"{root}: no class folders in it")
-    items = []
-    for label, name in enumerate(names):
-        walk = sorted({path.parent for path in (root / name).rglob("*") if path.is_file()})
-        found = [
-            path
-            for folder in walk
-            for path in sorted(folder.iterdir())
-            if path.is_file() and path.name.lower().endswith(EXTENSIONS)
-        ]
-        if not found:
-            raise UserError(f"{root / name}: no picture in this class folder ({' '.join(EXTENSIONS)})")
-        items += [(path, label) for path in found]
-    return items

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neon_core.backbone import Backbone, Recipe
+from neon_core.backbone import Backbone
 from neon_core.data_order import batched, windowed_shuffle
 from neon_core.seeds import PerImageRandom
 from neon_edm.augment import AugmentPipe
 from neon_edm.layers import UNetBlock
 from neon_edm.loss import LOSSES, EDMLoss, GeneratorRandom, Loss, Random
 from neon_edm.precond import Precond, build_network, named_arguments
-from neon_edm.recipes import EDMRecipe
 from neon_edm.sampler import Denoiser, edm_sampler, to_uint8
 from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
 from neon_files.downloads import fetch
 from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
 
 LABEL_CHUNK = 256  # images whose label draws are made together; only a matter of memory
 
@@ -65,31 +65,50 @@ class EDMBackbone(Backbone):
         return self.augment is None and getattr(self.net.model, "map_augment", None) is not None
 
     @classmethod
-    def load(cls, checkpoint: str | Path, recipe: Recipe | None, device: torch.device) -> EDMBackbone:
-        """The network that `checkpoint` describes: a published pickle or one of our files; its own constructor
-        arguments, except that an `EDMRecipe` may set the dropout. Raises UserError."""
+    def load(
+        cls, checkpoint: str | Path, device: torch.device, *, augment: float = 0.0, dropout: float | None = None
+    ) -> EDMBackbone:
+        """The network that `checkpoint` describes: a published pickle or one of our files. Raises UserError.
+
+        For a fine-tune: `augment` is the probability of each augmentation, `dropout` replaces the network's own.
+        """
         read = read_checkpoint(fetch(checkpoint))
         config = network_config(read)
-        if isinstance(recipe, EDMRecipe) and recipe.dropout is not None:
-            config["kwargs"]["dropout"] = recipe.dropout
+        if dropout is not None:
+            config["kwargs"]["dropout"] = dropout
         net = load_network(read, config)
-        augment = None
-        if isinstance(recipe, EDMRecipe) and recipe.augment > 0:
-            if getattr(net.model, "map_augment", None) is None:
-                raise UserError(f"{checkpoint}: this network takes no augmentation labels; train it with --augment 0")
-            augment = augmentation(recipe.augment)
-        return cls(net, config, device, augment=augment)
+        if augment > 0 and getattr(net.model, "map_augment", None) is None:
+            raise UserError(f"{checkpoint}: this network takes no augmentation labels; train it with --augment 0")
+        return cls(net, config, device, augment=augmentation(augment) if augment > 0 else None)
+
+    @classmethod
+    def check_settings(cls, *, sigma_min: float = 0.002, sigma_max: float = 80.0, **settings: Any) -> None:
+        if sigma_min >= sigma_max:
+            raise UserError(f"--sigma_min {sigma_min}: must be below --sigma_max {sigma_max}")
+
+    def check_network(self, *, class_idx: int | None = None, **settings: Any) -> None:
+        if class_idx is not None and not self.num_classes:
+            raise UserError(f"--class {class_idx}: this network is unconditional; leave --class out")
+        if class_idx is not None and not 0 <= class_idx < self.num_classes:
+            raise UserError(f"--class {class_idx}: this network has classes 0 to {self.num_classes - 1}")
+
+    def check_set(self, images: ImageSet) -> None:
+        wanted = (self.net.img_channels, self.img_size, self.img_size)
+        if images.shape != wanted:
+            raise UserError(f"{images.path}: images of shape {images.shape}, but this network makes {wanted}")
+        if self.num_classes and not images.has_labels:
+            raise UserError(
+                f"{images.path}: no labels, but this network is conditional; if the files are named like "
+                f"000123_label7.png, run: PYTHONPATH=edm:. python -m neon_edm.data --root {images.path}"
+            )
 
     def assign_labels(self, seeds: Sequence[int], class_idx: int | None = None, **settings: Any) -> Tensor | None:
         """`class_idx` for all, else a class drawn from each image's own generator, right after its latents.
 
         Raises UserError if `class_idx` is out of range, or given for an unconditional network.
         """
+        self.check_network(class_idx=class_idx)
         if class_idx is not None:
-            if not self.num_classes:
-                raise UserError(f"--class {class_idx}: this network is unconditional; leave --class out")
-            if not 0 <= class_idx < self.num_classes:
-                raise UserError(f"--class {class_idx}: this network has classes 0 to {self.num_classes - 1}")
             return torch.full((len(seeds),), class_idx, dtype=torch.int64)
         if not self.num_classes:
             return None

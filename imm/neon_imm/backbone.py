@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neon_core.backbone import Backbone, Recipe
+from neon_core.backbone import Backbone
 from neon_core.data_order import batched, windowed_shuffle
 from neon_core.kl_vae import weights_digest
 from neon_core.seeds import PerImageRandom
-from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
+from neon_files.checkpoint import Checkpoint, load_strict, open_checkpoint, read_checkpoint
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
-from neon_imm.labels import label_plan
+from neon_imm.labels import file_order, label_plan
 from neon_imm.latents import SD_VAE_MEAN, SD_VAE_STD, Codec, RgbCodec, VaeCodec
 from neon_imm.loss import IMMLoss
 from neon_imm.precond import PRECISIONS, IMMPrecond, build_network
-from neon_imm.recipes import IMMRecipe
 from neon_imm.sampler import DISCRETIZATIONS, pushforward, restart, time_grid
-from neon_imm.vae_files import load_vae
+from neon_imm.vae_files import DEFAULT_VAE, load_vae, locate_vae
 
 STATES = {"float32": torch.float32, "float64": torch.float64}
 LABEL_RULES = ("in_order", "balanced")
@@ -50,16 +49,26 @@ class IMMBackbone(Backbone):
     def load(
         cls,
         checkpoint: str | Path,
-        recipe: Recipe,
         device: torch.device,
         *,
+        network: Mapping[str, Any] | None = None,
+        latent: bool = True,
+        loss: IMMLoss | None = None,
         vae: str | Path | None = None,
         compiled: bool = False,
+        k: float | None = None,
+        matrix_size: int | None = None,
     ) -> IMMBackbone:
-        """The network of `checkpoint`: a published pickle, or one of our files, by its own configuration; a bare state
-        dict by the recipe's. `vae` (default: sd-vae-ft-ema) is not read for a model of pixels. Raises UserError."""
+        """The network of `checkpoint`: a published pickle, or one of our files, by its own configuration.
+
+        `network` (constructor arguments), `latent` (samples are latents, not pixels) and `loss` are those of a bare
+        state dict, which says nothing about itself; `k` and `matrix_size` change the loss of a fine-tune. `vae`
+        (default: sd-vae-ft-ema) is not read for a model of pixels. Raises UserError.
+        """
         read = read_checkpoint(checkpoint)
-        config = full_config(read, recipe)
+        config = full_config(read, network or {}, latent, loss or IMMLoss())
+        changes = {"k": k, "matrix_size": matrix_size}
+        config["loss"] = {**config["loss"], **{name: value for name, value in changes.items() if value is not None}}
         codec_name, codec = "", RgbCodec(config["kwargs"]["img_channels"])
         if config["codec"]["kind"] == "vae":
             autoencoder = load_vae(vae).to(device, memory_format=torch.channels_last)
@@ -81,6 +90,11 @@ class IMMBackbone(Backbone):
     @property
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Samples that share their times."""
+        return self.loss.matrix_size
 
     @property
     def unused_parameters(self) -> bool:
@@ -105,10 +119,28 @@ class IMMBackbone(Backbone):
             return None
         if label_rule == "balanced":
             return torch.tensor([seed % self.num_classes for seed in seeds], dtype=torch.int64)
-        return label_plan(len(seeds), self.num_classes)[0]
+        return label_plan(len(seeds), self.num_classes)
 
+    @classmethod
+    def frozen_files(
+        cls, checkpoint: Path, *, vae: str | Path | None = None, latent: bool = True, **options: Any
+    ) -> dict[str, Path]:
+        """The autoencoder's weights, unless the checkpoint says that its model is one of pixels."""
+        if checkpoint.is_file():
+            config = open_checkpoint(checkpoint).config or {}
+            latent = config.get("codec", {"kind": "vae" if latent else "rgb"})["kind"] == "vae"
+        if not latent:
+            return {}
+        try:
+            return {"vae": locate_vae(vae)[0]}
+        except UserError:
+            if vae is not None:
+                raise
+            return {"vae": DEFAULT_VAE}
+
+    @classmethod
     def check_settings(
-        self,
+        cls,
         *,
         num_steps: int = 8,
         cfg: float | None = None,
@@ -118,14 +150,12 @@ class IMMBackbone(Backbone):
         precision: str = "fp32",
         state: str = "float32",
         label_rule: str = "in_order",
+        **settings: Any,
     ) -> None:
-        """UserError for settings that the sampler cannot use."""
         if num_steps < 1:
             raise UserError(f"--num_steps {num_steps}: at least one step is needed")
         if cfg is not None and not math.isfinite(cfg):
             raise UserError(f"--cfg {cfg}: a finite number is wanted, or none for no guidance")
-        if cfg is not None and not self.num_classes:
-            raise UserError(f"--cfg {cfg}: this network knows no classes, so there is no guidance; use --cfg none")
         if any(not nt > 0 for nt in mid_nt):
             raise UserError(f"--mid_nt {', '.join(map(str, mid_nt))}: noise-to-signal ratios above 0 are wanted")
         known = (
@@ -138,6 +168,13 @@ class IMMBackbone(Backbone):
         for flag, value, choices in known:
             if value not in choices:
                 raise UserError(f"--{flag} {value}: choose one of {', '.join(choices)}")
+
+    def check_network(self, *, cfg: float | None = None, **settings: Any) -> None:
+        if cfg is not None and not self.num_classes:
+            raise UserError(f"--cfg {cfg}: this network knows no classes, so there is no guidance; use --cfg none")
+
+    def file_order(self, labels: Tensor | None) -> np.ndarray | None:
+        return None if labels is None else file_order(labels)
 
     @torch.no_grad()
     def sample(
@@ -182,8 +219,8 @@ class IMMBackbone(Backbone):
 
     # Training
 
-    def use(self, images: ImageSet) -> None:
-        """Check that the model can be trained on this set; moments made before are not kept a second time."""
+    def check_set(self, images: ImageSet) -> None:
+        """Images of the model's size, or their moments, which are then not kept a second time."""
         side = self.net.img_resolution
         if images.shape == (2 * self.net.img_channels, side, side) and isinstance(self.codec, VaeCodec):
             self.prepared_key = ""
@@ -197,11 +234,6 @@ class IMMBackbone(Backbone):
             raise UserError(
                 f"{images.path}: images of {images.shape[0]} channels; this model takes {self.codec.channels}"
             )
-
-    def change_loss(self, **settings: float | None) -> None:
-        """Settings of the loss other than the checkpoint's or the recipe's; None leaves one alone."""
-        self.loss = dataclasses.replace(self.loss, **{name: v for name, v in settings.items() if v is not None})
-        self.config = {**self.config, "loss": dataclasses.asdict(self.loss)}
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 pixels -> moments (mean | std, or pixels in [-1, 1]); moments pass unchanged."""
@@ -225,21 +257,20 @@ class IMMBackbone(Backbone):
         return batched(windowed_shuffle(num_items, seed), batch_size)
 
 
-def full_config(read: Checkpoint, recipe: Recipe) -> dict[str, Any]:
-    """{"class", "kwargs", "codec", "loss"}: what the file says about itself, the rest from the recipe.
+def full_config(read: Checkpoint, network: Mapping[str, Any], latent: bool, loss: IMMLoss) -> dict[str, Any]:
+    """{"class", "kwargs", "codec", "loss"}: what the file says about itself, the rest from the arguments.
 
     Raises UserError where neither says what the network is.
     """
-    row = recipe if isinstance(recipe, IMMRecipe) else IMMRecipe(**vars(recipe))
-    config = dict(read.config) if read.config else {"class": "IMMPrecond", "kwargs": row.network}
+    config = dict(read.config) if read.config else {"class": "IMMPrecond", "kwargs": dict(network)}
     if not config["kwargs"] and not config.get("args"):
         raise UserError(f"{read.path}: does not say how its network is built; use a published pickle, or our own files")
     if args := config.pop("args", None):
         names = ("img_resolution", "img_channels", "label_dim")
         config["kwargs"] = {**dict(zip(names, args, strict=False)), **config["kwargs"]}
     vae = {"kind": "vae", "raw_mean": SD_VAE_MEAN, "raw_std": SD_VAE_STD, "final_mean": 0.0, "final_std": 0.5}
-    config.setdefault("codec", vae if row.latent else {"kind": "rgb"})
-    config.setdefault("loss", dataclasses.asdict(row.loss))
+    config.setdefault("codec", vae if latent else {"kind": "rgb"})
+    config.setdefault("loss", dataclasses.asdict(loss))
     return config
 
 

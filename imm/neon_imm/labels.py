@@ -19,17 +19,15 @@ from neon_files.image_store import is_clutter
 LABELLED_NAME = re.compile(r"label(\d+)_\d+\.[a-z0-9]+", re.IGNORECASE)
 
 
-def label_plan(num_images: int, num_classes: int) -> tuple[Tensor, Tensor]:
-    """(labels, ids), int64 [num_images]: the classes in order, each repeated, and a count within each class.
+def label_plan(num_images: int, num_classes: int) -> Tensor:
+    """int64 [num_images]: the classes in order, each repeated.
 
     Every class gets num_images // num_classes images; of the remainder, the lowest classes get one more each.
     """
     share, rest = divmod(num_images, num_classes)
     counts = torch.full([num_classes], share)
     counts[:rest] += 1
-    labels = torch.arange(num_classes).repeat_interleave(counts)
-    first = (counts.cumsum(0) - counts)[labels]
-    return labels, torch.arange(num_images) - first
+    return torch.arange(num_classes).repeat_interleave(counts)
 
 
 def image_name(label: int | None, number: int) -> str:
@@ -50,12 +48,12 @@ def file_order(labels: Tensor) -> np.ndarray:
 
 def labels_from_names(names: Iterable[str]) -> dict[str, list]:
     """{"labels": [[name, class], ...]} of those names that carry a class, sorted by name."""
-    found = ((name, LABELLED_NAME.fullmatch(name)) for name in sorted(names))
-    return {"labels": [[name, int(match[1])] for name, match in found if match]}
+    matches = ((name, LABELLED_NAME.fullmatch(name)) for name in sorted(names))
+    return {"labels": [[name, int(match[1])] for name, match in matches if match]}
 
 
-def create_labels(folder: str | Path, output: str | Path | None = None) -> dict[str, list]:
-    """Write the listing of a folder's images to `output` (default: its dataset.json) and return it.
+def create_labels(folder: str | Path) -> dict[str, list]:
+    """Write the listing of a folder's images to its dataset.json and return it.
 
     Raises UserError where no file name carries a class.
     """
@@ -66,6 +64,6 @@ def create_labels(folder: str | Path, output: str | Path | None = None) -> dict[
     listing = labels_from_names(name for name in files if not is_clutter(name))
     if not listing["labels"]:
         raise UserError(f"{folder}: no file is named like label7_000012.png, so there are no labels to list")
-    with atomic_path(Path(output or folder / "dataset.json")) as temporary:
+    with atomic_path(folder / "dataset.json") as temporary:
         temporary.write_text(json.dumps(listing, indent=4))
     return listing

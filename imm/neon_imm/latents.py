@@ -101,17 +101,8 @@ class VaeCodec:
         return (latents - bias) / scale
 
     @torch.no_grad()
-    def decode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """uint8 [B, 3, H, W] of latents [B, C, h, w].
-
-        As in the release, 2C channels are mean | std and become a sample with `noise` first (unscaled like a latent,
-        although they are raw), and three channels are pixels already.
-        """
-        if x.shape[1] == 3 != self.channels:
-            return x
-        if x.shape[1] == 2 * self.channels:
-            mean, std = x.chunk(2, dim=1)
-            x = mean + (torch.randn_like(mean) if noise is None else noise) * std
+    def decode(self, x: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] of latents [B, C, h, w]."""
         parts = self.unscale(x).split(self.chunk)
         return to_pixels(torch.cat([self.vae.decode(part.to(self.dtype)) for part in parts]))
 

@@ -7,7 +7,6 @@ Shapes: B batch, G groups, M samples in each, D = C h w. Times and losses are fl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from neon_files.errors import UserError
 from neon_imm.precond import IMMPrecond, NoiseSchedule
-
-Augment = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]  # images -> images, augment labels [B, A]
 
 
 def normal_cdf(x: float | Tensor, mean: float, std: float) -> Tensor:
@@ -32,7 +29,7 @@ def normal_icdf(p: Tensor, mean: float, std: float) -> Tensor:
 
 @dataclass(frozen=True)
 class IMMLoss:
-    """The settings of the loss. The defaults are the class defaults of the release; rows are in recipes.py."""
+    """The settings of the loss. The defaults are the class defaults of the release; rows are in rows.py."""
 
     matrix_size: int = 4  # M
     sigma: float = 1.0  # width of the kernel
@@ -168,21 +165,15 @@ class IMMLoss:
         images: Tensor,
         labels: Tensor | None,
         generator: torch.Generator,
-        augment: Augment | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`from_draws` with random numbers from `generator`, in the order t, s, augmentation, label dropout, noise."""
+        """`from_draws` with random numbers from `generator`, in the order t, s, label dropout, noise."""
         where = {"generator": generator, "device": generator.device}
         dtype = torch.float64 if self.sample_t_mode == "uniform" else torch.float32
         groups = len(images) // self.matrix_size
         u_t, u_s = (torch.rand(groups, dtype=dtype, **where).to(images.device) for _ in range(2))
-        augment_labels = None
-        if augment is not None:
-            images, augment_labels = augment(images, generator)
         u_drop = None if labels is None else torch.rand(len(images), **where).to(images.device)
         noise = torch.randn(images.shape, **where).to(images.device)
-        return self.from_draws(
-            net, images, labels, u_t=u_t, u_s=u_s, noise=noise, u_drop=u_drop, augment_labels=augment_labels
-        )
+        return self.from_draws(net, images, labels, u_t=u_t, u_s=u_s, noise=noise, u_drop=u_drop)
 
 
 def _default_generator_state(device: torch.device) -> Tensor:

@@ -15,6 +15,8 @@ SD_VAE = "stabilityai/sd-vae-ft-ema"
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "model.safetensors")
 
+DEFAULT_VAE = home() / "checkpoints" / "sd-vae-ft-ema" / WEIGHT_FILES[0]  # as download_models.sh puts it
+
 # The Stability VAE (ft-mse and ft-ema alike), for files that come without a configuration.
 SD_VAE_CONFIG = {
     "in_channels": 3,
@@ -60,7 +62,8 @@ def locate_vae(source: str | Path | None = None) -> tuple[Path, dict | None]:
     places = [Path(source), *(folder / "checkpoints" / name for folder in (Path(), home()))]
     local = next((place for place in places if place.exists()), places[-1])
     if local.is_file():
-        return local, None
+        config = local.with_name(CONFIG_FILE)
+        return local, _read_config(config) if config.is_file() and local.name in WEIGHT_FILES else None
     if local.is_dir():
         for name in WEIGHT_FILES:
             if (local / name).is_file():

@@ -14,7 +14,7 @@ from neon_run.reproduce import charts
 from neon_run.reproduce.ledger import STAGES, Ledger
 from neon_run.reproduce.measure import RANDOM, REAL
 from neon_run.reproduce.style import STYLE
-from neon_run.rows import Row
+from neon_run.row import Row
 from neon_run.search.sweep import BASE
 
 LAYOUT = 3  # counts up when a report of the same records would look different
@@ -34,7 +34,7 @@ def collect(row: Row, ledger: Ledger, versions: Mapping[str, str]) -> dict[str, 
     search, measured = records["search"]["outputs"], records["evaluate"]["outputs"]
     return {
         "row": row.id,
-        "paper": {"base_fid": row.base_fid, "neon_fid": row.neon_fid, "w": row.recipe.w},
+        "paper": {"base_fid": row.base_fid, "neon_fid": row.neon_fid, "w": row.w},
         "guidance": row.guidance,
         "distance": row.distance,
         "samples": records["evaluate"]["settings"]["samples"],

@@ -71,6 +71,9 @@ class GrowingSweep(Sweep):
                     "seconds": round(time.monotonic() - began, 3),
                     "world_size": world_size(),
                     "device": str(self.evaluator.device),
+                    "detector": self.evaluator.detector.name,
+                    "detector_is_official": self.evaluator.detector.official,
+                    "torch": torch.__version__,
                 }
             )
             found = json.loads(json.dumps(found, default=str))

@@ -23,8 +23,6 @@ from neon_files.checkpoint import read_checkpoint
 from neon_files.errors import UserError
 from neon_files.run_files import NUMBER, intact, read_record, write_record
 from neon_metrics.evaluate import Evaluator
-from neon_run.merging.files import merge_files
-from neon_run.merging.steps import steps_of
 
 POINT = {"snapshot": str, "w": NUMBER, "seeds": str, "fid": NUMBER}  # entries of a point's file
 BASE = "base"  # the snapshot name of every point at w = 0: the base itself, whatever the snapshot
@@ -116,7 +114,8 @@ class Sweep:
             "detector": evaluator.detector.name,
             "metrics": list(evaluator.metrics),
         }
-        self.theta_base = {name: value.detach().clone() for name, value in backbone.net.state_dict().items()}
+        # On the host: a network, its two ends and a batch's caches together would not fit the largest row's card.
+        self.theta_base = {name: value.detach().cpu().clone() for name, value in backbone.net.state_dict().items()}
         self._weights: NeonWeights | None = None
         self._at: str | None = None
         self._hashes: dict[str, str] = {}
@@ -158,9 +157,8 @@ class Sweep:
             return
         if self._at != snapshot:
             self._weights = None  # before the next is read: one pair in memory at a time
-            device = next(self.backbone.net.parameters()).device
             theta_syn = read_checkpoint(self.snapshots[snapshot]).state
-            self._weights = NeonWeights(self.backbone.net, self.theta_base, theta_syn, device)
+            self._weights = NeonWeights(self.backbone.net, self.theta_base, theta_syn)
             self._at = snapshot
         self._weights.set(w)
 
@@ -169,21 +167,9 @@ class Sweep:
         if self._weights is not None:
             self._weights.set(0)
 
-    def points(self) -> list[dict[str, Any]]:
-        """Every point measured here so far, in the order of their files."""
-        return [read_record(path, POINT) for path in sorted((self.out_dir / "points").glob("*.json"))]
-
     def _found(self, path: Path) -> dict[str, Any] | None:
         """A point measured earlier, on every rank."""
         return broadcast_object(intact(path, read_record, POINT) if is_main() else None)
-
-    def write(self, base: str | Path, snapshot: str, w: float) -> Path:
-        """Merge the files of one point into <out>/neon.safetensors."""
-        out = self.out_dir / "neon.safetensors"
-        if is_main():
-            merge_files(base, self.snapshots[snapshot], steps_of(self.backbone.net, w), out)
-        barrier()
-        return out
 
     def _hash(self, snapshot: str) -> str:
         if snapshot not in self._hashes:

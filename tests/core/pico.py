@@ -5,26 +5,20 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from neon_core.backbone import Backbone, Recipe, TrainSettings
+from neon_core.backbone import Backbone, TrainSettings
 from neon_core.schedules import Ema, LinearRamp
 from neon_core.seeds import PerImageRandom
 
-RECIPE = Recipe(
-    name="pico",
-    num_synthetic=40,
-    generate={"contrast": 1.0},
-    train=TrainSettings(
-        images=160,
-        batch_size=8,
-        micro_batch_size=2,
-        lr=1e-2,
-        schedule=LinearRamp(40),
-        ema=Ema(decay=0.9),
-        snapshot_images=80,
-    ),
-    w=1.0,
-    evaluate={"contrast": 1.0},
-    fid_stats="pico.npz",
+NUM_SYNTHETIC = 40
+SETTINGS = {"contrast": 1.0}  # of the sampler
+TRAIN = TrainSettings(
+    images=160,
+    batch_size=8,
+    micro_batch_size=2,
+    lr=1e-2,
+    schedule=LinearRamp(40),
+    ema=Ema(decay=0.9),
+    snapshot_images=80,
 )
 
 

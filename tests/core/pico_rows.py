@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import os
 import time
 from pathlib import Path
 
 import torch
-from core.pico import RECIPE, PicoBackbone, PicoNet, PixelMoments
+from core.pico import NUM_SYNTHETIC, SETTINGS, TRAIN, PicoBackbone, PicoNet, PixelMoments
 
 from neon_core.merge import NeonWeights
 from neon_core.prepared import training_data
@@ -21,7 +20,7 @@ from neon_metrics.accumulator import MetricAccumulator
 from neon_metrics.evaluate import evaluate
 from neon_metrics.reference import Reference, write_reference
 from neon_run.reproduce.reproduction import Plan
-from neon_run.rows import Grid, Row
+from neon_run.row import Grid, Row
 
 CPU = torch.device("cpu")
 TRUE_W, TRUE_CONTRAST = 1.0, 1.1
@@ -35,7 +34,7 @@ class SlowPico(PicoBackbone):
     calls = 0
 
     @classmethod
-    def load(cls, checkpoint, recipe, device):
+    def load(cls, checkpoint, device):
         read = read_checkpoint(checkpoint)
         net = PicoNet(**read.config["kwargs"])
         load_strict(net, read)
@@ -62,8 +61,8 @@ def make_files(folder: Path) -> None:
     base = PicoBackbone.fresh(seed=3)
     write_checkpoint(folder / "base.safetensors", base.net.state_dict(), config=base.network_config())
     theta_base = {name: value.clone() for name, value in base.net.state_dict().items()}
-    generate_set(base, range(RECIPE.num_synthetic), folder / "set", settings=RECIPE.generate, batch_size=16)
-    snapshots = self_train(base, training_data(base, ImageSet(folder / "set"), CPU), RECIPE.train, folder, device=CPU)
+    generate_set(base, range(NUM_SYNTHETIC), folder / "set", settings=SETTINGS, batch_size=16)
+    snapshots = self_train(base, training_data(base, ImageSet(folder / "set"), CPU), TRAIN, folder, device=CPU)
     true = PicoBackbone.fresh(seed=3)
     NeonWeights(true.net, theta_base, read_checkpoint(snapshots[80]).state).set(TRUE_W)
     make = lambda: MetricAccumulator(PixelMoments(), 2000, ("fid",))  # noqa: E731
@@ -74,16 +73,18 @@ def make_files(folder: Path) -> None:
 
 def pico_row(folder: Path, guided: bool = True) -> Row:
     """Guidance is the contrast of the images."""
-    recipe = dataclasses.replace(
-        RECIPE,
-        base=str(folder / "base.safetensors"),
-        fid_stats=str(folder / "pico.npz"),
-        evaluate_seeds="1000-1199",
-    )
     return Row(
         id="pico/pico",
-        recipe=recipe,
         backbone=SlowPico,
+        base=str(folder / "base.safetensors"),
+        fid_stats=str(folder / "pico.npz"),
+        num_synthetic=NUM_SYNTHETIC,
+        generate=SETTINGS,
+        train=TRAIN,
+        w=1.0,
+        evaluate=SETTINGS,
+        evaluate_seeds="1000-1199",
+        batch_size=16,
         w_range=(0.0, 3.0),
         grid=Grid((0.0, 1.0, 2.0), (0.8, 1.0, 1.2) if guided else (None,), num_images=60),
         base_fid=2.0,
@@ -94,4 +95,4 @@ def pico_row(folder: Path, guided: bool = True) -> Row:
     )
 
 
-PLAN = Plan(detector=PixelMoments(), batch_size=16, ranking_images=40, deciding_images=80, resamples=10)
+PLAN = Plan(detector=PixelMoments(), ranking_images=40, deciding_images=80, resamples=10)

@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 2)]
 
 import click
 import torch
-from pico import RECIPE, PicoBackbone, PixelMoments
+from pico import SETTINGS, TRAIN, PicoBackbone, PixelMoments
 
 from neon_core.distributed import print0, rank, session
 from neon_core.finetune import open_set
@@ -67,7 +67,7 @@ def main(stage, out, num, batch, save_seconds, mode, checkpointing):
     backbone = SlowPico.fresh(seed=3)
     with session("cpu") as device:
         if stage not in ("finetune", "evaluate"):
-            generate_set(backbone, range(num), out / "set", settings=RECIPE.generate, batch_size=batch)
+            generate_set(backbone, range(num), out / "set", settings=SETTINGS, batch_size=batch)
         if stage == "fail" and rank() == 1:
             raise RuntimeError("rank one breaks")
         if stage == "user_error" and rank() == 1:
@@ -76,12 +76,12 @@ def main(stage, out, num, batch, save_seconds, mode, checkpointing):
             torch.distributed.barrier()
         if stage in ("finetune", "all"):
             data = training_data(backbone, open_set(os.environ.get(f"PICO_SET_{rank()}", out / "set")), device)
-            self_train(backbone, data, RECIPE.train, out / "run", seed=5, device=device, mode=mode,
+            self_train(backbone, data, TRAIN, out / "run", seed=5, device=device, mode=mode,
                        activation_checkpointing=checkpointing)  # fmt: skip
         if stage in ("evaluate", "all"):
             make = lambda: MetricAccumulator(PixelMoments(), num, ("fid", "is"))  # noqa: E731
             kept = KeptWork(out / "eval", {})
-            done = evaluate(SlowPico.fresh(seed=3), range(num), make, settings=RECIPE.evaluate, batch_size=batch,
+            done = evaluate(SlowPico.fresh(seed=3), range(num), make, settings=SETTINGS, batch_size=batch,
                             kept=kept, save_seconds=save_seconds)  # fmt: skip
             statistics = done.feature_statistics
             score = torch.tensor(done.inception_score.score(), dtype=torch.float64)

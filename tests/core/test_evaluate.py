@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from core.pico import RECIPE, PicoBackbone, PixelMoments
+from core.pico import TRAIN, PicoBackbone, PixelMoments
 
 from neon_core.merge import NeonWeights
 from neon_core.selftrain import self_train
@@ -13,6 +13,7 @@ from neon_files.image_set import ImageSet
 from neon_metrics.accumulator import MetricAccumulator
 from neon_metrics.evaluate import Evaluator, evaluate
 from neon_metrics.reference import Reference
+from neon_run.merging.files import merge_files
 from neon_run.search.sweep import Sweep, early_stopped_grid, find_checkpoints
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def snapshots(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     from core.test_selftrain import data
 
-    self_train(PicoBackbone.fresh(), data(), RECIPE.train, folder, device=CPU)
+    self_train(PicoBackbone.fresh(), data(), TRAIN, folder, device=CPU)
     return find_checkpoints(folder)
 
 
@@ -105,7 +106,7 @@ def test_the_written_network_is_the_measured_one(snapshots, tmp_path):
     sweep = Sweep(backbone, evaluator, snapshots, tmp_path, settings={}, batch_size=16, identity={})
     name = list(snapshots)[-1]
     sweep.move(name, 1.5)
-    written = read_checkpoint(sweep.write(tmp_path / "base.safetensors", name, 1.5)).state
+    written = read_checkpoint(merge_files(tmp_path / "base.safetensors", snapshots[name], 1.5, tmp_path / "neon")).state
     assert all(torch.equal(written[k], v) for k, v in backbone.net.state_dict().items())
     base = PicoBackbone.fresh()
     NeonWeights(base.net, base.net.state_dict(), read_checkpoint(snapshots[name]).state).set(1.5)

@@ -18,10 +18,13 @@ from neon_files.checkpoint import read_checkpoint, write_checkpoint
 from neon_files.errors import UserError
 from neon_run.merging.command import merge_command
 from neon_run.merging.files import merge_files
-from neon_run.merging.rules import RULES, find_rule
+from neon_run.merging.rules import find_rule, find_rules
 from neon_run.merging.steps import steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+RULES = find_rules()
 
 
 def random_state(seed: int, dtype=torch.float32) -> dict:
@@ -144,7 +147,7 @@ def test_other_network_is_told():
     for rule in set(RULES) - {"neon"}:
         with pytest.raises(UserError, match=r"a\.bias: \[7\]"):
             neon_merge(BASE, syn, 1.0, rule=RULES[rule])
-    with pytest.raises(UserError, match="--rule theirs: unknown; choose one of neon, official-var"):
+    with pytest.raises(UserError, match="--rule theirs: unknown; choose one of neon, official-edm"):
         find_rule("theirs")
 
 
@@ -550,14 +553,14 @@ def test_output_of_the_longest_name(tmp_path):
 
 SLOW_MERGE = """
 import sys, time
-from neon_run.merging import files, rules
-rule = rules.RULES["neon"]
+from neon_run.merging import files
+rule = files.find_rule("neon")
 def slow(name, base, syn, w):
     if base.numel():  # empty ones ask for the type of the result
         open(sys.argv[4], "w").close()
         time.sleep(600)
     return rule(name, base, syn, w)
-rules.RULES["neon"] = slow
+files.find_rule = lambda name: slow
 files.merge_files(sys.argv[1], sys.argv[2], 1.5, sys.argv[3])
 """
 

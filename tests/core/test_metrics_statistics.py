@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from golden.official.metrics import edm_sweep_covariance
 from neon_files.errors import UserError
 from neon_metrics import FeatureStatistics, InceptionScoreStatistics, inception_score
-from neon_metrics.statistics import edm_sweep_covariance
 
 
 def random_features(count=101, width=7, offset=0.0, seed=0):

@@ -193,12 +193,12 @@ def test_the_report_stands_alone_and_tells_the_numbers(whole):
 
 def test_real_images_add_their_metrics_and_too_few_seeds_for_them_are_refused_at_once(files, tmp_path):
     generate_set(PicoBackbone.fresh(seed=3), range(5000, 6000), tmp_path / "real", settings={}, batch_size=200)
-    plan = dataclasses.replace(PLAN, real_images=tmp_path / "real", controls=False, second_block=False, batch_size=200)
-    row = pico_row(files)
+    plan = dataclasses.replace(PLAN, real_images=tmp_path / "real", controls=False, second_block=False)
+    row = dataclasses.replace(pico_row(files), batch_size=200)
     with pytest.raises(UserError, match="KID with subsets of 1000"):
         Reproduction(row, tmp_path / "few", plan, CPU).run()
     assert not (tmp_path / "few/synthetic").exists()
-    row = dataclasses.replace(row, recipe=dataclasses.replace(row.recipe, evaluate_seeds="1000-1999"))
+    row = dataclasses.replace(row, evaluate_seeds="1000-1999")
     results = Reproduction(row, tmp_path / "out", plan, CPU).run()
     for name in ("base", "neon"):
         assert {"kid_mean", "precision", "recall", "density", "coverage"} <= set(results["final"][name])
@@ -285,7 +285,7 @@ def test_seconds_of_stopped_starts_are_counted(tmp_path):
 
 def sweep(files, whole, out, backbone=None):
     evaluator = Evaluator(files / "pico.npz", device=CPU, metrics=("fid", "is"), detector=PixelMoments())
-    backbone = backbone or SlowPico.load(files / "base.safetensors", None, CPU)
+    backbone = backbone or SlowPico.load(files / "base.safetensors", CPU)
     found = find_checkpoints(whole[0] / "finetune")
     options = {"settings": {"contrast": 1.0}, "batch_size": 16, "identity": {"base": "pico"}}
     return GrowingSweep(backbone, evaluator, found, out, **options)
@@ -316,7 +316,7 @@ def test_labels_that_hang_on_the_length_of_the_list_are_refused(files, whole, tm
         def assign_labels(self, seeds, **settings):
             return torch.tensor([i * self.num_classes // len(seeds) for i in range(len(seeds))])
 
-    growing = sweep(files, whole, tmp_path, InOrder.load(files / "base.safetensors", None, CPU))
+    growing = sweep(files, whole, tmp_path, InOrder.load(files / "base.safetensors", CPU))
     with pytest.raises(UserError, match="number of images"):
         growing.grown("base", 0.0, range(100), 20)
 

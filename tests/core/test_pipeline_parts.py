@@ -11,11 +11,11 @@ from neon_files.errors import UserError
 from neon_metrics.reference import Reference
 from neon_metrics.scores import fid_from_features
 from neon_metrics.statistics import FeatureStatistics
+from neon_run.backbones import find_row, find_rows
 from neon_run.reproduce import commands
 from neon_run.reproduce.charts import curve_over_w, surface, ticks
 from neon_run.reproduce.controls import random_direction
-from neon_run.reproduce.measure import evenly, images_of
-from neon_run.rows import find_row, find_rows
+from neon_run.search.find import evenly, images_of
 from neon_run.search.interval import _drawn, block_statistics, bootstrap_fids, interval
 
 
@@ -23,12 +23,12 @@ def test_every_row_is_found_once_and_fits_its_own_search():
     rows = find_rows()
     assert len(rows) >= 12 and all(key == row.id for key, row in rows.items())
     for row in rows.values():
-        assert row.w_range[0] <= row.recipe.w <= row.w_range[1], row.id
-        assert len(parse_seeds(row.recipe.evaluate_seeds)) == 50_000 or row.prepare
-        assert row.evaluations(row.sampler(row.recipe.evaluate)) >= 1
+        assert row.w_range[0] <= row.w <= row.w_range[1], row.id
+        assert len(parse_seeds(row.evaluate_seeds)) == 50_000 or row.prepare
+        assert row.evaluations(row.evaluate) >= 1
         if row.guidance:
             low, high = row.guidance_range
-            assert low <= row.recipe.evaluate[row.guidance] <= high, row.id
+            assert low <= row.evaluate[row.guidance] <= high, row.id
             assert list(row.grid.guidances) == sorted(row.grid.guidances)
         if row.neon_fid and row.base_fid:
             assert row.neon_fid < row.base_fid

@@ -7,14 +7,14 @@ from neon_core.precision import float32_precision
 
 
 def test_precision_flags_are_set_inside_and_restored_after():
-    backend = torch.backends.cudnn
-    where, name = (backend.conv, "fp32_precision") if hasattr(backend, "conv") else (backend, "allow_tf32")
-    before = getattr(where, name)
+    conv, product = torch.backends.cudnn, torch.backends.cuda.matmul
+    conv, name = (conv.conv, "fp32_precision") if hasattr(conv, "conv") else (conv, "allow_tf32")
+    before = getattr(conv, name), getattr(product, name)
     seen = []
-    for allow in (False, True):
-        with float32_precision(allow):
-            seen.append(getattr(where, name))
-    assert seen in (["ieee", "tf32"], [False, True])
-    with pytest.raises(RuntimeError, match="inside"), float32_precision(True):
+    for places in ("none", "conv", "all"):
+        with float32_precision(places):
+            seen.append((getattr(conv, name) in ("tf32", True), getattr(product, name) in ("tf32", True)))
+    assert seen == [(False, False), (True, False), (True, True)]
+    with pytest.raises(RuntimeError, match="inside"), float32_precision("all"):
         raise RuntimeError("inside")
-    assert getattr(where, name) == before
+    assert (getattr(conv, name), getattr(product, name)) == before

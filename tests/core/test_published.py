@@ -1,6 +1,5 @@
 """Published files as the scripts ask for them: where they are kept, what is named when they are missing, the list."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from neon_files.errors import UserError
 from neon_files.home import home
 from neon_files.manifest import MANIFEST, find_file, read_manifest
 from neon_files.published import find_all
+from neon_run.backbones import find_rows
 
 # For the scripts
 
@@ -239,14 +239,11 @@ def test_a_list_of_ones_own_is_checked(tmp_path, content, reason):
     assert reason in caught.value.message
 
 
-@pytest.mark.parametrize("package", ["neon_var", "neon_xar", "neon_edm", "neon_imm"])
-def test_every_recipe_names_files_that_can_be_fetched(package):
-    recipes = importlib.import_module(f"{package}.recipes").RECIPES
+def test_every_row_names_files_that_can_be_fetched():
     known = {entry.destination for entry in MANIFEST.entries} | {entry.url for entry in MANIFEST.entries}
-    assert recipes
-    for recipe in recipes.values():
-        for place in (recipe.base, recipe.fid_stats):
-            assert not place or place in known, f"{recipe.name}: {place}"
+    for row in find_rows().values():
+        for place in (row.base, row.fid_stats):
+            assert not place or place in known, f"{row.id}: {place}"
 
 
 def test_shell_script_passes_on_words_and_exit_code(tmp_path):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from core.pico import RECIPE, PicoBackbone
+from core.pico import TRAIN, PicoBackbone
 
 from neon_core.backbone import TrainSettings
 from neon_core.prepared import TrainingData
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def settings(**changes) -> TrainSettings:
-    return dataclasses.replace(RECIPE.train, **changes)
+    return dataclasses.replace(TRAIN, **changes)
 
 
 def data(num=12) -> TrainingData:

@@ -7,7 +7,7 @@ import torch
 from edm.conftest import PICO, pico_backbone, pico_net, write_pico
 
 from neon_edm.backbone import EDMBackbone, augmentation
-from neon_edm.recipes import RECIPES
+from neon_edm.commands import COMMANDS
 from neon_files.checkpoint import write_checkpoint
 from neon_files.errors import UserError
 from neon_run.merging.files import merge_files
@@ -104,7 +104,7 @@ def test_what_is_written_is_what_is_loaded(tmp_path, class_name):
     net = pico_net(3, class_name)
     config = {"class": class_name, "kwargs": PICO}
     write_checkpoint(tmp_path / "net.safetensors", net.state_dict(), config=config)
-    loaded = EDMBackbone.load(tmp_path / "net.safetensors", None, CPU)
+    loaded = EDMBackbone.load(tmp_path / "net.safetensors", CPU)
     assert type(loaded.net).__name__ == class_name and not loaded.net.training
     assert loaded.network_config() == config
     assert list(loaded.net.state_dict()) == list(net.state_dict())
@@ -117,57 +117,59 @@ def test_what_is_written_is_what_is_loaded(tmp_path, class_name):
 def test_buffers_come_from_the_file(tmp_path, backbone):
     state = {k: v + 1e-3 if k.endswith("resample_filter") else v for k, v in backbone.net.state_dict().items()}
     write_checkpoint(tmp_path / "net.safetensors", state, config=backbone.network_config())
-    loaded = EDMBackbone.load(tmp_path / "net.safetensors", None, CPU).net.state_dict()
+    loaded = EDMBackbone.load(tmp_path / "net.safetensors", CPU).net.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 def test_published_pickles_load_and_merge_with_our_snapshots(tmp_path, golden_data):
     """Base: a pickle with positional constructor arguments; the merge keeps what it says about its network."""
     base = golden_data / "edm" / "pickle_ema_only_cuda.pkl"
-    backbone = EDMBackbone.load(base, None, CPU)
+    backbone = EDMBackbone.load(base, CPU)
     assert backbone.img_size == 8 and backbone.config["kwargs"]["img_channels"] == 3
     state = {name: value + 0.25 for name, value in backbone.net.state_dict().items()}
     write_checkpoint(tmp_path / "syn.safetensors", state, config=backbone.network_config())
     merge_files(base, tmp_path / "syn.safetensors", 2.0, tmp_path / "neon.safetensors")
-    neon = EDMBackbone.load(tmp_path / "neon.safetensors", None, CPU)
+    neon = EDMBackbone.load(tmp_path / "neon.safetensors", CPU)
     for name, parameter in backbone.net.named_parameters():
         assert torch.allclose(dict(neon.net.named_parameters())[name], parameter - 0.5, atol=1e-6), name
 
 
-def test_a_recipe_sets_dropout_and_augmentation(tmp_path):
+def test_a_row_sets_dropout_and_augmentation_of_the_fine_tune(tmp_path):
     path = write_pico(tmp_path / "net.safetensors")
-    backbone = EDMBackbone.load(path, RECIPES["ffhq64"], CPU)
+    row = COMMANDS.find_row("ffhq64", None)
+    assert not row.load
+    backbone = EDMBackbone.load(path, CPU, **row.load_training)
     dropouts = {module.dropout for module in backbone.blocks()}
     assert dropouts == {0.05} and backbone.augment == augmentation(0.15)
-    assert EDMBackbone.load(path, None, CPU).augment is None
+    assert EDMBackbone.load(path, CPU).augment is None
 
 
 def test_augmenting_a_network_without_augment_labels_is_refused(tmp_path):
     path = write_pico(tmp_path / "net.safetensors", augment_dim=0)
     with pytest.raises(UserError, match="--augment 0"):
-        EDMBackbone.load(path, RECIPES["ffhq64"], CPU)
+        EDMBackbone.load(path, CPU, augment=0.15)
 
 
 def test_foreign_files_are_refused_by_name(tmp_path, backbone):
     bare = tmp_path / "bare.pt"
     torch.save(backbone.net.state_dict(), bare)
     with pytest.raises(UserError, match=r"bare\.pt: does not say how its network is built"):
-        EDMBackbone.load(bare, None, CPU)
+        EDMBackbone.load(bare, CPU)
     other = tmp_path / "other.safetensors"
     write_checkpoint(other, backbone.net.state_dict(), config={"class": "VAR", "kwargs": {}})
     with pytest.raises(UserError, match="VAR is not one of EDMPrecond"):
-        EDMBackbone.load(other, None, CPU)
+        EDMBackbone.load(other, CPU)
     strange = tmp_path / "strange.safetensors"
     write_checkpoint(strange, backbone.net.state_dict(), config={"class": "EDMPrecond", "kwargs": PICO | {"depth": 3}})
     with pytest.raises(UserError, match="depth"):
-        EDMBackbone.load(strange, None, CPU)
+        EDMBackbone.load(strange, CPU)
     wider = tmp_path / "wider.safetensors"
     write_checkpoint(
         wider, backbone.net.state_dict(), config={"class": "EDMPrecond", "kwargs": PICO | {"label_dim": 5}}
     )
     with pytest.raises(UserError, match=r"map_label\.weight"):
-        EDMBackbone.load(wider, None, CPU)
+        EDMBackbone.load(wider, CPU)
     hostile = tmp_path / "hostile.pkl"
     hostile.write_bytes(pickle.dumps({"ema": print}))
     with pytest.raises(UserError, match=r"hostile\.pkl.*print"):
-        EDMBackbone.load(hostile, None, CPU)
+        EDMBackbone.load(hostile, CPU)

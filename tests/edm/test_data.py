@@ -1,5 +1,6 @@
 """Labels from file names, and sets that do not fit their network."""
 
+import dataclasses
 import json
 from contextlib import nullcontext
 
@@ -8,13 +9,14 @@ import torch
 from edm.conftest import pico_backbone, write_pico
 
 from neon_core.synthetic import write_images
+from neon_edm.commands import COMMANDS, check_claims
 from neon_edm.data import labels_of_names, make_labels
-from neon_edm.recipes import RECIPES
-from neon_edm.training import check_claims, check_fits, fine_tune
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
+from neon_run.stages import Model, finetune
 
 CPU = torch.device("cpu")
+ROW = COMMANDS.find_row("cifar10_cond", None)
 
 
 def write_set(folder, labels=(0, 1, 2, 3), size=8):
@@ -47,46 +49,45 @@ def test_a_folder_without_labelled_names_is_refused_and_left_alone(tmp_path):
 
 def test_conditional_networks_refuse_sets_without_labels(tmp_path):
     images = ImageSet(write_set(tmp_path / "set"))
-    with pytest.raises(UserError, match=r"no labels, but base is conditional.*neon_edm\.data --root"):
-        check_fits(images, pico_backbone(), tmp_path / "base")
-    check_fits(images, pico_backbone(label_dim=0), tmp_path / "base")
+    with pytest.raises(UserError, match=r"no labels, but this network is conditional.*neon_edm\.data --root"):
+        pico_backbone().check_set(images)
+    pico_backbone(label_dim=0).check_set(images)
 
 
 def test_images_of_another_size_are_refused(tmp_path):
     images = ImageSet(write_set(tmp_path / "set", size=16))
     with pytest.raises(UserError, match=r"\(3, 16, 16\).*\(3, 8, 8\)"):
-        check_fits(images, pico_backbone(label_dim=0), tmp_path / "base")
+        pico_backbone(label_dim=0).check_set(images)
 
 
 def test_one_class_of_a_set_still_fits_the_whole_network(tmp_path):
     """The width of the labels is the network's, not the largest label plus one."""
     write_set(tmp_path / "set", labels=(1, 1, 1, 1))
     make_labels(tmp_path / "set")
-    recipe = RECIPES["cifar10_cond"].with_settings(images=8, batch_size=4, tick_images=4, snapshot_ticks=1)
-    snapshots = fine_tune(write_pico(tmp_path / "base"), tmp_path / "set", recipe, tmp_path / "run", device=CPU)
-    assert sorted(snapshots) == [4, 8]
+    short = dataclasses.replace(ROW.train, images=8, batch_size=4, micro_batch_size=4, snapshot_images=4)
+    model = Model(dataclasses.replace(ROW, train=short), write_pico(tmp_path / "base"), CPU)
+    assert sorted(finetune(model, tmp_path / "set", tmp_path / "run")) == [4, 8]
 
 
 @pytest.mark.parametrize(
     ("claims", "said"),
     [
-        ({"cond": False}, "--cond False: net has True"),
-        ({"arch": "ncsnpp"}, "--arch ncsnpp: net has ddpmpp"),
-        ({"precond": "vp"}, "--precond vp: net has edm"),
-        ({"cres": "1,2,2,2"}, "--cres 1,2,2,2: net has 1,1"),
+        ({"cond": False}, "--cond False: the network has True"),
+        ({"arch": "ncsnpp"}, "--arch ncsnpp: the network has ddpmpp"),
+        ({"precond": "vp"}, "--precond vp: the network has edm"),
+        ({"cres": "1,2,2,2"}, "--cres 1,2,2,2: the network has 1,1"),
         ({"cond": True, "arch": "ddpmpp", "precond": "edm", "cres": "1,1"}, None),
     ],
 )
-def test_what_the_official_flags_claim_is_checked(claims, said, tmp_path):
-    claims = {"cond": None, "arch": None, "precond": None, "cres": None} | claims
+def test_what_the_official_flags_claim_is_checked(claims, said):
     expected = pytest.raises(UserError, match=said) if said else nullcontext()
     with expected:
-        check_claims(claims, pico_backbone(), tmp_path / "net")
+        check_claims(pico_backbone(), claims)
 
 
 def test_labels_beyond_the_network_are_refused_before_training(tmp_path):
     write_set(tmp_path / "set", labels=(0, 1, 2, 9))
     make_labels(tmp_path / "set")
     with pytest.raises(UserError, match="label 9 is out of range"):
-        fine_tune(write_pico(tmp_path / "base"), tmp_path / "set", RECIPES["ffhq64"], tmp_path / "run", device=CPU)
-    assert not (tmp_path / "run").exists()
+        finetune(Model(ROW, write_pico(tmp_path / "base"), CPU), tmp_path / "set", tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())

@@ -13,7 +13,6 @@ from neon_edm.quickstart.backbone import DigitsBackbone, Guided, passes_per_imag
 from neon_edm.quickstart.denoiser import DigitsDenoiser
 from neon_edm.quickstart.features import NUM_FEATURES, DigitsDetector, accuracy, read_detector, train_features
 from neon_edm.quickstart.prepare import write_digits
-from neon_edm.quickstart.recipes import DEFAULT
 from neon_files.checkpoint import write_checkpoint
 from neon_files.image_set import ImageSet
 
@@ -124,7 +123,7 @@ def test_a_checkpoint_brings_back_network_and_loss(tmp_path):
     backbone = lively_backbone()
     path = tmp_path / "digits.safetensors"
     write_checkpoint(path, backbone.net.state_dict(), config=backbone.network_config())
-    loaded = DigitsBackbone.load(path, DEFAULT.recipe, torch.device("cpu"))
+    loaded = DigitsBackbone.load(path, torch.device("cpu"))
     assert loaded.loss == backbone.loss and loaded.loss.sigma_data == 0.75
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 2.0])
     assert torch.equal(loaded.net(x, sigma, torch.eye(10)[:2]), backbone.net(x, sigma, torch.eye(10)[:2]))

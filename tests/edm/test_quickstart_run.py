@@ -19,7 +19,7 @@ from neon_edm.quickstart import main, pictures
 from neon_edm.quickstart.main import broken, quickstart_run
 from neon_edm.quickstart.one_seed import find_result, passes_per_seed, run_seed
 from neon_edm.quickstart.parallel import Bars, run_seeds
-from neon_edm.quickstart.recipes import DEFAULT, FAST, base_training
+from neon_edm.quickstart.settings import DEFAULT, FAST, base_training
 from neon_files.checkpoint import read_checkpoint
 from neon_files.errors import UserError
 from neon_run.reproduce.ledger import status
@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).parents[2] / "edm" / "quickstart.py"
 PICO = dataclasses.replace(
     FAST,
     base=base_training(40),
-    recipe=dataclasses.replace(FAST.recipe, num_synthetic=60),
+    num_synthetic=60,
     num_evaluate=110,
     ranking_images=50,
     curve=(1.0,),
@@ -107,8 +107,9 @@ def test_the_synthetic_set_is_seventeen_levels_with_balanced_labels(finished):
 def test_two_runs_share_no_noise():
     used = []
     for seed in (0, 1):
-        evaluated = parse_seeds(PICO.row(seed).recipe.evaluate_seeds)
-        synthetic = range(PICO.plan(seed).synthetic_from, PICO.plan(seed).synthetic_from + PICO.recipe.num_synthetic)
+        row = PICO.row(seed)
+        evaluated = parse_seeds(row.evaluate_seeds)
+        synthetic = range(row.synthetic_seed, row.synthetic_seed + row.num_synthetic)
         used += [set(synthetic), {n for first in evaluated for n in (first, first + len(evaluated))}]
     assert sum(map(len, used)) == len(set().union(*used))
 
@@ -166,7 +167,7 @@ def test_another_length_of_the_base_is_not_judged(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="enough"):
         quickstart_run(fast=False, base_steps=16000, seeds=[0], out_dir=tmp_path, num_workers=1)
     (quickstart,) = seen
-    assert quickstart.base == base_training(16000) and not quickstart.judged and quickstart.recipe == DEFAULT.recipe
+    assert quickstart == dataclasses.replace(DEFAULT, base=base_training(16000), judged=False)
 
 
 def test_bad_flags_are_one_line_and_status_2(tmp_path):

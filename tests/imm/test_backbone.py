@@ -1,5 +1,6 @@
 """The model behind the contract: labels, seeds, settings, codecs, files."""
 
+import dataclasses
 import json
 import sys
 import zipfile
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from core.pico import PixelMoments
-from imm.tiny import LATENT, VAE, latent_backbone, pixel_backbone, randomised, write_net, write_vae
+from imm.tiny import BY_NAME, LATENT, VAE, latent_backbone, pixel_backbone, randomised, write_net, write_vae
 
 from neon_core.kl_vae import AutoencoderKL, to_diffusers_names
 from neon_core.synthetic import write_images
@@ -16,17 +17,18 @@ from neon_files.checkpoint import write_checkpoint
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
 from neon_imm.backbone import IMMBackbone
-from neon_imm.evaluate import evaluate
+from neon_imm.commands import COMMANDS
 from neon_imm.labels import create_labels, file_order, label_plan
 from neon_imm.latent_set import encode_images
 from neon_imm.latents import RgbCodec, VaeCodec
-from neon_imm.options import chosen_seeds, official_arguments, row, sampling_settings
+from neon_imm.official import official_arguments
 from neon_imm.precond import IMMPrecond
-from neon_imm.recipes import RECIPES
 from neon_imm.vae_files import SD_VAE_CONFIG, load_vae
 from neon_metrics.evaluate import Evaluator
 from neon_metrics.reference import Reference
 from neon_metrics.scores import inception_score
+from neon_run.commands import chosen_seeds
+from neon_run.stages import Model, calculate_fid
 
 CPU = torch.device("cpu")
 
@@ -95,7 +97,7 @@ def test_settings_that_cannot_be_used_are_named(latent, settings, word):
 
 def test_guidance_of_an_unconditional_model_is_an_error(pixel):
     with pytest.raises(UserError, match="knows no classes"):
-        pixel.check_settings(cfg=1.5)
+        pixel.check_network(cfg=1.5)
 
 
 # Labels
@@ -103,15 +105,13 @@ def test_guidance_of_an_unconditional_model_is_an_error(pixel):
 
 @pytest.mark.parametrize("num_images, counts", [(12, [3, 3, 3, 3]), (10, [3, 3, 2, 2]), (3, [1, 1, 1, 0])])
 def test_classes_come_in_order_and_the_lowest_take_the_remainder(num_images, counts):
-    labels, ids = label_plan(num_images, 4)
+    labels = label_plan(num_images, 4)
     assert torch.bincount(labels, minlength=4).tolist() == counts
     assert labels.tolist() == sorted(labels.tolist())
-    for k in range(4):
-        assert ids[labels == k].tolist() == list(range(counts[k]))
 
 
 def test_files_are_read_in_the_order_of_their_names_as_text():
-    labels = label_plan(2 * 201, 201)[0]
+    labels = label_plan(2 * 201, 201)
     read = labels[file_order(labels)].tolist()[::2]
     assert read[:17] == [0, *range(100, 110), 10, *range(110, 115)] and read[-1] == 9
     assert read.index(19) + 1 == read.index(1) == read.index(200) - 1
@@ -125,7 +125,9 @@ def test_inception_score_has_the_parts_of_the_official_script(tmp_path):
     reference = Reference(np.zeros(12), np.eye(12), "none")
     evaluator = Evaluator(reference, metrics=["is"], detector=detector, device=CPU)
     settings, seeds = {"num_steps": 1}, range(24)
-    found = evaluate(backbone, evaluator, seeds, settings, files={}, w=None, batch_size=5, progress=False)
+    row = dataclasses.replace(BY_NAME["imagenet_256"], evaluate=settings, batch_size=5)
+    model = Model(row, tmp_path / "dit.safetensors", CPU, frozen={"vae": tmp_path / "vae.safetensors"})
+    found = calculate_fid(model, evaluator, seeds)
     labels = backbone.assign_labels(seeds, **settings)
     logits = detector(backbone.sample(seeds, labels, **settings))["logits"]
     expected, by_index = inception_score(logits[file_order(labels)]), inception_score(logits)
@@ -157,7 +159,7 @@ def test_labels_are_read_from_the_released_file_names(tmp_path):
 
 
 def test_a_pickle_with_omegaconf_inside_is_read_without_it(golden_data):
-    backbone = IMMBackbone.load(golden_data / "imm" / "imm_tiny_songunet.pkl", RECIPES["cifar10"], CPU)
+    backbone = IMMBackbone.load(golden_data / "imm" / "imm_tiny_songunet.pkl", CPU, **BY_NAME["cifar10"].load)
     assert not {"omegaconf", "torch_utils", "hydra"} & set(sys.modules)
     assert backbone.net.model.noise_channels == 8 and backbone.num_classes == 3
     images = backbone.sample([0, 1], torch.tensor([0, 2]), num_steps=1, cfg=1.5)
@@ -165,27 +167,31 @@ def test_a_pickle_with_omegaconf_inside_is_read_without_it(golden_data):
 
 
 def test_what_is_written_is_read_back_with_codec_and_loss(tmp_path):
-    backbone = latent_backbone(tmp_path)
-    backbone.change_loss(k=9, matrix_size=2, a=None)
+    latent_backbone(tmp_path)
+    vae = tmp_path / "vae.safetensors"
+    backbone = IMMBackbone.load(tmp_path / "dit.safetensors", CPU, vae=vae, k=9, matrix_size=2)
     path = tmp_path / "again.safetensors"
     write_checkpoint(path, backbone.net.state_dict(), config=backbone.network_config())
-    again = IMMBackbone.load(path, RECIPES["cifar10"], CPU, vae=tmp_path / "vae.safetensors")
+    again = IMMBackbone.load(path, CPU, **BY_NAME["cifar10"].load, vae=vae)
     assert again.loss == backbone.loss and again.loss.k == 9 and again.loss.a == 2.0
+    assert again.micro_batch_multiple == 2
     assert isinstance(again.codec, VaeCodec) and again.prepared_key == backbone.prepared_key
     for name, value in backbone.net.state_dict().items():
         assert torch.equal(value, again.net.state_dict()[name])
 
 
-def test_a_bare_state_dict_is_taken_for_the_recipes_network(tmp_path):
+def test_a_bare_state_dict_is_taken_for_the_rows_network(tmp_path):
     write_checkpoint(tmp_path / "bare.safetensors", randomised(IMMPrecond(**LATENT)).state_dict())
     with pytest.raises(UserError, match="IMMPrecond"):  # not the network of the row, and told so
-        IMMBackbone.load(tmp_path / "bare.safetensors", RECIPES["imagenet_256"], CPU, vae=write_vae(tmp_path / "v.pt"))
+        IMMBackbone.load(
+            tmp_path / "bare.safetensors", CPU, **BY_NAME["imagenet_256"].load, vae=write_vae(tmp_path / "v.pt")
+        )
 
 
 def test_an_autoencoder_of_other_channels_is_refused(tmp_path):
     net, vae = write_net(tmp_path / "net.safetensors", LATENT), write_vae(tmp_path / "vae.safetensors", embed_dim=8)
     with pytest.raises(UserError, match="8 channels"):
-        IMMBackbone.load(net, RECIPES["imagenet_256"], CPU, vae=vae)
+        IMMBackbone.load(net, CPU, **BY_NAME["imagenet_256"].load, vae=vae)
 
 
 @pytest.mark.parametrize("spelling", ["current", "legacy", "ldm"])
@@ -251,9 +257,9 @@ def test_moments_are_the_same_from_images_and_from_the_zip(tmp_path):
     items = np.arange(6)
     torch.testing.assert_close(backbone.prepare(images.images(items)), latents.images(items), rtol=1e-4, atol=1e-4)
     key = backbone.prepared_key
-    backbone.use(images)
+    backbone.check_set(images)
     assert backbone.prepared_key == key
-    backbone.use(latents)
+    backbone.check_set(latents)
     assert backbone.prepared_key == ""  # moments need no cache
     with zipfile.ZipFile(tmp_path / "set.zip") as archive:
         assert archive.namelist()[0] == "00000/img-mean-std-00000000.npy"
@@ -277,7 +283,7 @@ def test_pixels_survive_the_way_through_the_pixel_codec():
 def test_a_set_of_another_size_is_named(tmp_path, pixel, shape):
     write_images(tmp_path, ["a.png"], torch.zeros((1, *shape), dtype=torch.uint8))
     with pytest.raises(UserError, match=r"this model takes"):
-        pixel.use(ImageSet(tmp_path))
+        pixel.check_set(ImageSet(tmp_path))
 
 
 def test_images_that_the_autoencoder_cannot_halve_are_named(tmp_path):
@@ -292,45 +298,55 @@ def test_images_that_the_autoencoder_cannot_halve_are_named(tmp_path):
 
 
 def test_flags_win_over_the_official_preset_and_that_over_the_row():
-    flags = dict.fromkeys(
-        ("num_steps", "cfg", "discretization", "mid_nt", "sampler", "precision", "state", "label_rule")
-    )
     official = "8_steps_cfg1.5_pushforward_uniform"
-    assert sampling_settings("imagenet_256", RECIPES["imagenet_256"].evaluate, dict(flags)) == {
-        "num_steps": 8,
-        "cfg": 1.8,
-    }
-    assert sampling_settings(official, {}, dict(flags)) == {"num_steps": 8, "cfg": 1.5}
-    assert sampling_settings(official, {}, flags | {"cfg": 1.8, "num_steps": 2}) == {"num_steps": 2, "cfg": 1.8}
-    assert sampling_settings(official, {}, flags | {"cfg": "none"})["cfg"] is None
-    assert sampling_settings("2_step", {}, dict(flags))["mid_nt"] == (1.4,)
+
+    def settings(preset: str, stage: str = "evaluate", **flags) -> dict:
+        return COMMANDS.sampler_settings(getattr(COMMANDS.find_row(preset, None), stage), flags)
+
+    balanced = {"label_rule": "balanced"}
+    assert settings("imagenet_256") == {"num_steps": 8, "cfg": 1.8, **balanced}
+    assert settings("imagenet_256", "generate") == {"num_steps": 8, "cfg": 1.5}
+    assert settings(official) == {"num_steps": 8, "cfg": 1.5, **balanced}
+    assert settings(official, "generate") == {"num_steps": 8, "cfg": 1.5}
+    assert settings(official, cfg=1.8, num_steps=2) == {"num_steps": 2, "cfg": 1.8, **balanced}
+    assert settings(official, cfg="none", label_rule="in_order") == {
+        "num_steps": 8, "cfg": None, "label_rule": "in_order",
+    }  # fmt: skip
+    assert settings("2_step")["mid_nt"] == (1.4,)
     with pytest.raises(UserError, match="num_steps"):
-        sampling_settings("2_step", {}, flags | {"num_steps": 2})
+        settings("2_step", num_steps=2)
     with pytest.raises(UserError, match="discretization"):
-        sampling_settings(official, {}, flags | {"mid_nt": [1.4]})
-    assert row(official).name == "imagenet_256" and row("1_step").name == "cifar10"
-    with pytest.raises(UserError, match="imagenet_256_t4"):
-        row("imagenet")
+        settings(official, mid_nt=[1.4])
+    assert COMMANDS.find_row(official, None).id == "imm/imagenet_256"
+    assert COMMANDS.find_row("1_step", None).id == "imm/cifar10"
+    with pytest.raises(UserError, match=r"--preset imagenet: .*imagenet_256_t4"):
+        COMMANDS.find_row("imagenet", None)
 
 
 def test_how_many_images_is_said_once():
-    assert chosen_seeds(7, 10, None, None, None) == list(range(7))
-    assert len(chosen_seeds(7, 10, None, 3, None)) == 30
-    assert chosen_seeds(7, 10, None, None, [4, 2]) == [4, 2]
+    def seeds(default: int, num_classes: int, **flags) -> list[int]:
+        values = {"num_images": None, "per_class": None, "seed": None, "seeds": None} | flags
+        return list(chosen_seeds(COMMANDS, values, range(default), num_classes))
+
+    assert seeds(7, 10) == list(range(7))
+    assert seeds(7, 10, num_images=3, seed=5) == [5, 6, 7]
+    assert len(seeds(7, 10, per_class=3)) == 30
+    assert seeds(7, 10, seeds=[4, 2]) == [4, 2]
     with pytest.raises(UserError, match="one of them"):
-        chosen_seeds(7, 10, 5, 3, None)
-    with pytest.raises(UserError, match="per_class_count"):
-        chosen_seeds(7, 0, None, 3, None)
+        seeds(7, 10, num_images=5, per_class=3)
+    with pytest.raises(UserError, match="per_class"):
+        seeds(7, 0, per_class=3)
 
 
 def test_the_official_arguments_are_translated():
     given = (
         "--config-name=im256_generate_images.yaml eval.resume=a.pkl +per_class_count=50 +fid_stats=b.npz +cfg_scale=1.8"
     )
-    assert official_arguments(given.split()) == [
+    assert official_arguments("calculate_fid", given.split()) == [
         "--model_ckpt=a.pkl", "--per_class_count=50", "--fid_stats=b.npz", "--cfg=1.8",
     ]  # fmt: skip
     ours = ["--model_ckpt", "runs/k=3/a.pkl", "--cfg=1.8"]
-    assert official_arguments(ours) == ours
+    assert official_arguments("generate", ours) == ours
+    assert official_arguments("generate", ["out_dir=S"]) == ["--out_dir=S"]
     with pytest.raises(UserError, match="cudnn"):
-        official_arguments(["eval.cudnn_benchmark=true"])
+        official_arguments("generate", ["eval.cudnn_benchmark=true"])

@@ -124,16 +124,11 @@ def test_times_are_ordered_for_any_uniforms(mode):
     assert (s <= r).all() and (r <= t).all() and (t <= 0.994).all() and (s >= 0).all()
 
 
-def test_augmentation_reaches_both_networks():
+def test_labels_of_an_augmentation_reach_both_networks():
     net = randomised(IMMPrecond(**{**PIXEL, "augment_dim": 9})).train()
-    given = []
-
-    def augment(images, generator):
-        given.append(torch.randn(len(images), 9, generator=generator))
-        return images, given[-1]
-
-    seen = []
+    given, seen = torch.randn(4, 9), []
     original = net.model.forward
     net.model.forward = lambda *args, **kwargs: seen.append(kwargs["augment_labels"]) or original(*args, **kwargs)
-    LOSS(net, torch.randn(4, 3, 8, 8), None, torch.Generator().manual_seed(0), augment)
-    assert len(seen) == 2 and all(torch.equal(labels, given[0]) for labels in seen)
+    times = {"u_t": torch.tensor([0.9, 0.8]), "u_s": torch.tensor([0.1, 0.2])}
+    LOSS.from_draws(net, torch.randn(4, 3, 8, 8), None, **times, noise=torch.randn(4, 3, 8, 8), augment_labels=given)
+    assert len(seen) == 2 and all(torch.equal(labels, given) for labels in seen)

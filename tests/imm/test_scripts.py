@@ -1,6 +1,7 @@
 """The scripts as a user runs them: on tiny stand-ins for the published files, on one and two ranks, with bad input."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,8 +10,10 @@ from imm.tiny import LATENT, PIXEL, write_net, write_vae
 from launch import call, fails, launch
 
 from neon_core.kl_vae import AutoencoderKL, to_diffusers_names
+from neon_core.synthetic import write_images
 from neon_files.checkpoint import read_checkpoint, write_checkpoint
 from neon_files.image_set import ImageSet
+from neon_imm.labels import create_labels
 from neon_imm.vae_files import SD_VAE_CONFIG
 from neon_run.merging.files import merge_files
 
@@ -64,8 +67,10 @@ def test_the_readme_command_finds_the_published_file_and_says_so(files, tmp_path
     assert "Neon_IMM_imagenet256.pth: not there; using checkpoints/Neon_imm_imagenet256.pkl" in done.stderr
     assert done.stdout.startswith("FID=") and "images=20 | steps=8 | cfg=1.8 | ckpt=Neon_imm_imagenet256" in done.stdout
     result = json.loads((tmp_path / "out.json").read_text())
-    assert result["img_size"] == 256 and result["settings"] == {"num_steps": 8, "cfg": 1.8}
-    assert len(result["checkpoint_sha256"]) == 64 and not result["detector_is_official"]
+    assert result["img_size"] == 256 and result["row"] == "imm/imagenet_256"
+    assert result["settings"] == {"num_steps": 8, "cfg": 1.8, "label_rule": "balanced"}
+    assert result["seeds"] == "1000000-1000019" and not result["detector_is_official"]
+    assert len(result["base_sha256"]) == len(result["vae_sha256"]) == 64
 
 
 def test_from_images_over_moments_to_a_merged_network(files, tmp_path):
@@ -104,13 +109,23 @@ def test_from_images_over_moments_to_a_merged_network(files, tmp_path):
     expected = start[name] - 1.5 * (snapshots[0][name] - start[name])
     torch.testing.assert_close(read_checkpoint(tmp_path / "neon.safetensors").state[name], expected)
 
-    grid = ["--w", "0,1", "--cfgs", "1.5", "--num_images", 4, "--final_images", 4, "--num_steps", 1]
-    judge = ["--detector", files / "inception.safetensors", "--fid_stats", files / "stats.npz"]
+    grid = ["--cfgs", "1.5", "--num_images", 4, "--final_images", 4, "--num_steps", 1]
+    judge = ["--detector", files / "inception.safetensors", "--fid_stats", files / "stats.npz", "--metrics", "fid"]
     run = ["--network", base, "--snapshots", tmp_path / "zip", "--out_dir", tmp_path / "sweep", *grid, *judge, *vae]
-    out = call("imm/sweep.py", *run, "--json", tmp_path / "sweep.json")
-    assert out.splitlines()[-1].startswith("best: FID=")
-    assert len(json.loads((tmp_path / "sweep.json").read_text())["points"]) == 4  # base, two snapshots, the best again
-    assert (tmp_path / "sweep" / "neon.safetensors").exists()
+    out = call("imm/sweep.py", *run, "--w", "0,1", "--json", tmp_path / "sweep.json")
+    line = out.splitlines()[-1]
+    assert line.startswith("best: base | w=0 | FID=") and line.count("w=") == 1
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert found["result"]["seeds"] == "1050000-1050003", "none of the search, none of S"
+    merged = tmp_path / "sweep" / "neon.safetensors"
+    assert not merged.exists(), "the base is there already"
+    measured = sorted((tmp_path / "sweep" / "points").iterdir())
+    assert len(measured) == 4  # base, two snapshots, the best again
+    out = call("imm/sweep.py", *run, "--w", "1", "--no_final")
+    best = re.match(r"best: (snapshot-\d+) \| w=1 \| FID=", out.splitlines()[-1])[1]
+    assert sorted((tmp_path / "sweep" / "points").iterdir()) == measured, "no point is measured twice"
+    expected = start[name] - (read_checkpoint(tmp_path / "zip" / f"{best}.safetensors").state[name] - start[name])
+    torch.testing.assert_close(read_checkpoint(merged).state[name], expected)
 
 
 # Bad input
@@ -135,7 +150,7 @@ def test_a_missing_reference_is_found_before_the_network_is_built(files, tmp_pat
 @pytest.mark.parametrize(
     "args, match",
     [
-        (["--img_size", "256"], "makes images of 32 pixels"),
+        (["--img_size", "256"], "make images of 32 pixels"),
         (["--num_images", "20", "--seeds", "0-3"], "one of them"),
         (["--seeds", "a-b"], "seeds"),
         (["--preset", "imagenet"], "imagenet_256_t4"),
@@ -163,7 +178,12 @@ def test_guidance_for_an_unconditional_network_is_refused(files, tmp_path):
         "cpu",
     ]
     fails("imm/generate.py", *args, "--cfg", 2, "--num_images", 4, match="knows no classes")
-    fails("imm/generate.py", *args, "--per_class_count", 4, match="per_class_count")
+    fails("imm/generate.py", *args, "--per_class_count", 4, match="--per_class: this network knows no classes")
+
+
+@pytest.mark.parametrize("name", ["generate", "finetune", "sweep", "calculate_fid"])
+def test_an_official_override_without_a_counterpart_is_named_by_every_script(name):
+    fails(f"imm/{name}.py", "eval.cudnn_benchmark=true", match=r"eval\.cudnn_benchmark=true: .*no counterpart")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04cos\nsystem\n(S'true'\ntR.", b"PK\x03\x04 cut short"])
@@ -188,14 +208,11 @@ def test_a_finetune_says_what_is_wrong_with_its_data(files, tmp_path):
 
 
 def test_a_label_out_of_range_and_an_odd_micro_batch_are_named(files, tmp_path):
-    from neon_core.synthetic import write_images
-    from neon_imm.labels import create_labels
-
     write_images(
         tmp_path / "S", ["label3_000000.png", "label99_000000.png"], torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     )
     create_labels(tmp_path / "S")
     args = ["--network", files / "dit.safetensors", "--vae", files / "vae.safetensors", "--device", "cpu", "--outdir",
             tmp_path / "run", "--data", tmp_path / "S", "--batch_size", 16]  # fmt: skip
-    fails("imm/finetune.py", *args, "--micro_batch_size", 6, match="matrix_size")
-    fails("imm/finetune.py", *args, "--micro_batch_size", 8, match="99")
+    fails("imm/finetune.py", *args, "--micro_batch_size", 6, match="--micro_batch_size 6: must be a multiple of 4")
+    fails("imm/finetune.py", *args, "--micro_batch_size", 8, match="label 99 is out of range")

@@ -8,7 +8,7 @@ from neon_core.kl_vae import AutoencoderKL
 from neon_files.checkpoint import write_checkpoint
 from neon_imm.backbone import IMMBackbone
 from neon_imm.precond import IMMPrecond
-from neon_imm.recipes import RECIPES
+from neon_imm.rows import ROWS
 from neon_imm.vae_files import save_vae
 
 LATENT = {
@@ -38,6 +38,9 @@ PIXEL = {
 VAE = {"embed_dim": 4, "ch_mult": (1, 2, 2), "ch": 32, "num_res_blocks": 1, "attn_resolutions": ()}  # stride 4
 
 
+BY_NAME = {row.name: row for row in ROWS}
+
+
 def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Weights that are nowhere zero: a fresh DiT ignores its input."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,12 +66,11 @@ def write_vae(path: Path, **kwargs) -> Path:
 def latent_backbone(folder: Path, **kwargs) -> IMMBackbone:
     """A DiT of 8x8 latents of 32x32 images."""
     net = write_net(folder / "dit.safetensors", {**LATENT, **kwargs})
-    return IMMBackbone.load(
-        net, RECIPES["imagenet_256"], torch.device("cpu"), vae=write_vae(folder / "vae.safetensors")
-    )
+    vae = write_vae(folder / "vae.safetensors")
+    return IMMBackbone.load(net, torch.device("cpu"), **BY_NAME["imagenet_256"].load, vae=vae)
 
 
 def pixel_backbone(folder: Path, **kwargs) -> IMMBackbone:
     """An unconditional U-Net of 8x8 images."""
     net = write_net(folder / "unet.safetensors", {**PIXEL, **kwargs})
-    return IMMBackbone.load(net, RECIPES["cifar10"], torch.device("cpu"))
+    return IMMBackbone.load(net, torch.device("cpu"), **BY_NAME["cifar10"].load)

@@ -8,15 +8,13 @@ import torch
 from var.tiny import random_tokens, tiny_backbone, write_tiny
 
 from neon_core.selftrain import FineTune
+from neon_run.commands import common_training
 from neon_var import official, preprocessing
 from neon_var.backbone import VARBackbone
-from neon_var.recipes import RECIPES
+from neon_var.commands import train_settings
 from neon_var.rows import ROWS
-from neon_var.training import with_settings
 
-TRAIN = dataclasses.replace(
-    RECIPES["imagenet_256"].train, images=64, batch_size=8, micro_batch_size=8, lr=1e-3, precision="fp32"
-)
+TRAIN = dataclasses.replace(ROWS[0].train, images=64, batch_size=8, micro_batch_size=8, lr=1e-3, precision="fp32")
 
 
 def images(count: int, seed: int = 0):
@@ -118,7 +116,7 @@ def test_a_written_snapshot_says_what_network_it_is(tmp_path):
     path = tmp_path / "snapshot.safetensors"
     write_checkpoint(path, backbone.net.state_dict(), config=backbone.network_config())
     _, vae = write_tiny(tmp_path)
-    again = VARBackbone.load(path, RECIPES["imagenet_256"], torch.device("cpu"), vae_ckpt=vae)
+    again = VARBackbone.load(path, torch.device("cpu"), architecture="imagenet_256", vae_ckpt=vae)
     assert again.net.depth == 2 and again.img_size == 48
     assert all(torch.equal(v, again.net.state_dict()[k]) for k, v in backbone.net.state_dict().items())
 
@@ -131,8 +129,8 @@ def test_batches_repeat_a_set_that_is_smaller_than_one():
     assert {i for batch in first for i in batch.tolist()} == set(range(20)) and all(len(b) == 8 for b in first)
 
 
-def test_the_recipes_are_those_of_the_paper():
-    small, large = RECIPES["imagenet_256"], RECIPES["imagenet_512"]
+def test_the_rows_are_those_of_the_paper():
+    small, large = ROWS
     assert (small.num_synthetic, small.train.lr, small.train.batch_size, small.w) == (750_000, 1e-5, 768, 1.0)
     assert (large.num_synthetic, large.train.lr, large.train.batch_size, large.w) == (90_000, 1e-6, 24, 0.6)
     assert small.train.schedule(0) == 0 and small.train.schedule(3_750_000) == 0.5
@@ -141,8 +139,16 @@ def test_the_recipes_are_those_of_the_paper():
 
 def test_a_smaller_batch_gets_micro_batches_that_divide_it():
     for batch in (8, 12, 100, 768):
-        train = with_settings(RECIPES["imagenet_256"], batch_size=batch).train
+        train = common_training(ROWS[0], {"batch_size": batch})
         assert train.batch_size % train.micro_batch_size == 0
+
+
+def test_the_official_total_is_also_the_length_of_the_ramp():
+    row = dataclasses.replace(ROWS[0], train=common_training(ROWS[0], {"lr": 1e-4}))
+    train = train_settings(row, {"total_images": 1000, "lr": 1e-4})
+    assert (train.images, train.schedule(500), train.lr) == (1000, 0.5, 1e-4)
+    train = train_settings(row, {"total_images": 1000, "ramp_images": 2000})
+    assert (train.images, train.schedule(500)) == (1000, 0.25)
 
 
 def test_images_of_another_size_are_enlarged_to_the_same_crop():

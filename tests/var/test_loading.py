@@ -6,8 +6,8 @@ from var.tiny import VAE_KWARGS, tiny_vae, tiny_var, write_tiny
 
 from neon_files.errors import UserError
 from neon_var import loading
+from neon_var.architectures import ARCHITECTURES, Architecture
 from neon_var.loading import load_vae, load_var
-from neon_var.recipes import ARCHITECTURES, Architecture
 from neon_var.var import VAR
 
 SMALL = {"vocab_size": 64, "Cvae": 8, "num_classes": 10}

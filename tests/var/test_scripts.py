@@ -47,7 +47,7 @@ def test_the_set_has_every_seed_once_with_its_label(place):
     names = sorted(pictures(place.set))
     assert [name[:6] for name in names] == [f"{seed:06d}" for seed in range(11)]
     manifest = json.loads((place.set / "manifest.json").read_text())
-    assert manifest["settings"] == {"cfg": 1.25, "top_k": 30, "top_p": 0.95} and manifest["vae_sha256"]
+    assert manifest["settings"] == {"cfg": 1.25, "top_k": 30, "top_p": 0.95} and manifest["vae_ckpt_sha256"]
 
 
 def test_two_ranks_make_the_same_images_bit_for_bit(place, tmp_path):
@@ -94,7 +94,7 @@ def test_sweep_and_calculate_fid_agree_on_a_merged_file(place, tmp_path, incepti
     official = ("--N", 4, "--img_size", 48, "--cfg", 2, "--cuda", "--temp_dir", "x")
     script, merged = "VAR/VAR_imagenet_256/calculate_fid.py", tmp_path / "sweep" / "neon.safetensors"
     line = call(script, "--var_ckpt", merged, *official, *common).splitlines()[-1]
-    assert best.removeprefix("best: ").split(" | ")[1:4] == line.split(" | ")[1:4] == ["cfg=2", "N=4", "depth=3"]
+    assert best.split(" | ")[3:6] == line.split(" | ")[1:4] == ["cfg=2", "N=4", "depth=3"]
     told = [float(text.split("FID=")[1].split(" | ")[0]) for text in (best, line)]
     assert told[0] == pytest.approx(told[1], rel=1e-4)
 
@@ -107,7 +107,7 @@ CKPT = "--var_ckpt {}/var.safetensors"
     ("script", "args", "message"),
     [
         (FID, "--var_ckpt {}/gone.pth", "gone.pth: does not exist"),
-        (FID, f"{CKPT} --img_size 512", "--img_size 512"),
+        ("generate.py", f"{CKPT} --outdir {{}}/x --img_size 512", "--img_size 512"),
         (FID, f"{CKPT} --vae_ckpt {{}}/no.pth", "no.pth"),
         (FID, f"{CKPT} --fid_stats {{}}/no.npz", "no.npz"),
         ("generate.py", "--var_ckpt {}/vae.safetensors --outdir {}/x --num_images 2", "is a VQVAE"),

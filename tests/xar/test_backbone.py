@@ -1,7 +1,5 @@
 """xAR behind the contract: labels, prepared moments, loading and what is refused."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -10,9 +8,9 @@ from xar.pico import NET, pico_net, pico_vae, write_pico
 from neon_core.kl_vae import AutoencoderKL, to_diffusers_names
 from neon_files.checkpoint import load_strict, read_checkpoint, write_checkpoint
 from neon_files.errors import UserError
+from neon_run.commands import common_training
 from neon_xar.backbone import XARBackbone, load_autoencoder
-from neon_xar.recipes import RECIPES
-from neon_xar.training import with_settings
+from neon_xar.rows import ROWS
 from neon_xar.vae import SCALE, both_moments, from_uint8
 from neon_xar.xar import NULL_CLASS
 
@@ -25,7 +23,7 @@ def backbone():
 
 
 def load(checkpoint, vae, **options):
-    return XARBackbone.load(checkpoint, RECIPES["xar_base"], CPU, vae_path=vae, **options)
+    return XARBackbone.load(checkpoint, CPU, vae_path=vae, **{"model": "xar_base", **options})
 
 
 @pytest.mark.parametrize("count", [3, 10, 37])
@@ -114,12 +112,12 @@ def test_autoencoders_load_in_every_spelling(tmp_path, spelling):
     assert name != load_autoencoder(tmp_path / "vae.ckpt", CPU)[1]  # other weights, other cache of moments
 
 
-def test_missing_files_are_named_with_the_command_that_fetches_them(tmp_path):
+def test_missing_files_are_named(tmp_path):
     base, vae = write_pico(tmp_path)
-    with pytest.raises(UserError, match=r"checkpoint .*nope.pth: does not exist; .*download_models.sh xarb"):
+    with pytest.raises(UserError, match=r"nope.pth: does not exist"):
         load(tmp_path / "nope.pth", vae)
-    with pytest.raises(UserError, match=r"--vae_path .*nope.ckpt: does not exist; .*download_models.sh xarl"):
-        load(base, tmp_path / "nope.ckpt", model="xar_large")
+    with pytest.raises(UserError, match=r"nope.ckpt: does not exist"):
+        load(base, tmp_path / "nope.ckpt")
 
 
 def test_an_autoencoder_of_another_shape_is_refused_by_name(tmp_path):
@@ -152,19 +150,24 @@ def test_weights_of_another_size_name_the_size_that_fits(tmp_path):
         load(tmp_path / "x.pth", vae)
 
 
-def test_a_recipe_of_another_name_runs_a_checkpoint_that_says_what_it_is(tmp_path):
+def test_a_checkpoint_that_says_what_it_is_needs_no_model(tmp_path):
     base, vae = write_pico(tmp_path)
-    mine = dataclasses.replace(RECIPES["xar_base"], name="mine")
-    assert XARBackbone.load(base, mine, CPU, vae_path=vae).net.class_num == 10
+    assert XARBackbone.load(base, CPU, vae_path=vae).net.class_num == 10
 
 
-def test_recipes_hold_the_papers_settings():
-    large, base = RECIPES["xar_large"], RECIPES["xar_base"]
+def test_the_official_grids():
+    large, base, _ = (row.grid for row in ROWS)
+    assert (large.ws[0], large.ws[-1], large.tolerance, large.refine) == (0.8, 2.8, 0.02, 0.1)
+    assert base.guidances == (2.8, 3.0, 3.2, 3.4, 3.6, 3.8, 4.0, 4.2, 4.4, 4.6)
+
+
+def test_the_rows_hold_the_papers_settings():
+    large, base, _ = ROWS
     assert (large.w, large.evaluate, large.train.images) == (1.6, {"cfg": 2.7, "flow_steps": 50}, 3_750_000)
     assert (base.w, base.evaluate, base.train.images) == (1.4, {"cfg": 3.8, "flow_steps": 40}, 4_250_000)
     train = large.train
     assert train.lr * train.schedule(3_500_000) == pytest.approx(5e-7) and train.schedule(0) == 0
-    shorter = with_settings(large, images=1000, lr=None, ramp_images=10, ema_decay=0.5).train
+    shorter = common_training(large, {"images": 1000, "ramp_images": 10, "ema_decay": 0.5})
     assert (shorter.images, shorter.lr, shorter.schedule(5), shorter.ema.decay) == (1000, 1e-6, 0.5, 0.5)
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import ROOT, call, fails, launch, module
+from launch import ROOT, call, fails, launch
 from PIL import Image
 from xar.pico import write_pico
 
 from neon_files.checkpoint import read_checkpoint
-from neon_files.errors import UserError
 from neon_metrics.detector import FunctionDetector
 from neon_metrics.evaluate import Evaluator
-from neon_metrics.reference import Reference
+from neon_metrics.reference import Reference, write_reference
+from neon_xar.backbone import XARBackbone
 
 README_COMMANDS = [
     line.split("xAR/calculate_fid.py ", 1)[1]
@@ -54,7 +54,7 @@ def test_any_number_of_images_comes_out_once_each_and_the_same_from_one_process_
     assert sorted(two) == [f"{seed:06d}_label{seed % 10}.png" for seed in range(11)]
     assert two.keys() == one.keys() and all(np.array_equal(two[name], one[name]) for name in two)
     manifest = json.loads((folder / "S" / "manifest.json").read_text())
-    assert manifest["settings"] == {"cfg": 2.7, "flow_steps": 3} and manifest["recipe"] == "xar_base"
+    assert manifest["settings"] == {"cfg": 2.7, "flow_steps": 3} and manifest["row"] == "xar/xar_base"
 
 
 def test_a_fine_tune_on_two_ranks_has_the_losses_of_one_process_and_leaves_buffers_alone(place, tmp_path):
@@ -88,23 +88,24 @@ def test_the_readme_commands_run_with_stand_ins_for_their_files(place, tmp_path,
     }
     ours |= {"--flow_steps": 3, "--batch_size": 5}
     flags = [ours.get(previous, flag) for previous, flag in zip(["", *given], given, strict=False)]
+    detector = FunctionDetector("means", 3, lambda images: images.float().mean((2, 3)) / 255)
+    write_reference(tmp_path / "unit.npz", Reference(np.zeros(3), np.eye(3)))
     seen = []
 
     def stand_in(reference, **options):
-        seen.append((reference, options["metrics"]))
-        detector = FunctionDetector("means", 3, lambda images: images.float().mean((2, 3)) / 255)
-        unit = Reference(np.zeros(3), np.eye(3), str(reference))
-        return Evaluator(unit, device=options["device"], metrics=("fid",), detector=detector)
+        seen.append(options["metrics"])
+        return Evaluator(reference, device=options["device"], metrics=("fid",), detector=detector)
 
-    script = module("xAR/calculate_fid.py")
-    monkeypatch.setattr(script, "Evaluator", stand_in)
-    flags += ["--json", tmp_path / "r.json", "--device", "cpu"]
-    script.main.main([str(flag) for flag in flags], standalone_mode=False)
-    out, err = capsys.readouterr()
+    monkeypatch.setattr("neon_run.commands.Evaluator", stand_in)
+    monkeypatch.setattr("neon_run.commands.default_weight_paths", lambda: [tmp_path / "unit.npz"])
+    flags += ["--json", tmp_path / "r.json", "--device", "cpu", "--fid_stats", tmp_path / "unit.npz"]
+    capsys.readouterr()
+    out = call("xAR/calculate_fid.py", *flags)
+    err = capsys.readouterr().err
     result = json.loads((tmp_path / "r.json").read_text())
-    assert seen == [("fid_stats/adm_in256_stats.npz", ("fid", "is"))]
+    assert seen == [("fid", "is")] and given[-1] == "fid_stats/adm_in256_stats.npz"
     assert out.startswith("FID=") and f"cfg={given[5]} | steps=3 | n=13 | model={given[1]} | ckpt=base" in out
-    assert "note: the paper's settings" in err and result["paper_settings"]["flow_steps"] in (40, 50)
+    assert "note: the settings of xar/" in err
     assert result["seeds"] == "1000000-1000012"
 
 
@@ -112,32 +113,31 @@ def test_the_readme_commands_run_with_stand_ins_for_their_files(place, tmp_path,
     ("flags", "message"),
     [
         (["--flow_steps", "2"], "--flow_steps 2: .* at least 3"),
-        (["--model", "xar_tiny"], "no such model; choose one of xar_base, xar_large, xar_huge"),
-        (["--model_ckpt", "nowhere.pth"], r"--model_ckpt nowhere.pth: does not exist; .*download_models.sh xarb"),
+        (["--model", "xar_tiny"], "--preset xar_tiny: no such row; choose xar/xar_"),
+        (["--model_ckpt", "nowhere.pth"], r"--model_ckpt nowhere.pth: does not exist"),
         (["--vae_path", "nowhere.ckpt"], r"--vae_path nowhere.ckpt: does not exist"),
         (["--fid_stats", "nowhere.npz"], "nowhere.npz"),
         (["--seeds", "1,x"], "neither a number nor a range"),
         (["--cfg", "nan"], "--cfg nan: a finite number"),
     ],
 )
-def test_wrong_input_is_one_sentence_before_any_model_is_built(place, flags, message, monkeypatch):
-    folder, files, _ = place
-    script = module("xAR/calculate_fid.py")
+def test_wrong_input_is_one_sentence_before_any_model_is_built(place, tmp_path, flags, message, monkeypatch):
+    _, files, _ = place
 
     def never(*_, **__):
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr(script.XARBackbone, "load", never)
+    monkeypatch.setattr(XARBackbone, "load", never)
+    monkeypatch.setattr("neon_run.commands.default_weight_paths", lambda: [tmp_path])
+    write_reference(tmp_path / "unit.npz", Reference(np.zeros(2048), np.eye(2048)))
     given = dict(zip(flags[::2], flags[1::2], strict=True))
-    every = {"--model": "xar_base", "--model_ckpt": files[1], "--vae_path": files[3], "--fid_stats": folder / "no.npz"}
-    merged = [str(part) for pair in (every | given).items() for part in pair]
-    with pytest.raises(UserError, match=message) as caught:
-        script.main.main(merged, standalone_mode=False)
-    assert caught.value.exit_code == 2 and "\n" not in caught.value.message
+    every = {"--model": "xar_base", "--model_ckpt": files[1], "--vae_path": files[3], "--device": "cpu"}
+    every |= {"--fid_stats": tmp_path / "unit.npz"}
+    fails("xAR/calculate_fid.py", *(part for pair in (every | given).items() for part in pair), match=message)
 
 
 def test_a_size_that_the_model_cannot_make_is_refused(place, tmp_path):
     _, flags, made = place
     args = (*flags, *made, "--outdir", tmp_path / "S", "--img_size", 512, "--device", "cpu")
-    fails("xAR/generate.py", *args, match="--img_size 512: this model makes 32 x 32 images only")
+    fails("xAR/generate.py", *args, match="--img_size 512: .* images of 32 pixels a side")
     assert not list(tmp_path.rglob("*.png"))

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neon_core.backbone import Backbone, Recipe
+from neon_core.backbone import Backbone
 from neon_core.kl_vae import AutoencoderKL, to_ldm_names, weights_digest
 from neon_core.seeds import PerImageRandom
-from neon_files.checkpoint import Checkpoint, find_file, load_strict, read_checkpoint
+from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
 from neon_files.errors import UserError
 from neon_xar.flow import MIN_STEPS
 from neon_xar.loss import draw_randomness, velocity_loss
@@ -26,7 +26,6 @@ from neon_xar.vae import ROUNDINGS, both_moments, center_crop, decode, scaled_la
 from neon_xar.xar import GRID, SIZES, XAR, build
 
 DEFAULT_VAE = Path(__file__).resolve().parents[1] / "pretrained" / "kl16.ckpt"
-FETCH = {"xar_large": "xarl", "xar_base": "xarb", "xar_huge": "xarh"}  # words of download_models.sh
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 LABEL_RULES = ("balanced", "official")
 
@@ -51,7 +50,6 @@ class XARBackbone(Backbone):
     def load(
         cls,
         checkpoint: str | Path,
-        recipe: Recipe,
         device: torch.device,
         *,
         vae_path: str | Path = DEFAULT_VAE,
@@ -61,13 +59,10 @@ class XARBackbone(Backbone):
     ) -> XARBackbone:
         """Weights of `checkpoint` beside the autoencoder of `vae_path`, in eval mode. Raises UserError.
 
-        The size is the checkpoint's own configuration where it has one (files that Neon wrote), else `model`, else the
-        recipe's name.
+        The size is the checkpoint's own configuration where it has one (files that Neon wrote), else `model`.
         """
-        name = model or recipe.name
-        checkpoint, vae_path = cls.find("checkpoint", checkpoint, name), cls.find("--vae_path", vae_path, name)
         weights = read_checkpoint(checkpoint)
-        net = _empty_net(weights, name)
+        net = _empty_net(weights, model)
         autoencoder, vae_name = load_autoencoder(vae_path, device)
         load_strict(net, weights)
         net = net.to(device).eval().requires_grad_(False)
@@ -75,16 +70,31 @@ class XARBackbone(Backbone):
             net.compile_blocks()
         return cls(net, autoencoder, vae_name, flip)
 
-    @staticmethod
-    def find(flag: str, path: str | Path, model: str) -> Path:
-        """The file; UserError with the command that fetches everything this model needs."""
-        try:
-            return find_file(path)
-        except UserError as error:
-            if Path(path).exists():
-                raise
-            advice = f"fetch it with `bash download_models.sh {FETCH.get(model, '--list')}`, or name another file"
-            raise UserError(f"{flag} {path}: does not exist; {advice}") from error
+    @classmethod
+    def frozen_files(cls, checkpoint: Path, *, vae_path: Path = DEFAULT_VAE, **options: Any) -> dict[str, Path]:
+        return {"vae_path": vae_path}
+
+    @classmethod
+    def check_settings(
+        cls,
+        *,
+        cfg: float = 1.0,
+        flow_steps: int = MIN_STEPS,
+        precision: str = "auto",
+        rounding: str = "truncate",
+        label_rule: str = "balanced",
+        **settings: Any,
+    ) -> None:
+        if flow_steps < MIN_STEPS:
+            raise UserError(f"--flow_steps {flow_steps}: xAR's sampler needs at least {MIN_STEPS} steps per cell")
+        if not math.isfinite(cfg):
+            raise UserError(f"--cfg {cfg}: a finite number is wanted")
+        if precision not in (*PRECISIONS, "auto"):
+            raise UserError(f"--precision {precision}: choose auto, {', '.join(PRECISIONS)}")
+        if rounding not in ROUNDINGS:
+            raise UserError(f"--rounding {rounding}: choose {' or '.join(ROUNDINGS)}")
+        if label_rule not in LABEL_RULES:
+            raise UserError(f"--labels {label_rule}: choose {' or '.join(LABEL_RULES)}")
 
     def network_config(self) -> dict[str, Any]:
         return {"class": "XAR", "kwargs": self.net.config}
@@ -118,7 +128,7 @@ class XARBackbone(Backbone):
         `precision` is of the transformer; the sampler's state stays in float64 and the autoencoder in float32. "auto":
         float16 on CUDA, as in the official evaluation, and float32 on the CPU.
         """
-        check_settings(cfg=cfg, flow_steps=flow_steps, precision=precision, rounding=rounding)
+        self.check_settings(cfg=cfg, flow_steps=flow_steps, precision=precision, rounding=rounding)
         device = self.net.mask.device
         labels = self.assign_labels(seeds) if labels is None else labels
         random = PerImageRandom(seeds, device)
@@ -162,28 +172,6 @@ class XARBackbone(Backbone):
         return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
-def check_settings(
-    *, cfg: float, flow_steps: int, precision: str = "auto", rounding: str = "truncate", label_rule: str = "balanced"
-) -> None:
-    """UserError for settings that the sampler cannot use."""
-    if flow_steps < MIN_STEPS:
-        raise UserError(f"--flow_steps {flow_steps}: xAR's sampler needs at least {MIN_STEPS} steps per cell")
-    if not math.isfinite(cfg):
-        raise UserError(f"--cfg {cfg}: a finite number is wanted")
-    if precision not in (*PRECISIONS, "auto"):
-        raise UserError(f"--precision {precision}: choose auto, {', '.join(PRECISIONS)}")
-    if rounding not in ROUNDINGS:
-        raise UserError(f"--rounding {rounding}: choose {' or '.join(ROUNDINGS)}")
-    if label_rule not in LABEL_RULES:
-        raise UserError(f"--labels {label_rule}: choose {' or '.join(LABEL_RULES)}")
-
-
-def check_model_name(name: str) -> None:
-    """UserError that lists the valid names."""
-    if name not in SIZES:
-        raise UserError(f"--model {name}: no such model; choose one of {', '.join(SIZES)}")
-
-
 def load_autoencoder(path: str | Path, device: torch.device) -> tuple[AutoencoderKL, str]:
     """(autoencoder in eval mode, a name that changes with its weights). Without a configuration in the file: KL-16."""
     found = read_checkpoint(path)
@@ -211,13 +199,14 @@ def _from_config(kind: type[nn.Module], weights: Checkpoint) -> nn.Module:
         raise UserError(f"{weights.path}: its configuration is not one of {kind.__name__} ({error})") from error
 
 
-def _empty_net(weights: Checkpoint, name: str) -> XAR:
+def _empty_net(weights: Checkpoint, name: str | None) -> XAR:
     """The network that the checkpoint's configuration or `name` says, on the meta device."""
     if weights.config:
         if weights.config["class"] != "XAR":
             raise UserError(f"{weights.path}: holds a {weights.config['class']}, not an xAR transformer")
         return _from_config(XAR, weights)
-    check_model_name(name)
+    if name not in SIZES:
+        raise UserError(f"--model {name}: no such model; choose one of {', '.join(SIZES)}")
     table = weights.state.get("encoder_pos_embed_learned")
     if table is not None and table.shape[-1] != SIZES[name]["width"]:
         fits = [size for size, numbers in SIZES.items() if numbers["width"] == table.shape[-1]]

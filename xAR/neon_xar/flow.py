@@ -25,11 +25,6 @@ def sde_times(num_steps: int) -> Tensor:
     )
 
 
-def ode_times(num_steps: int) -> Tensor:
-    """float64 [num_steps + 1] on the CPU: equal steps from 1 to 0."""
-    return torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
-
-
 def time_index(t: Tensor) -> Tensor:
     """The integer that the network is told: trunc(1000 t), int64, with t and product in float32."""
     return (t.float() * 1000.0).long()
@@ -65,15 +60,6 @@ def euler_maruyama(velocity: Velocity, x: Tensor, num_steps: int, randn: Callabl
         x = x + (v - t * score) * dt
         if noisy:
             x = x + math.sqrt(2.0 * t) * math.sqrt(-dt) * eps
-    return x
-
-
-def euler(velocity: Velocity, x: Tensor, num_steps: int) -> Tensor:
-    """The probability-flow ODE by Euler's method, from noise x at t = 1 to 0: float64, like x."""
-    times = ode_times(num_steps).tolist()
-    x = x.double()
-    for i, (t, t_next) in enumerate(pairwise(times)):
-        x = x + velocity(x.float(), _float32(t), i == 0).double() * (t_next - t)
     return x
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,27 +22,3 @@ def official_labels(num_images: int, class_num: int, batch_size: int = 1, world_
     labels = torch.arange(class_num).repeat_interleave(each)
     whole = math.ceil(len(labels) / (batch_size * world_size)) * batch_size * world_size
     return torch.cat([labels, torch.zeros(whole - len(labels), dtype=torch.int64)])
-
-
-def official_lr(lr: float, min_lr: float, warmup_epochs: float, epoch: float) -> float:
-    """Linear from 0, then `lr` up to epoch 600, then a cosine to `min_lr` at 800 that nothing stops from rising again.
-
-    The published runs end inside the warm-up, which makes it a plain linear ramp.
-    """
-    if epoch < warmup_epochs:
-        return lr * epoch / warmup_epochs
-    if epoch < 600:
-        return lr
-    return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * (epoch - 600) / 200))
-
-
-@dataclass(frozen=True)
-class OfficialSchedule:
-    """`official_lr` over images seen, as a factor of the peak."""
-
-    warmup_epochs: float
-    epoch_images: int  # what one epoch counts: steps per epoch * batch size, an incomplete last batch dropped
-    min_factor: float = 0.0  # min_lr / lr
-
-    def __call__(self, images_seen: int) -> float:
-        return official_lr(1.0, self.min_factor, self.warmup_epochs, images_seen / self.epoch_images)

@@ -58,8 +58,3 @@ def grey_levels(images: Tensor) -> Tensor:
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8 -> float32 v / 8 - 1 in [-1, 1]: what networks and pixel distances see."""
     return grey_levels(images) / 8 - 1
-
-
-def from_unit_range(x: Tensor) -> Tensor:
-    """x in [-1, 1], clamped and rounded to the 17 grey levels -> uint8."""
-    return levels_to_uint8(((x.clamp(-1, 1) + 1) * 8).round())

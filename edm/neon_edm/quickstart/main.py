@@ -15,7 +15,7 @@ import torch
 from neon_edm.quickstart import pictures, report
 from neon_edm.quickstart.one_seed import find_result
 from neon_edm.quickstart.parallel import run_seeds, seed_folder
-from neon_edm.quickstart.recipes import DEFAULT, FAST, Quickstart, base_training
+from neon_edm.quickstart.settings import DEFAULT, FAST, Quickstart, base_training
 from neon_files.errors import UserError
 from neon_run.cli import check_writable, write_result
 
@@ -34,7 +34,7 @@ def quickstart_run(
     check_writable(out_dir, "--out")
     pictures.check_available()
     began = time.monotonic()
-    print(f"Neon on {len(seeds)} x {quickstart.recipe.name}: real 8 x 8 digits, results in {out_dir}", flush=True)
+    print(f"Neon on {len(seeds)} x {quickstart.name}: real 8 x 8 digits, results in {out_dir}", flush=True)
     records = {seed: find_result(quickstart, seed, seed_folder(out_dir, seed)) for seed in seeds}
     missing = [seed for seed, record in records.items() if record is None]
     if len(missing) < len(seeds):

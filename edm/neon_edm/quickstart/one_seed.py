@@ -18,7 +18,7 @@ from neon_core.merge import NeonWeights, neon_merge
 from neon_edm.quickstart.backbone import DigitsBackbone
 from neon_edm.quickstart.digits import load_digits_split, to_unit_range
 from neon_edm.quickstart.prepare import BATCH, CPU
-from neon_edm.quickstart.recipes import SAMPLE_BATCH, SAMPLES, Quickstart
+from neon_edm.quickstart.settings import SAMPLE_BATCH, SAMPLES, Quickstart
 from neon_files.atomic import write_json
 from neon_files.checkpoint import read_checkpoint
 from neon_metrics.scores import frechet_distance
@@ -73,11 +73,11 @@ def identity(quickstart: Quickstart, seed: int) -> dict:
 
 def passes_per_seed(quickstart: Quickstart) -> int:
     """About how many network passes a seed takes: a training image counts 3, a sample 35."""
-    trained = quickstart.base.images + 2 * quickstart.recipe.train.images + quickstart.feature_steps * BATCH
+    trained = quickstart.base.images + 2 * quickstart.train.images + quickstart.feature_steps * BATCH
     searched = (Budget().settings_one_axis - 2) * quickstart.ranking_images + 3 * quickstart.num_evaluate
     reported = (len(quickstart.curve) + 5) * quickstart.num_evaluate
     shown = 3 * SAMPLES[0] * SAMPLES[1] + 4 * min(PIXEL_IMAGES, quickstart.num_evaluate)
-    return 3 * trained + 35 * (quickstart.recipe.num_synthetic + searched + reported + shown)
+    return 3 * trained + 35 * (quickstart.num_synthetic + searched + reported + shown)
 
 
 def told(quickstart: Quickstart, seed: int, results: dict) -> dict:
@@ -87,7 +87,7 @@ def told(quickstart: Quickstart, seed: int, results: dict) -> dict:
     places = {
         "base": (BASE, 0.0),
         "self_trained": (best["snapshot"], -1.0),
-        "neon_fixed": (best["snapshot"], quickstart.recipe.w),
+        "neon_fixed": (best["snapshot"], quickstart.w),
         "neon": (best["snapshot"], best["w"]),
         "random_direction": (RANDOM, best["w"]),
         "real_data": (REAL, -1.0),
@@ -111,7 +111,7 @@ def weights(run: Reproduction, results: dict) -> dict:
     """What is seen in the weights and the pixels: the length of the step, w = -1 against theta_syn, and pixel distance
     and variance of the first images of the report."""
     best = results["best"]
-    backbone = run.load()
+    backbone = run.model.load()
     theta_syn = read_checkpoint(run.snapshots[best["snapshot"]]).state
     theta_base = read_checkpoint(run.files["base"]).state
     line = NeonWeights(backbone.net, theta_base, theta_syn)
@@ -120,10 +120,10 @@ def weights(run: Reproduction, results: dict) -> dict:
     train, heldout = (_pixels([images]) for images in (digits.train_images, digits.heldout_images))
     seeds = range(run.seeds[-1] + 1, run.seeds[-1] + 1 + min(PIXEL_IMAGES, len(run.seeds)))
     found = {}
-    for name, w in (("base", 0.0), ("self_trained", -1.0), ("neon_fixed", run.recipe.w), ("neon", best["w"])):
+    for name, w in (("base", 0.0), ("self_trained", -1.0), ("neon_fixed", run.row.w), ("neon", best["w"])):
         line.set(w)
         parts = (seeds[i : i + SAMPLE_BATCH] for i in range(0, len(seeds), SAMPLE_BATCH))
-        drawn = (backbone.sample(part, backbone.assign_labels(part), **run.recipe.evaluate) for part in parts)
+        drawn = (backbone.sample(part, backbone.assign_labels(part), **run.row.evaluate) for part in parts)
         found[name] = _against(_pixels(drawn), heldout)
     return {
         "heldout_accuracy": read_checkpoint(run.files["detector"]).metadata["heldout_accuracy"],

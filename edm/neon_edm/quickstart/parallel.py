@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from neon_edm.quickstart.one_seed import passes_per_seed, run_seed
-from neon_edm.quickstart.recipes import Quickstart
+from neon_edm.quickstart.settings import Quickstart
 
 _messages = None  # the queue to the parent, in a worker
 

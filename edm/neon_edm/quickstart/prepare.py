@@ -23,7 +23,7 @@ from neon_files.checkpoint import write_checkpoint
 from neon_files.image_set import ImageSet
 from neon_metrics.reference import Reference, write_reference
 from neon_metrics.statistics import FeatureStatistics
-from neon_run.rows import Row
+from neon_run.row import Row
 
 CPU = torch.device("cpu")  # this network is too small for a GPU to gain anything
 BATCH = 128
@@ -31,7 +31,7 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class PrepareDigits:
-    """`neon_run.rows.Prepare` for the digits."""
+    """`neon_run.row.Prepare` for the digits."""
 
     base: TrainSettings
     feature_steps: int

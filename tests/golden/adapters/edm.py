@@ -21,6 +21,8 @@ from golden.adapters.merges import merge_edm
 from golden.adapters.pickles import read_edm_pickle, refuse_hostile
 from golden.case import Case, mismatch
 from golden.fill import fill
+from golden.official.edm import evaluate_batches, generate_batches
+from golden.official.metrics import edm_sweep_covariance
 from neon_core.backbone import TrainSettings
 from neon_core.data_order import windowed_shuffle
 from neon_core.schedules import Ema, LinearRamp
@@ -38,7 +40,7 @@ from neon_edm.sampler import edm_sampler, time_steps, to_uint8
 from neon_files.image_set import ImageSet
 from neon_metrics.neighbours import prdc
 from neon_metrics.scores import frechet_distance
-from neon_metrics.statistics import FeatureStatistics, edm_sweep_covariance
+from neon_metrics.statistics import FeatureStatistics
 
 UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 LOSSES = {"EDMLoss": EDMLoss, "VPLoss": VPLoss, "VELoss": VELoss}
@@ -334,7 +336,7 @@ def run_parse_int_list(case: Case) -> dict:
 def run_seed_batches(case: Case) -> dict:
     out = {}
     for i, row in enumerate(case.config["rows"]):
-        for short, split in (("generate", official.generate_batches), ("fid", official.evaluate_batches)):
+        for short, split in (("generate", generate_batches), ("fid", evaluate_batches)):
             ranks = split(parse_seeds(row["seeds"]), row["max_batch_size"], row["world_size"])
             for rank, batches in enumerate(ranks):
                 out[f"{short}_{i}_rank{rank}"] = np.array([seed for batch in batches for seed in batch], dtype=np.int64)
@@ -421,9 +423,10 @@ def image_set(case: Case, names: list[str], pictures: list[np.ndarray], as_zip: 
 
 def run_dataset_order(case: Case) -> dict:
     names = case.config["names"]
+    side = case.expected["first_image"].shape[1:]
     pictures = []
     for i in range(len(names)):
-        picture = np.zeros((4, 4, 3), dtype=np.uint8)
+        picture = np.zeros((*side, 3), dtype=np.uint8)
         picture[:, :, 0], picture[:, 0, 1] = i, 200
         pictures.append(picture)
     images = image_set(case, names, pictures, as_zip=False)
@@ -443,7 +446,8 @@ def run_dataset_order(case: Case) -> dict:
 
 
 def run_dataset_zip(case: Case) -> dict:
-    position = np.arange(16).reshape(4, 4)
+    height, width = case.expected["images"].shape[2:]
+    position = np.arange(height * width).reshape(height, width)
     names = case.config["files"]
     pictures = [((position + 10 * i) % 256).astype(np.uint8) for i in range(len(names))]
     images = image_set(case, names, pictures, as_zip=True)

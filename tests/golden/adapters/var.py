@@ -11,6 +11,7 @@ from torch import nn
 from golden.adapters.merges import merge_var
 from golden.case import Case, mismatch
 from golden.fill import fill
+from golden.official import var as official_var
 from neon_var import loss, official, preprocessing, sampler
 from neon_var.quantizer import MultiScaleQuantizer
 from neon_var.var import VAR
@@ -182,7 +183,7 @@ class Trainer:
         optimizer = case.config.get("optimizer", {"betas": (0.9, 0.95), "eps": 1e-8})
         self.groups = loss.parameter_groups(self.var, weight_decay)
         self.optimizer = torch.optim.AdamW(self.groups, lr=lr, betas=tuple(optimizer["betas"]), eps=optimizer["eps"])
-        self.stages = loss.ProgressiveStages()
+        self.stages = official_var.ProgressiveStages()
         self.label_smoothing = case.config["label_smooth"]
         self.clip = case.config.get("grad_clip", 0.0)
 
@@ -194,7 +195,9 @@ class Trainer:
             tokens = self.vae.encode(x, num_scales=scales)
             inputs = self.vae.quantize.teacher_input(tokens)
         logits = self.var(labels, inputs, uniform, keep)
-        value = loss.progressive_loss(logits, cat(tokens), self.var.sizes, prog_si, weight, self.label_smoothing)
+        value = official_var.progressive_loss(
+            logits, cat(tokens), self.var.sizes, prog_si, weight, self.label_smoothing
+        )
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
         return value.detach(), cat(tokens), logits.detach(), weight
@@ -280,7 +283,7 @@ def finetune_schedule(case: Case) -> dict:
     out = {}
     for name, run in case.config.items():
         lr = run["tlr"] if run["target_lr"] is None else run["target_lr"]
-        loop = official.OfficialLoop(run["glb_batch_size"], run["total_images"], run["save_interval"], lr)
+        loop = official_var.OfficialLoop(run["glb_batch_size"], run["total_images"], run["save_interval"], lr)
         rates, saves, stopped = [], [], []
         for _ in range(run["epochs"]):
             stopped.append(0)
@@ -376,7 +379,7 @@ def var_seeded_sampling(case: Case) -> dict:
         rng, label = generator(run["g_seed"]), run["label_B"]
         if isinstance(label, str):
             label = case.tensor(label.removeprefix("in_"))
-        labels = official.labels_for(label, case.config["B"], var.num_classes, rng)
+        labels = official_var.labels_for(label, case.config["B"], var.num_classes, rng)
         result = run_sampler(case, labels, sampler.BatchNoise(rng), run, (vae, var))
         for key in ("tokens", "f_hat", "image"):
             out[f"{name}_{key}"] = result[key]
@@ -430,9 +433,9 @@ def both_transforms(path: Path, resolution: int, factor: float, flip: bool, offs
         image.load()
         large = preprocessing.enlarge(image, resolution, factor, flip)
         upright = preprocessing.enlarge(image, resolution, factor)
-    center = preprocessing.center_crop_offset(*upright.shape[-2:], resolution)
-    train = preprocessing.to_unit_range(preprocessing.crop(large, offset, resolution))
-    return large.shape[-2:], train, preprocessing.to_unit_range(preprocessing.crop(upright, center, resolution))
+    center = official_var.center_crop_offset(*upright.shape[-2:], resolution)
+    train = preprocessing.to_unit_range(official_var.crop(large, offset, resolution))
+    return large.shape[-2:], train, preprocessing.to_unit_range(official_var.crop(upright, center, resolution))
 
 
 def data_preprocessing(case: Case) -> dict:
@@ -443,7 +446,7 @@ def data_preprocessing(case: Case) -> dict:
             path = Path(folder) / config["folders"][i] / f"{i}.png"
             path.parent.mkdir(exist_ok=True)
             picture(case.array(f"image_{i}"), "RGB", None).save(path)
-        items = preprocessing.list_class_folders(Path(folder))
+        items = official_var.list_class_folders(Path(folder))
         for path, _ in items:
             i = int(path.stem)
             _, out[f"train_{i}"], out[f"val_{i}"] = both_transforms(
@@ -464,7 +467,7 @@ def data_preprocessing_odd(case: Case) -> dict:
             picture(case.array(f"image_{i}"), spec["mode"], palette).save(path)
             path.with_suffix(".txt").write_text("not a picture")
             numbers[path] = i
-        items = preprocessing.list_class_folders(Path(folder))
+        items = official_var.list_class_folders(Path(folder))
         for run in case.config["runs"]:
             r, sizes, labels = run["run"], [None] * len(images), [None] * len(images)
             for path, label in items:
@@ -487,7 +490,7 @@ def batch_sampler(case: Case) -> dict:
     for name, run in case.config.items():
         for rank in range(run["world_size"]):
             epochs = [
-                official.rank_batches(
+                official_var.rank_batches(
                     run["dataset_len"], run["glb_batch_size"], epoch, rank, run["world_size"],
                     run["same_seed_for_all_ranks"],
                 )

@@ -7,14 +7,15 @@ from torch import Tensor, nn
 from golden.adapters import merges
 from golden.case import mismatch
 from golden.fill import fill
+from golden.official.xar import OfficialSchedule, euler, official_lr
 from neon_core.backbone import TrainSettings
 from neon_core.kl_vae import AutoencoderKL, posterior
 from neon_core.schedules import Ema
 from neon_core.selftrain import FineTune, snapshot_plan
 from neon_xar.backbone import XARBackbone
-from neon_xar.flow import cell_guidance, euler, euler_maruyama, guide, sde_times, time_index
+from neon_xar.flow import cell_guidance, euler_maruyama, guide, sde_times, time_index
 from neon_xar.loss import Randomness, drop_labels, logit_normal, noised, velocity_loss
-from neon_xar.official import OfficialSchedule, official_labels, official_lr
+from neon_xar.official import official_labels
 from neon_xar.sampler import sample_latents
 from neon_xar.vae import SCALE, center_crop, from_uint8, scaled_latent, to_uint8
 from neon_xar.xar import CELL_TOKENS, CELLS, NULL_CLASS, SIZES, XAR, GatedMLP, Rope, build, from_cells, to_cells

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
-from neon_core.backbone import Recipe, TrainSettings
+from neon_core.backbone import TrainSettings
 from neon_core.schedules import Ema, LinearRamp, RampThenCosine
 from neon_edm.quickstart.backbone import DigitsBackbone, passes_per_image
 from neon_edm.quickstart.features import read_detector
 from neon_edm.quickstart.prepare import BATCH, PrepareDigits
 from neon_run.reproduce.reproduction import Plan
-from neon_run.rows import Grid, Row
+from neon_run.row import Grid, Row
 
 NO_SNAPSHOTS = 1 << 60  # but the last
 SAMPLER = {"num_steps": 18}
@@ -52,22 +53,38 @@ FINE_TUNE = TrainSettings(
 class Quickstart:
     """One run of the quickstart, for any number of seeds."""
 
+    name: str
     base: TrainSettings
-    recipe: Recipe
     num_evaluate: int  # images per distance
     ranking_images: int  # per setting of the search
+    num_synthetic: int = 2000
+    train: TrainSettings = FINE_TUNE
+    w: float = 1.0  # where the search begins; good without any selection
     curve: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)  # w of the report's curve, beside -1, 0 and the chosen one
     feature_steps: int = 600
+    guidance: float | None = None  # where its search begins
     guidance_range: tuple[float, float] | None = None  # searched together with w
     judged: bool = True  # by the acceptance rule; otherwise only by the directions of change
+
+    @property
+    def evaluate(self) -> dict[str, Any]:
+        """Sampler settings of the distances."""
+        return SAMPLER if self.guidance is None else {**SAMPLER, "guidance": self.guidance}
 
     def row(self, seed: int = 0, backbone: type[DigitsBackbone] = DigitsBackbone) -> Row:
         """The row of one run. Its images have seeds of their own: two runs share no noise."""
         first = seed * SEEDS_PER_RUN + EVALUATE_FROM
         return Row(
-            id=f"edm/{self.recipe.name}",
-            recipe=dataclasses.replace(self.recipe, evaluate_seeds=f"{first}-{first + self.num_evaluate - 1}"),
+            id=f"edm/{self.name}",
             backbone=backbone,
+            num_synthetic=self.num_synthetic,
+            generate=SAMPLER,
+            train=self.train,
+            w=self.w,
+            evaluate=self.evaluate,
+            synthetic_seed=seed * SEEDS_PER_RUN,
+            evaluate_seeds=f"{first}-{first + self.num_evaluate - 1}",
+            batch_size=SAMPLE_BATCH,
             w_range=(0.0, 3.0),
             grid=Grid(GRID_WS, GRID_GUIDANCES if self.guidance_range else (None,), num_images=self.num_evaluate),
             guidance="guidance" if self.guidance_range else None,
@@ -80,51 +97,29 @@ class Quickstart:
 
     def plan(self, seed: int) -> Plan:
         """What `neon reproduce` is asked for."""
-        return Plan(
-            batch_size=SAMPLE_BATCH,
-            seed=seed,
-            synthetic_from=seed * SEEDS_PER_RUN,
-            ranking_images=self.ranking_images,
-            curve=self.curve,
-            samples=SAMPLES,
-        )
+        return Plan(seed=seed, ranking_images=self.ranking_images, curve=self.curve, samples=SAMPLES)
 
 
-DEFAULT = Quickstart(
-    base=base_training(4000),
-    recipe=Recipe(
-        name="digits",
-        num_synthetic=2000,
-        generate=SAMPLER,
-        train=FINE_TUNE,
-        w=1.0,  # where the search begins; good without any selection
-        evaluate=SAMPLER,
-        fid_stats="",  # measured in the run, with its own feature network
-    ),
-    num_evaluate=4000,
-    ranking_images=1000,
-)
+DEFAULT = Quickstart(name="digits", base=base_training(4000), num_evaluate=4000, ranking_images=1000)
 
 GUIDED = dataclasses.replace(
     DEFAULT,
-    recipe=dataclasses.replace(
-        DEFAULT.recipe,
-        name="digits_guided",
-        train=dataclasses.replace(
-            FINE_TUNE,
-            images=100 * BATCH,
-            snapshot_images=50 * BATCH,
-            micro_batch_size=BATCH // 2,  # so that two ranks can share a step
-        ),
-        evaluate={**SAMPLER, "guidance": 1.5},
+    name="digits_guided",
+    train=dataclasses.replace(
+        FINE_TUNE,
+        images=100 * BATCH,
+        snapshot_images=50 * BATCH,
+        micro_batch_size=BATCH // 2,  # so that two ranks can share a step
     ),
+    guidance=1.5,
     guidance_range=(1.0, 2.5),
 )
 
 FAST = dataclasses.replace(
     DEFAULT,
+    name="digits_fast",
     base=base_training(800),
-    recipe=dataclasses.replace(DEFAULT.recipe, name="digits_fast", num_synthetic=500),
+    num_synthetic=500,
     num_evaluate=500,
     ranking_images=250,
     curve=(1.0, 2.0),

@@ -1,0 +1,90 @@
+"""One row: everything that the stages need to know about one line of the paper's table, or one like it.
+
+The scripts of a backbone and `neon reproduce` read the same object, so they cannot compute different things.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from neon_core.backbone import Backbone, TrainSettings
+from neon_metrics.detector import Detector
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The official search: ascending values, left early where FID rises by more than `tolerance`."""
+
+    ws: tuple[float, ...]
+    guidances: tuple[float | None, ...] = (None,)
+    tolerance: float = 0.03
+    num_images: int = 10_000
+    refine: float | None = None  # then also the neighbours of the best point at this distance
+    first_images: int = 0  # snapshots that have seen fewer images are left out
+    last_images: float = math.inf
+
+
+class Prepare(Protocol):
+    """Makes the files of a row for which nothing is published: a frozen dataclass, whose fields are its settings."""
+
+    training_images: int  # of theta_base, for the ledger
+
+    def __call__(self, row: Row, folder: Path, seed: int) -> Mapping[str, Path]:
+        """{"base", "reference"} and, where the row has them, {"detector", "heldout", "real_training"} -> file below
+        `folder`; goes on with what a killed call left. Every rank calls it. Raises UserError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """See the module. Paths are relative to the checkout; seed lists are written like "0-9999,20000"."""
+
+    id: str  # "edm/cifar10_cond": the backbone's folder and the row's name
+    backbone: type[Backbone]
+    # The synthetic set
+    num_synthetic: int  # |S|, images
+    generate: Mapping[str, Any]  # sampler settings that make S
+    # The fine-tune and the merge
+    train: TrainSettings
+    w: float  # merge weight: theta_base - w (theta_syn - theta_base)
+    # The evaluation
+    evaluate: Mapping[str, Any]  # sampler settings for the FID
+    # Files
+    base: str = ""  # theta_base: path or URL
+    fid_stats: str = ""  # reference statistics: path or URL
+    load: Mapping[str, Any] = field(default_factory=dict)  # options of `backbone.load` that go with `base`
+    load_training: Mapping[str, Any] = field(default_factory=dict)  # further ones, of the fine-tune only
+    # Seeds of images: those of S and of the evaluation have none in common
+    synthetic_seed: int = 0  # S has this one and those that follow
+    evaluate_seeds: str = "1000000-1049999"
+    subfolders: bool = True  # of S: one for every thousand seeds
+    # How it is computed
+    batch_size: int = 64  # images sampled at once by one process
+    tf32: str = "none"  # where float32 may be rounded to TF32 while sampling: none, conv or all
+    train_tf32: str = "none"  # the same of the fine-tune
+    micro_batch_multiple: int = 1  # of the fine-tune's loss, with the row's settings
+    evaluations: Callable[[Mapping[str, Any]], int] | None = None  # network passes per image, guidance counted
+    # The search
+    grid: Grid = field(default_factory=lambda: Grid((0.0, 0.5, 1.0, 1.5, 2.0)))
+    w_range: tuple[float, float] = (0.0, 3.0)
+    guidance: str | None = None  # the sampler setting that is searched together with w
+    guidance_range: tuple[float, float] | None = None
+    # The paper
+    base_fid: float | None = None
+    neon_fid: float | None = None
+    aliases: tuple[str, ...] = ()  # other names that --preset takes
+    # Rows that make what others fetch
+    prepare: Prepare | None = None
+    detector: Callable[[Path, torch.device], Detector] | None = None  # reads the file "detector"; None: Inception
+    distance: str = "FID"  # the name of the distance in that detector's features
+
+    @property
+    def name(self) -> str:
+        """ "cifar10_cond": the part of the id behind the slash."""
+        return self.id.split("/")[-1]
