@@ -113,19 +113,13 @@ def measurement_files(row: Row, values: Values) -> dict[str, Any]:
     return {"--fid_stats": reference, "--detector": detector}
 
 
-def make_evaluator(
-    found: Mapping[str, Path], values: Values, device: torch.device, always: Sequence[str] = ()
-) -> Evaluator:
-    """Of --metrics, and those that are `always` wanted."""
-    wanted = dict.fromkeys((*always, *values["metrics"]))
-    metrics = tuple(name for name in wanted if not (values["no_isc"] and name == "is"))
-    return Evaluator(
-        found["--fid_stats"],
-        device=device,
-        metrics=metrics,
-        detector=found.get("--detector"),
-        real_images=values["real_images"],
-    )
+def make_evaluator(found: Mapping[str, Path], values: Values, device: torch.device) -> Evaluator:
+    """Of --metrics; where that has no default, of every metric that is to be had."""
+    options = {"detector": found.get("--detector"), "real_images": values["real_images"]}
+    if values["metrics"] is None and not values["no_isc"]:
+        return stages.open_evaluator(found["--fid_stats"], device, **options)
+    metrics = tuple(name for name in values["metrics"] or ("fid",) if not (values["no_isc"] and name == "is"))
+    return Evaluator(found["--fid_stats"], device=device, metrics=metrics, **options)
 
 
 def chosen_seeds(commands: BackboneCommands, values: Values, default: Sequence[int], num_classes: int) -> Sequence[int]:
@@ -226,7 +220,9 @@ def _sweep(commands: BackboneCommands, default: str | None, values: Values) -> N
             snapshots = {found[name].stem: found[name] for name in files}
         else:
             snapshots = find_checkpoints(values["snapshots"], row.grid.first_images, row.grid.last_images)
-        evaluator = make_evaluator(found, values, device, ("fid",))
+        if values["metrics"] is not None and "fid" not in values["metrics"]:
+            raise UserError("--metrics: a search goes by FID; add fid")
+        evaluator = make_evaluator(found, values, device)
         images = stages.SearchImages(seeds, final_seeds)
         result = stages.sweep(model, evaluator, snapshots, values["out_dir"], plan, images)
         best = result["result"]
@@ -331,7 +327,7 @@ def _sweep_flags(commands: BackboneCommands) -> list[click.Option]:
         f.flag("--final_seeds", *commands.final_seeds, "final_seeds", callback=f.parse_seed_list,
                help="Of the best point.  [default: those behind the row's evaluation]"),
         f.BATCH_SIZE, *(option for option in commands.sample if option.name != guidance),
-        *f.metric_flags("fid"),
+        *f.metric_flags(None),
         f.flag("--out_dir", "--outdir", "--out_dir_fid", "out_dir", required=True, type=f.FOLDER,
                help="Folder of the results."),
         *commands.ignored, f.TF32, f.DEVICE, f.JSON,

@@ -65,8 +65,10 @@ def parse_seed_list(context: click.Context, parameter: click.Parameter, text: st
     return seeds
 
 
-def parse_names(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
+def parse_names(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
     """Callback of a flag that takes names with commas between them."""
+    if text is None:
+        return None
     return tuple(dict.fromkeys(text.replace(" ", "").split(",")))
 
 
@@ -168,13 +170,13 @@ FINAL = (
 # Metrics
 
 
-def metric_flags(metrics: str) -> tuple[click.Option, ...]:
+def metric_flags(metrics: str | None) -> tuple[click.Option, ...]:
     """Which metrics, against what: arguments of `evaluate.Evaluator`."""
     return (
         flag("--fid_stats", "--ref", "reference", metavar="PATH|URL",
              help="Reference statistics, .npz.  [default: the row's]"),
         flag("--metrics", default=metrics, callback=parse_names,
-             help="Of fid, is, kid, prdc; the last two need --real_images."),
+             help="Of fid, is, kid, prdc; the last two need --real_images.  [default of sweep: all to be had]"),
         flag("--no_isc", is_flag=True, help="Leave the Inception Score out."),
         flag("--real_images", type=PATH, help="Real images, folder or .zip, for kid and prdc."),
         flag("--detector", type=FILE, help="Inception weights.  [default: as download_models.sh fetches]"),

@@ -126,6 +126,16 @@ def finetune(model: Model, data: Path, out_dir: Path, run: TrainingRun | None = 
         )
 
 
+def open_evaluator(reference: Path, device: torch.device, **options: Any) -> Evaluator:
+    """With every metric that is to be had: FID, IS where the detector has classes, KID, precision and recall where
+    `real_images` names some. `options` are those of `Evaluator`."""
+    metrics = ("fid", *(("kid", "prdc") if options.get("real_images") else ()))
+    evaluator = Evaluator(reference, device=device, metrics=metrics, **options)
+    if evaluator.detector.num_classes:
+        evaluator.metrics = (*evaluator.metrics, "is")
+    return evaluator
+
+
 def open_sweep(model: Model, evaluator: Evaluator, snapshots: Mapping[str, Path], out_dir: Path) -> GrowingSweep:
     """The measured points of a base and its snapshots in `out_dir`, to be found and added to."""
     model.backbone.check_network(**model.row.evaluate)

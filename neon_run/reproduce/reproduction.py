@@ -295,17 +295,13 @@ class Reproduction:
         detector = self.files.get("detector", self.plan.detector)
         if self.row.detector and isinstance(detector, Path):
             detector = self.row.detector(detector, self.device)
-        metrics = ["fid", *(["kid", "prdc"] if self.plan.real_images else [])]
-        evaluator = Evaluator(
+        evaluator = stages.open_evaluator(
             self.files["reference"],
-            metrics=metrics,
-            device=self.device,
+            self.device,
             detector=detector,
             real_images=self.plan.real_images,
             heldout=self.files.get("heldout"),
         )
-        if getattr(evaluator.detector, "num_classes", 0):
-            evaluator.metrics = (*evaluator.metrics, "is")
         evaluator.new_accumulator(len(self.seeds))  # raises where the images are too few for one of the metrics
         return evaluator
 

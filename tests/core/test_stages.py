@@ -236,7 +236,7 @@ def test_scripts_and_driver_compute_the_same(backbone, row, tmp_path, monkeypatc
         c, "find_all", lambda wanted: {flag: Path(str(path).split("/")[-1]) for flag, path in wanted.items()}
     )
     monkeypatch.setattr(c, "default_weight_paths", lambda: [Path(__file__)])
-    monkeypatch.setattr(c, "Evaluator", lambda *a, **k: None)
+    monkeypatch.setattr(c, "make_evaluator", lambda *a: None)
     monkeypatch.setattr(c, "find_checkpoints", lambda *limits: {"snapshot": limits[1:]})
     monkeypatch.setattr(row.backbone, "frozen_files", classmethod(lambda cls, checkpoint, **options: {}))
     by_scripts = effective(monkeypatch)

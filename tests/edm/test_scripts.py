@@ -126,7 +126,7 @@ def test_from_a_published_pickle_to_neon_and_its_fid(tmp_path, golden_data, refe
     evaluation = ["--ref", reference_file, "--detector", inception_file, "--num_steps", 3, "--max_batch_size", 4]
     lines = call(
         "edm/sweep.py", "--base", base, "--snapshots", run_dir, "--w", "0.5,1", "--min_training_step", 2,
-        "--seeds_test", "0-5", "--no_final", "--out_dir", sweep_dir, *evaluation,
+        "--seeds_test", "0-5", "--no_final", "--metrics", "fid", "--out_dir", sweep_dir, *evaluation,
     ).splitlines()  # fmt: skip
     assert lines[-1].startswith("best: snapshot-000002000 | w=")
 
