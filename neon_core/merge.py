@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from neon_files.checkpoint import describe_mismatch, is_finite
 from neon_files.errors import UserError
+from neon_files.quantized import find_quantized
 
 # Not trained but followed: a variance that is extrapolated becomes negative, and the directions of spectral norm (the
 # last pattern, of torch's parametrization) are no unit vectors any more.
@@ -88,17 +89,29 @@ def check_plain(name: str, tensor: Tensor, place: str) -> None:
 Rule = Callable[[str, Tensor, Tensor, float], Tensor]  # name, base, synthetic, w -> merged
 
 
+def check_quantized(layout: Mapping[str, tuple[torch.dtype, Iterable[int]]], place: str) -> None:
+    """UserError where a table name -> (dtype, shape) is of a quantized network: codes and scales, not its numbers."""
+    quantized = find_quantized(layout)
+    if quantized:
+        raise UserError(
+            f"{place}: {quantized[0]} holds quantized numbers, whose scale is {quantized[1]}; codes and scales cannot "
+            "be merged apart: merge the network in full precision, then quantize"
+        )
+
+
 def neon_merge(
     base: Mapping[str, Tensor], syn: Mapping[str, Tensor], w: float, rule: Rule = neon_rule, keep: Iterable[str] = ()
 ) -> dict[str, Tensor]:
     """The merged state dict, in new memory.
 
     Names that fit a pattern of `keep` (see `matches`) are copied from the base, and by the default rule so are
-    STATISTICS. Raises UserError naming tensors that are missing, extra, of another shape or not finite. Any rule but
-    the default takes a missing tensor from the base and drops an extra one, as the official scripts do.
+    STATISTICS. Raises UserError naming tensors that are missing, extra, of another shape, quantized or not finite. Any
+    rule but the default takes a missing tensor from the base and drops an extra one, as the official scripts do.
     """
     check_w(w)
     keep = (*keep, *STATISTICS) if rule is neon_rule else tuple(keep)
+    for side, state in (("the base", base), ("the synthetic checkpoint", syn)):
+        check_quantized({name: (value.dtype, value.shape) for name, value in state.items()}, side)
     ours, theirs = ({k: tuple(v.shape) for k, v in side.items() if not matches(k, keep)} for side in (base, syn))
     check_names(rule, ours, theirs)
     with torch.no_grad():
@@ -191,6 +204,7 @@ class NeonWeights:
 
 
 def _check_fit(module: nn.Module, side: str, state: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    check_quantized({name: (value.dtype, value.shape) for name, value in state.items()}, f"the {side} checkpoint")
     shapes = {name: tuple(value.shape) for name, value in live.items()}
     found = {name: tuple(state[name].shape) for name in shapes if name in state}
     problems = describe_mismatch("the network", shapes, f"the {side} checkpoint", found)

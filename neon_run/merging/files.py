@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neon_core.merge import check_names
+from neon_core.merge import check_names, check_quantized
 from neon_files.checkpoint import open_checkpoint, pack_metadata
 from neon_files.containers import Weights
 from neon_files.errors import UserError
@@ -17,7 +17,7 @@ from neon_files.safetensors_file import Layout, read_header
 from neon_run.merging.lora import is_adapter
 from neon_run.merging.rules import NEON, find_rule
 from neon_run.merging.steps import Steps, as_steps
-from neon_run.merging.weight_file import check_weights, check_writable, is_torch_name, write_result
+from neon_run.merging.weight_file import check_writable, is_torch_name, write_result
 
 
 def merge_files(
@@ -45,7 +45,7 @@ def merge_files(
     theta_base, theta_syn = ends = ends[0], ends[1].named_like(ends[0].loaders)
     check_output(out, *(end.path for end in ends))
     for end in ends:
-        check_weights(end)
+        check_quantized(end.layout(), str(end.path))
         if not dense and is_adapter(end.loaders):
             raise UserError(
                 f"{end.path}: looks like an adapter; `neon merge` merges those it knows, --dense as plain weights"

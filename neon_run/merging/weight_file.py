@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neon_core.merge import check_quantized
 from neon_files.atomic import atomic_path, write_json
 from neon_files.checkpoint import open_checkpoint
-from neon_files.containers import Weights
 from neon_files.errors import UserError
 from neon_files.foreign import parse_json
-from neon_files.quantized import find_quantized
 from neon_files.safetensors_file import DTYPE_NAMES, Layout, read_header, write_safetensors
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -57,8 +56,8 @@ class WeightFile:
             self._flat = len(names) == len(self.loaders)
             if self._flat:  # names as they are, with prefixes
                 self.loaders = dict(zip(names, weights.loaders.values(), strict=True))
-        check_weights(weights)
         self.layout = dict(zip(self.loaders, weights.layout().values(), strict=True))
+        check_quantized(self.layout, str(self.path))
 
     @cached_property
     def ties(self) -> list[list[str]]:
@@ -113,17 +112,6 @@ def _flat_content(path: Path) -> tuple[list[str], Any]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         return [], None
     return list(content), getattr(content, "_metadata", None)
-
-
-def check_weights(weights: Weights) -> None:
-    """UserError where the tensors are codes of a quantized network, not its numbers."""
-    quantized = find_quantized(weights.layout())
-    if quantized:
-        codes, scale = quantized
-        raise UserError(
-            f"{weights.path}: {codes} holds quantized numbers, whose scale is {scale}; the two cannot be merged apart: "
-            "merge the network in full precision, then quantize"
-        )
 
 
 def is_torch_name(path: Path) -> bool:

@@ -543,6 +543,10 @@ def test_quantized_files_are_refused(tmp_path):
         torch.save({"l.weight": torch.ones(4, 4, dtype=torch.int8), "l.SCB": torch.ones(4)}, tmp_path / name)
     code, _, said = merge_command_line(tmp_path / "base", tmp_path / "syn", "-w", 1, "-o", tmp_path / "out")
     assert code == 2 and "base: l.weight holds quantized numbers, whose scale is l.SCB" in said
+    state = torch.load(tmp_path / "base")
+    for merge in (lambda: neon_merge(state, state, 1.0), lambda: NeonWeights(nn.Linear(4, 4), state, state)):
+        with pytest.raises(UserError, match=r"the base.*: l\.weight holds quantized numbers"):
+            merge()
 
 
 def test_output_of_the_longest_name(tmp_path):
