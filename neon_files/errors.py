@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -15,6 +16,11 @@ class UserError(click.ClickException):
 def one_line(error: BaseException) -> str:
     """The first line of an error's text, or its kind where it has none."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def and_more(names: Sequence[str]) -> str:
+    """ " and 3 more" behind the first of `names`; "" where it is the only one."""
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def say(text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from neon_files.errors import UserError
+from neon_files.errors import UserError, and_more
 from neon_files.foreign import parse_json
 from neon_files.image_store import is_clutter
 
@@ -41,11 +41,11 @@ def labels_of_listing(data: bytes, names: Sequence[str], source: str) -> np.ndar
         table[name] = entry[1]
     missing = [name for name in names if name not in table]
     if missing:
-        raise UserError(f"{source} has no label for {missing[0]} and {len(missing) - 1} others")
+        raise UserError(f"{source} has no label for {missing[0]}{and_more(missing)}")
     absent = sorted(name for name in table.keys() - set(names) if not is_clutter(name))
     if absent:
-        raise UserError(f"{source} lists {absent[0]} and {len(absent) - 1} others that are not in the set; the set is "
-                        "not whole, or its listing is of another one")  # fmt: skip
+        raise UserError(f"{source} lists {absent[0]}{and_more(absent)}, not in the set; it is not whole, or its "
+            "listing is of another one")  # fmt: skip
     return _array([table[name] for name in names], names, source)
 
 

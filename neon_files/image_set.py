@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from neon_files import picture
-from neon_files.errors import UserError, one_line, say
+from neon_files.errors import UserError, and_more, one_line, say
 from neon_files.foreign import npy_header, npy_numbers, parse_json
 from neon_files.image_labels import labels_of_folders, labels_of_listing
 from neon_files.image_store import Inside, Store, open_store
@@ -246,7 +246,7 @@ def _images(store: Store, path: Path) -> tuple[Store, list[str]]:
     ignored = picture.other_suffixes()
     others = [name for name in store.names if os.path.splitext(name)[1].lower() in ignored]
     if others:
-        say(f"{path}: {others[0]} and {len(others) - 1} others are of kinds that are not read as images; left out")
+        say(f"{path}: left out, since no kind that is read as an image: {others[0]}{and_more(others)}")
     return store, names
 
 

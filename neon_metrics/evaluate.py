@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neon_core.backbone import Backbone
-from neon_core.distributed import gather_objects, is_main, print0, rank, world_size
+from neon_core.distributed import agree, gather_objects, is_main, print0, rank, world_size
 from neon_core.pixels import NotFiniteImages, sample
 from neon_core.seeds import deal, format_seeds, global_batches
 from neon_core.synthetic import image_name, write_images
@@ -67,7 +67,9 @@ class Evaluator:
         self.detector, self.device = detector, device
         self._real_images = None
         if {"kid", "prdc"} & set(metrics):
-            self._real_images = ImageSet(real_images, use_labels=False)
+            self._real_images = agree(
+                real_images, lambda: ImageSet(real_images, use_labels=False), lambda images: f"{len(images)} images"
+            )
             self._check_real_images()
         self._real_features: Tensor | None = None
         self._kept: KeptWork | None = None

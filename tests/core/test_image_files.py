@@ -71,7 +71,7 @@ def test_files_of_other_kinds_are_left_out_with_a_word(tmp_path, capsys):
         "e.txt": b"",
     }
     assert levels(ImageSet(write(tmp_path, rgb("0.png") | others))) == [0]
-    assert "and 3 others are of kinds that are not read as images" in capsys.readouterr().err
+    assert "left out, since no kind that is read as an image:" in capsys.readouterr().err
 
 
 def test_folders_that_are_links_are_followed_once(tmp_path):
@@ -270,7 +270,7 @@ LISTINGS = {
     "ragged": ({"labels": [["a.png", [0, 1]], ["b.png", [1]]]}, r"label of b\.png is no vector of 2"),
     "not finite": ({"labels": [["a.png", [0.0, 1]], ["b.png", [float("nan"), 1]]]}, r"label of b\.png is no vector"),
     "two labels": ({"labels": [["a.png", 0], ["b.png", 1], ["a.png", 2]]}, r"a\.png has two labels, 0 and 2"),
-    "absent": ({"labels": [["a.png", 0], ["b.png", 1], ["c.png", 2]]}, r"lists c\.png and 0 others that are not in"),
+    "absent": ({"labels": [["a.png", 0], ["b.png", 1], ["c.png", 2]]}, r"lists c\.png, not in the set"),
 }
 
 
