@@ -24,7 +24,7 @@ quickstart-fast: $(READY)  ## the same with one seed, a shorter training and a s
 	$(BIN)/python edm/quickstart.py --fast --out runs/quickstart-fast
 
 test: $(READY)  ## all tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 notebook: $(READY)  ## execute toy_appendix.ipynb, fast setting, under half a minute
 	$(BIN)/python tests/toy/run_notebook.py

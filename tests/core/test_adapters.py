@@ -20,13 +20,19 @@ from neon_run.merging.folders import merge_folders, reverse_adapter
 from neon_run.merging.steps import Steps
 from neon_run.merging.weight_file import ADAPTER_CONFIG
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    peft = pytest.importorskip("peft")
-
 W = (1.5, 0.4, 0.0, -1.0)
 pytestmark = pytest.mark.filterwarnings("ignore")
+peft = None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def import_peft():
+    """Not where tests are collected, which every worker does: it takes seconds."""
+    global peft
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = pytest.importorskip("peft")
 
 
 class Net(nn.Module):

@@ -114,7 +114,7 @@ def network(state: bytes) -> bytes:
 
 def torch_zip(pickled: bytes, members: dict[str, bytes] | None = None, method=zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
+    with zipfile.ZipFile(buffer, "w", method, compresslevel=1) as archive:
         archive.writestr("x/data.pkl", pickled)
         for name, data in (members or {}).items():
             archive.writestr(f"x/{name}", data)
