@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from neon_core import parallel
 from neon_core.backbone import Backbone, TrainSettings
-from neon_core.distributed import agree, barrier, broadcast_object, is_main, largest, world_size
-from neon_core.finetune_folder import StepLog, claim, find_snapshots, snapshot_path
+from neon_core.distributed import agree, all_reduce_, barrier, broadcast_object, is_main, largest, world_size
 from neon_core.prepared import TrainingData
 from neon_core.seeds import derive_seed
 from neon_files.atomic import atomic_path
 from neon_files.checkpoint import write_checkpoint
 from neon_files.errors import UserError
+from neon_files.finetune_folder import claim, earlier_lines, find_snapshots, snapshot_path
 from neon_files.run_files import intact, one_run, read_tensors, set_aside
 from neon_files.stopping import Stopped, signals_wait
 
@@ -371,3 +371,36 @@ class _deterministic_dropout:
 
     def __exit__(self, *error):
         return self._fork.__exit__(*error)
+
+
+class StepLog:
+    """`log.jsonl`, a line per step. Losses stay on the device until `settle`, so that no step waits for them."""
+
+    def __init__(self, path: Path, images_seen: int, must_be_finite: bool):
+        self.path, self.must_be_finite = path, must_be_finite
+        self.lines = earlier_lines(path, images_seen) if is_main() else []
+        self.open: list[tuple[int, float, Tensor, Tensor]] = []  # images seen, lr, loss, gradient norm
+
+    def add(self, images: int, lr: float, loss: Tensor, norm: Tensor | None) -> None:
+        """A step: images seen after it, its learning rate, and what `settle` reads from the device."""
+        self.open.append((images, lr, loss, loss.new_zeros([]) if norm is None else norm))
+
+    def settle(self) -> float:
+        """Write the lines of all steps so far, on rank 0; the last loss. A collective. Raises UserError where a loss
+        or a gradient is not finite and must be."""
+        losses = all_reduce_(torch.stack([loss for _, _, loss, _ in self.open])).tolist()
+        norms = torch.stack([norm for *_, norm in self.open]).tolist()
+        for (images, lr, *_), loss, norm in zip(self.open, losses, norms, strict=True):
+            loss /= world_size()
+            if self.must_be_finite and not (math.isfinite(loss) and math.isfinite(norm)):
+                part = "gradient" if math.isfinite(loss) else "loss"
+                raise UserError(
+                    f"the {part} is not finite in the step up to {images} images; lower the learning rate, or use "
+                    "--precision fp32"
+                )
+            self.lines.append(json.dumps({"images": images, "loss": loss, "lr": lr}))
+        self.open = []
+        if is_main():
+            with atomic_path(self.path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in self.lines), encoding="utf-8")
+        return loss

@@ -5,13 +5,15 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 
 import pytest
-from core.pico_rows import CPU, PLAN, make_files, pico_row
+from core.pico_rows import CPU, PLAN, SlowPico, make_files, pico_row
 from launch import kill_when, launch, start
 
+from neon_core.distributed import session
 from neon_files.atomic import write_json
 from neon_files.checkpoint import write_checkpoint
 from neon_files.errors import UserError
@@ -192,6 +194,32 @@ def test_only_one_run_is_in_a_folder_and_its_next_start_clears_what_kills_left(f
         (out / name).write_text("")
     assert Reproduction(pico_row(files), out, PLAN, CPU).run() == results
     assert not list(out.rglob("*.part")) and not list(out.rglob(".run*"))
+
+
+@pytest.mark.parametrize("number, status_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("calls", [2, 30])  # of the sampler: while S is made, and while an evaluation runs
+def test_a_signal_ends_the_run_with_the_command_that_goes_on(finished, tmp_path, monkeypatch, capsys, number,
+                                                             status_code, calls):  # fmt: skip
+    files, _, results = finished
+    seen, plain = [], SlowPico.sample
+
+    def sample(*args, **settings):
+        seen.append(1)
+        if len(seen) == calls:
+            os.kill(os.getpid(), number)
+        return plain(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlowPico, "sample", sample)
+        patch.setattr("sys.argv", ["/somewhere/bin/neon", "reproduce", "pico", "--out", "a b"])
+        with pytest.raises(SystemExit) as end, session("cpu") as device:
+            Reproduction(pico_row(files), tmp_path / "out", PLAN, device).run()
+    assert end.value.code == status_code and len(seen) == calls
+    name = "SIGTERM" if status_code == 143 else "Ctrl-C"
+    told = capsys.readouterr().err
+    assert f"stopped by {name}; go on with: neon reproduce pico --out 'a b'\n" in told and "Traceback" not in told
+    again = Reproduction(pico_row(files), tmp_path / "out", PLAN, CPU).run()
+    assert without_costs(again) == without_costs(results)
 
 
 def test_a_kill_behind_the_last_snapshot_leaves_a_whole_log_and_no_state(finished, tmp_path, monkeypatch):

@@ -1,0 +1,51 @@
+"""The folder of a fine-tune: whose it is, its snapshots, its log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from neon_files.atomic import write_json
+from neon_files.errors import UserError
+from neon_files.run_files import read_record
+
+
+def snapshot_path(out_dir: Path, images_seen: int) -> Path:
+    return out_dir / f"snapshot-{images_seen:09d}.safetensors"
+
+
+def find_snapshots(out_dir: str | Path) -> dict[int, Path]:
+    """Images seen -> file, of all snapshots in a run's folder, in order."""
+    found = sorted(Path(out_dir).glob("snapshot-*.safetensors"))
+    numbers = {path.stem.removeprefix("snapshot-"): path for path in found}
+    return {int(number): path for number, path in numbers.items() if number.isdecimal()}
+
+
+def claim(out_dir: Path, identity: dict) -> None:
+    """Record whose fine-tune this folder holds. UserError where it holds another one."""
+    path = out_dir / "settings.json"
+    if path.exists():
+        earlier = read_record(path)
+        if earlier != identity:
+            a, b = ({**x, **x["settings"]} if isinstance(x.get("settings"), dict) else x for x in (earlier, identity))
+            key = next(k for k in sorted({*a, *b}) if k != "settings" and a.get(k) != b.get(k))
+            raise UserError(
+                f"{out_dir}: holds a fine-tune with {key} = {a.get(key)!r}, not {b.get(key)!r}; name another --outdir"
+            )
+    elif find_snapshots(out_dir):
+        raise UserError(f"{out_dir}: holds snapshots but no settings.json; name an empty or new --outdir")
+    else:
+        write_json(path, identity)
+
+
+def earlier_lines(path: Path, images_seen: int) -> list[str]:
+    """The lines of a log before the steps that will be done again, up to the first that is damaged."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["images"] > images_seen:
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        kept.append(line)
+    return kept
