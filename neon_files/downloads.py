@@ -13,7 +13,7 @@ import os
 import re
 import urllib.parse
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from neon_files.atomic import write_json
 from neon_files.errors import UserError
 from neon_files.home import cache_dir, home
 from neon_files.kinds import stand_in
-from neon_files.lock import one_process, sidecar
+from neon_files.lock import Unwritable, one_process, sidecar
 from neon_files.manifest import MANIFEST, Entry, Manifest, Missing, find_file, read_manifest
 from neon_files.streams import Source, hub_client, is_on, timeout_seconds
 from neon_files.transfer import Unreachable, compare, download, forget
@@ -93,8 +93,9 @@ def state_of(entry: Entry, path: Path, rehash: bool = False) -> State:
 def ensure(entry: Entry, path: Path, force: bool = False, say: Say = lambda text: None, offline: str = "") -> None:
     """`path` holds the published file when this returns. Makes no request where it is there and verified.
 
-    A file there that is not the published one is kept as NAME.old. Raises UserError and Unreachable; a file that only
-    cannot be verified now is accepted, and that is said. `offline` is the reason why no request is to be made.
+    A file there that is not the published one is kept as NAME.old. Raises UserError; a file that only cannot be
+    verified now (no network, a folder of somebody else) is accepted, and that is said.
+    `offline` is the reason why no request is to be made.
     """
     state = state_of(entry, path)
     if state.settled and not force:
@@ -106,13 +107,14 @@ def ensure(entry: Entry, path: Path, force: bool = False, say: Say = lambda text
             raise Unreachable(f"{entry.name}: {state.text}; {offline}")
         say(f"{path}: present, not verified ({offline})")
         return
-    with one_process(path):
-        state = state_of(entry, path)  # another process may have done it while we waited
-        if state.settled and not force:
-            return
+    with ExitStack() as lock:
         try:
+            lock.enter_context(one_process(path))
+            state = state_of(entry, path)  # another process may have done it while we waited
+            if state.settled and not force:
+                return
             source = resolve(entry, say)
-        except Unreachable as error:
+        except (Unreachable, Unwritable) as error:
             if not state.usable or force:
                 raise
             say(f"{path}: present, not verified ({error.message})")

@@ -14,7 +14,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from neon_files.errors import UserError
 
-__all__ = ["Timeout", "locked", "one_process", "sidecar"]
+__all__ = ["Timeout", "Unwritable", "locked", "one_process", "sidecar"]
 _WITHOUT_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -41,9 +41,16 @@ def locked(path: str | Path, timeout: float = -1) -> Iterator[None]:
         lock.release()
 
 
+class Unwritable(UserError):
+    """A folder in which no file can be made."""
+
+
 @contextmanager
 def one_process(final: Path) -> Iterator[None]:
-    """Only one process of this node (or shared file system) is in the body for this file; the others wait."""
+    """Only one process of this node (or shared file system) is in the body for this file; the others wait.
+
+    Raises Unwritable, with the remedy.
+    """
     lock = sidecar(final, "lock")
     with ExitStack() as stack:
         try:
@@ -57,7 +64,7 @@ def one_process(final: Path) -> Iterator[None]:
         except OSError as error:
             reason = "a broken link" if final.parent.is_symlink() and not final.parent.exists() else error.strerror
             remedy = "mend that, or set NEON_HOME to another folder"
-            raise UserError(f"{final.parent}: cannot write there ({reason}); {remedy}") from error
+            raise Unwritable(f"{final.parent}: cannot write there ({reason}); {remedy}") from error
         yield
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from download_place import Place
+from download_place import A, Place
 
 from neon_files.errors import UserError
 from neon_files.lock import Timeout, locked
@@ -31,6 +31,16 @@ def test_file_system_without_flock_has_a_softer_lock(server, tmp_path, monkeypat
         pass
     with locked(tmp_path / "x.lock", timeout=0):
         pass
+
+
+def test_file_in_a_folder_of_somebody_else_is_used_as_it_is(server, tmp_path, monkeypatch):
+    place = Place(tmp_path, server, "hub")
+    place.a.parent.mkdir(parents=True)
+    place.a.write_bytes(A)
+    break_flock(monkeypatch, "EROFS")
+    code, out, err = place.run("a.pth")
+    assert code == 0 and "a.pth: unverified" in out and server.requests == []
+    assert "a.pth: present, not verified" in err and "cannot write there (Read-only file system)" in err
 
 
 @pytest.mark.parametrize("code", ["ENOLCK", "EIO"])
