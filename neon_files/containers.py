@@ -151,6 +151,7 @@ class _Choice:
 
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    _parted: bool = False  # written by DeepSpeed, which may keep the numbers elsewhere
     _room: int = 1 << 20  # characters of metadata
     _known: dict[int, bool] = field(default_factory=dict, repr=False)  # id of a value -> has it tensors
 
@@ -168,6 +169,7 @@ class _Choice:
                 raise Unfit(f"has no entry {trail + entry!r}; it has {_some(content)}")
             return self.state_dict(content[first], rest or None, f"{trail}{first}.")
         self._keep_plain(content)
+        self._parted |= any(str(name).startswith("ds_") for name in content)
         taken = self._taken(content, trail)
         if taken is not None:
             return self.state_dict(content[taken], None, f"{trail}{taken}.")
@@ -228,6 +230,9 @@ class _Choice:
             self.notes.append("takes the averaged weights 'ema_model.', not 'online_model.'")
             names = [name for name in state if name.startswith("ema_model.")]
             state = {name.removeprefix("ema_model."): state[name] for name in names}
+        empty = next((name for name, value in state.items() if 0 in value.shape), None)
+        if self._parted and empty is not None:
+            raise Unfit(f"{empty} is empty: DeepSpeed keeps its numbers in other files; join them with zero_to_fp32.py")
         if not state or not all(isinstance(name, str) for name in state):
             lists = [
                 str(name) for name, value in content.items() if isinstance(value, list) and self._holds_tensors(value)

@@ -28,14 +28,16 @@ _TOO_LONG = f"takes more than {MAX_STEPS:,} steps to read"
 _HARMLESS = {
     "argparse": {"Namespace"},
     "_io": {"BytesIO"},
-    "builtins": {"object", "dict", "list", "tuple", "int", "float", "str", "bool", "bytes", "Ellipsis", "NoneType"},
+    "builtins": {"object", "dict", "list", "tuple", "int", "float", "str", "bool", "bytes", "type", "Ellipsis"},
     "collections": {"Counter", "deque"},
     "datetime": {"date", "datetime", "time", "timedelta", "timezone"},
     "decimal": {"Decimal"},
     "enum": {"Enum", "IntEnum", "Flag", "IntFlag", "StrEnum"},
     "fractions": {"Fraction"},
     "functools": {"partial"},
+    "logging": {"Logger", "getLogger"},
     "random": {"Random"},
+    "re": {"_compile"},
     "types": {"SimpleNamespace"},
     "typing": {"Any"},
     "uuid": {"UUID", "SafeUUID"},
@@ -44,11 +46,14 @@ _HARMLESS = {
     "torch": {"Tensor", "Generator", "strided", "per_tensor_affine", "per_channel_affine", "contiguous_format"},
     "torch.serialization": {"_get_layout"},
 }
-_HARMLESS["__builtin__"] = _HARMLESS["builtins"]
+_HARMLESS["__builtin__"] = _HARMLESS["builtins"] | {"long", "unicode"}  # protocols 0 to 2 use Python 2's names
 _PATHS = {"Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"}
 _HARMLESS |= {"pathlib": _PATHS, "pathlib._local": _PATHS}
-# Whole packages of records: layers, optimizers, schedules, distributed metadata, states of random generators.
-_INERT_PREFIXES = ("torch.nn.modules.", "torch.nn.parameter", "torch.optim.", "torch.distributed.", "numpy.random.")
+# Whole packages: layers and their functions, optimizers, scalers, distributed metadata, random generators.
+_INERT_PREFIXES = (
+    *("torch.nn.modules.", "torch.nn.parameter", "torch.nn.functional", "torch._C._nn", "torch.optim.", "torch.amp."),
+    *("torch.cuda.amp.", "torch.ao.", "torch.distributed.", "torch.utils.data.", "numpy.random."),
+)
 # Everything else in these is refused by name. Any other module is somebody's own code: inert, like the rest.
 _GUARDED = {*sys.stdlib_module_names, "__builtin__", "copy_reg", "torch", "numpy"}
 

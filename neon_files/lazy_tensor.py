@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -303,7 +304,8 @@ def _table() -> dict[tuple[str, str], Any]:
     functions |= {(module, "_reconstructor"): _object for module in ("copyreg", "copy_reg")}
     table: dict[tuple[str, str], Any] = {key: Function(".".join(key), call) for key, call in functions.items()}
     table |= {("torch", name): StorageType(dtype) for name, dtype in _STORAGES.items()}
-    table["torch.storage", "UntypedStorage"] = StorageType(torch.uint8)
+    for module, name in itertools.product(("torch", "torch.storage"), ("UntypedStorage", "_UntypedStorage")):
+        table[module, name] = StorageType(torch.uint8)
     table |= {("torch", name): dtype for name, dtype in DTYPES.items()}
     return table
 

@@ -1,11 +1,14 @@
 """Pickled networks are read whole and right, and no file can make the reader run or change anything."""
 
 import collections
+import functools
 import io
+import pathlib
 import pickle
 import re
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -146,6 +149,52 @@ def test_byte_order_in_a_file_does_not_touch_numpy():
     entries = unpickle(io.BytesIO(snapshot(record(b"}" + text("skip_scale") + number + b"s"))), "x")
     assert entries["ema"].attributes == {"skip_scale": 0.25} and type(entries["ema"].attributes["skip_scale"]) is float
     assert np.dtype("f8").isnative and np.dtype("f8").itemsize == 8
+
+
+def pushed(value) -> bytes:
+    """Opcodes that push what the pickler of this Python makes of a value."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+PLAIN = {
+    "array": (np.arange(6.0).reshape(2, 3).T, np.arange(6.0).reshape(2, 3).T),
+    "array of text": (np.array(["a", "bc"]), np.array(["a", "bc"])),
+    "number": (np.float32(0.5), 0.5),
+    "device": (torch.device("cuda", 1), "cuda:1"),
+    "shape": (torch.Size([2, 3]), [2, 3]),
+    "type": (torch.bfloat16, "bfloat16"),
+    "slice": (slice(1, None), slice(1, None)),
+    "range": (range(3), range(3)),
+    "path": (pathlib.PurePosixPath("/a/b"), "/a/b"),
+    "set": (frozenset([1, (2, 3)]), {1, (2, 3)}),
+    "table": (collections.defaultdict(list, a=[1]), {"a": [1]}),
+    "float8": (torch.ones(2).to(torch.float8_e4m3fn), torch.ones(2).to(torch.float8_e4m3fn)),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_ordinary_values_in_and_beside_a_network_are_read(kind):
+    value, expected = PLAIN[kind]
+    settings = record(b"}" + text("x") + pushed(value) + b"s")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about storages
+        file = b"\x80\x02}(" + text("ema") + settings + text("beside") + b"}" + text("x") + pushed(value) + b"su."
+    entries = unpickle(io.BytesIO(file), "x")
+    for found in (entries["ema"].attributes["x"], entries["beside"]["x"]):
+        assert type(found) is type(expected)
+        assert np.array_equal(found, expected) if isinstance(found, np.ndarray) else _equal(found, expected)
+
+
+def _equal(found, expected) -> bool:
+    return torch.equal(found.float(), expected.float()) if isinstance(found, torch.Tensor) else found == expected
+
+
+def test_objects_of_other_classes_are_named_beside_a_network_and_refused_as_its_settings():
+    value = pushed(functools.partial(int, 2))
+    file = b"\x80\x02}(" + text("ema") + record(b"}") + text("beside") + b"}" + text("x") + value + b"su."
+    assert unpickle(io.BytesIO(file), "x")["beside"] == {"x": "<functools.partial>"}
+    with pytest.raises(UserError, match=r"holds <functools\.partial> where plain data were expected"):
+        unpickle(io.BytesIO(snapshot(record(b"}" + text("_init_args") + b"]" + value + b"as"))), "x")
 
 
 def test_random_damage_never_gets_further_than_an_error(golden_data):
