@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from neon_files.checkpoint import describe_mismatch, is_finite
 from neon_files.errors import UserError
+from neon_files.names import match_names
 from neon_files.quantized import find_quantized
 
 # Not trained but followed: a variance that is extrapolated becomes negative, and the directions of spectral norm (the
@@ -109,6 +110,7 @@ def neon_merge(
     rule but the default takes a missing tensor from the base and drops an extra one, as the official scripts do.
     """
     check_w(w)
+    syn = _named_like(base, syn)
     keep = (*keep, *STATISTICS) if rule is neon_rule else tuple(keep)
     for side, state in (("the base", base), ("the synthetic checkpoint", syn)):
         check_quantized({name: (value.dtype, value.shape) for name, value in state.items()}, side)
@@ -119,6 +121,12 @@ def neon_merge(
             name: rule(name, value, syn[name], w) if name in ours and name in theirs else value.clone()
             for name, value in base.items()
         }
+
+
+def _named_like(names: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` under those of `names` that differ from its own only by what DDP, FSDP or torch.compile add."""
+    pairs = match_names(names, state)
+    return {pairs[name]: value for name, value in state.items()}
 
 
 def check_w(w: float) -> None:
@@ -155,6 +163,7 @@ class NeonWeights:
         keep, entries = tuple(keep), dict(module.named_parameters())
         moving = {k: v for k, v in entries.items() if v.dtype in _FRACTIONS and not matches(k, keep)}
         entries |= dict(module.named_buffers())
+        base, syn = (_named_like(entries, state) for state in (base, syn))
         self.parameters = moving
         self._fixed = {name: value for name, value in entries.items() if name not in moving and name in base}
         self.kept = tuple(self._fixed)

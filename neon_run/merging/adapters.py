@@ -102,6 +102,7 @@ def merge_adapters(base: WeightFile, syn: WeightFile, steps: Steps, scale: float
         if scale is not None:
             raise UserError(f"--scale: is of LoRA, {base.path} is {kinds[0]}")
         return Merged(_merge_linear(kinds[0] or "", base, syn, steps), {**base.header, **header})
+    _check_settings(base, syn, ("fan_in_fan_out",))
     ours, theirs = read_lora(base, scale), read_lora(syn, scale)
     state, rank = lora.merge_lora(ours, theirs, steps)
     config = None
@@ -166,10 +167,10 @@ def _in_order(part: WeightFile, state: Mapping[str, Tensor]) -> dict[str, Tensor
     return {name: state[name] for name in part.loaders}
 
 
-def _check_settings(base: WeightFile, syn: WeightFile) -> None:
-    """UserError where the two adapters' settings give their numbers another meaning."""
+def _check_settings(base: WeightFile, syn: WeightFile, names: Iterable[str] | None = None) -> None:
+    """UserError where the two adapters' settings (these `names`, or all that matter) give numbers another meaning."""
     ours, theirs = base.adapter_config or {}, syn.adapter_config or {}
-    for name in sorted((ours.keys() | theirs.keys()) - _BOOKKEEPING):
+    for name in sorted((ours.keys() | theirs.keys()) - _BOOKKEEPING) if names is None else names:
         one, other = ours.get(name) or None, theirs.get(name) or None
         if one != other:
             raise UserError(f"{base.path} and {syn.path}: {name} is {one} in one's settings, {other} in the other's")

@@ -43,7 +43,7 @@ _MARKS = re.compile(
     r"^base_model\.model\.|^prompt_embeddings$|(?:^|[._/-])(?:[lL]o[rR][aA]|loha|lokr|locon|lycoris|hada|dora|glora|"
     r"gralora|adalora|vblora|randlora|delora|tinylora|unilora|oft|boft|hra|ia3|vera|pvera|c3a|shira|hira|fourierft|"
     r"waveft|psoft|road_theta|road_alpha|miss_block|bone_block|adamss|beft|deft|lily_[AB]|peanut|frod|osf_svd_params|"
-    r"supertuning|trainable_tokens_delta|ln_tuning_layers|poly_lora|poly_router)(?=[._\dA-Z]|$)"
+    r"supertuning|trainable_tokens_delta|ln_tuning_layers|poly_lora|poly_router|adapter_down|adapter_up)(?=[._\dA-Z]|$)"
 )
 # Changes of whole tensors that some trainers keep beside the factors.
 _DIFFERENCE = re.compile(r"\.diff(_b)?$")

@@ -88,8 +88,8 @@ class WeightFile:
         """UserError where the file holds more than its state dict, which a rewritten file would lose or leave stale."""
         if not self._flat:
             raise UserError(
-                f"{self.path}: holds more than one plain state dict, and the rest would not belong to the merged "
-                "weights; save its weights alone, or merge the two files with -o x.safetensors"
+                f"{self.path}: is not one plain state dict, and the rest would not belong to the merged weights; save "
+                "its weights alone, or merge the two files with -o x.safetensors"
             )
 
     def write(self, path: Path, state: Mapping[str, Tensor], header: Mapping[str, str]) -> None:

@@ -190,6 +190,7 @@ def test_other_kinds_are_refused_by_name_with_settings_or_without(tmp_path, kind
         ({"init_lora_weights": "lora_ga"}, "began with lora_ga, which also moves"),
         ({"peft_type": "NEXT"}, "is of the kind NEXT; only LORA"),
         ({"peft_type": None}, "has no peft_type"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is None in one's settings, True in the other's"),
         ({"lora_alpha": float("nan")}, "not one finite number"),
         ({"lora_alpha": [1, 2]}, "not one finite number"),
     ],

@@ -163,7 +163,7 @@ UNKNOWN = [
     "lora_unet_q.oft_blocks", "lora_unet_q.oft_diag", "q.boft_R", "q.vera_lambda_b", "q.ia3_l", "q.hada_w1_a",
     "q.lokr_w1", "q.dora_scale", "q.lora_magnitude_vector", "q.lora_mid.weight", "base_model.model.q.new_kind",
     "layers.0.attn.lora_a", "q.loraA.weight", "q.lora.0.weight", "q.LoRA_up.0", "q_lora.weight", "prompt_embeddings",
-    "q.lora_E", "q.lora_B.bias", "unet.q.lora_A1.weight",
+    "q.lora_E", "q.lora_B.bias", "unet.q.lora_A1.weight", "layer.0.adapters.a.adapter_down.0.weight",
 ]  # fmt: skip
 
 

@@ -322,6 +322,16 @@ def test_module_may_lend_its_own_weights_as_an_end():
     assert same(net.state_dict(), neon_merge(BASE, SYN, 1.5), ordered=False)
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, lambda net: nn.ModuleDict({"module": net})])
+def test_wrapped_module_is_moved_by_the_names_of_the_network(wrap):
+    net = Net().load(BASE)
+    wrapped = wrap(net)
+    NeonWeights(wrapped, BASE, SYN).set(1.5)
+    assert same(net.state_dict(), neon_merge(BASE, SYN, 1.5), ordered=False)
+    again = neon_merge(wrapped.state_dict(), SYN, 0.0)
+    assert same(again, wrapped.state_dict())
+
+
 def test_module_keeps_its_buffers_and_gradients_flags():
     net = Net().load(BASE)
     net.a.bias.requires_grad_(False)
