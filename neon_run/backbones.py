@@ -105,6 +105,11 @@ def find_rows() -> dict[str, Row]:
     return rows
 
 
+def backbone_of(row: Row) -> BackboneCommands:
+    """The backbone that offers the row."""
+    return next(commands for commands in find_backbones() if row in commands.rows)
+
+
 def find_row(name: str) -> Row:
     """The row of that id, or the only one that the name fits; see `choose_row`."""
     return choose_row(tuple(find_rows().values()), name)

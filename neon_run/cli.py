@@ -15,10 +15,11 @@ from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
 
 
-def run(command: click.Command) -> None:
-    """Run a script's command; an error that the user can mend is one line, printed once for all ranks."""
+def run(command: click.Command, words: Sequence[str] | None = None) -> None:
+    """Run a script's command on `words`, by default this process's arguments; an error that the user can mend is one
+    line, printed once for all ranks."""
     try:
-        code = command.main(standalone_mode=False)
+        code = command.main(words, standalone_mode=False)
     except click.ClickException as error:
         if os.environ.get("RANK", "0") == "0":  # the command line is the same on every rank
             error.show()

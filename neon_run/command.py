@@ -2,22 +2,59 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+
 import click
 
 from neon_files.downloads import main as download_command
+from neon_run.backbones import backbone_of, find_row
 from neon_run.cli import run
+from neon_run.commands import STAGES, command, run_words
 from neon_run.merging.command import merge_command
 from neon_run.merging.push import push_command
 from neon_run.reproduce.commands import reproduce_command, rows_command, status_command
 
+DISTRIBUTION = "neon-reference"
+
+
+def installed_version() -> str:
+    """Of the installed package; of a checkout that is not installed, "checkout"."""
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "checkout"
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(installed_version(), "--version", prog_name="neon")
 def neon() -> None:
     """Neon: Negative Extrapolation from Self-Training (arXiv 2510.03597)."""
 
 
-for command in (rows_command, reproduce_command, status_command, merge_command, push_command):
-    neon.add_command(command)
+def stage_command(stage: str, name: str) -> click.Command:
+    """`neon NAME ROW FLAGS`: the script of that stage, of the row's backbone, with the row as its --preset."""
+
+    def callback(row: str, words: tuple[str, ...]) -> None:
+        chosen = find_row(row)
+        run_words(command(stage, backbone_of(chosen), chosen.id), backbone_of(chosen), stage, words)
+
+    return click.Command(
+        name,
+        params=[
+            click.Argument(["row"], metavar="ROW"),
+            click.Argument(["words"], nargs=-1, type=click.UNPROCESSED, metavar="[FLAGS]..."),
+        ],
+        callback=callback,
+        help=f"{STAGES[stage][2]} `neon rows` lists the rows, `neon {name} ROW --help` the flags.",
+        context_settings={"ignore_unknown_options": True, "help_option_names": []},
+        add_help_option=False,
+    )
+
+
+for stage, name in (("generate", "generate"), ("finetune", "finetune"), ("sweep", "sweep"), ("calculate_fid", "fid")):
+    neon.add_command(stage_command(stage, name))
+for other in (rows_command, reproduce_command, status_command, merge_command, push_command):
+    neon.add_command(other)
 neon.add_command(download_command, "download")
 
 

@@ -34,12 +34,13 @@ HELP = {"help_option_names": ["-h", "--help"]}
 
 def run_script(stage: str, commands: BackboneCommands, preset: str | None = None) -> None:
     """What a script calls: the command of `stage`, on this process's arguments. `preset` replaces its default row."""
-    try:
-        sys.argv[1:] = commands.words(stage, sys.argv[1:])
-    except UserError as error:
-        error.show()
-        sys.exit(error.exit_code)
-    run(command(stage, commands, preset))
+    script = command(stage, commands, preset)
+    run(click.Command(stage, callback=lambda: run_words(script, commands, stage, sys.argv[1:])), [])
+
+
+def run_words(script: click.Command, commands: BackboneCommands, stage: str, words: Sequence[str]) -> None:
+    """The command on `words`, which may have the form of the backbone's official command line. Raises UserError."""
+    script.main(commands.words(stage, words), prog_name=Path(sys.argv[0]).name, standalone_mode=False)
 
 
 def command(stage: str, commands: BackboneCommands, preset: str | None = None) -> click.Command:
