@@ -12,7 +12,7 @@ from neon_files.kinds import other_kind
 # Pillow's readers of plain pixels. Its others are stubs, documents and videos, or (PostScript) run a program.
 FORMATS = ("PNG", "JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "PPM", "TGA", "PCX", "SGI",
            "QOI", "DDS")  # fmt: skip
-MAX_PIXELS = 1 << 26  # 8192 x 8192
+MAX_PIXELS = 1 << 24  # 4096 x 4096; several are decoded at once
 GREY = ("L", "I", "I;16", "I;16L", "I;16B", "I;16N")
 
 

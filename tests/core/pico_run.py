@@ -20,6 +20,7 @@ from pico import SETTINGS, TRAIN, PicoBackbone, PixelMoments
 
 from neon_core.distributed import print0, rank, session
 from neon_core.finetune import open_set
+from neon_core.pixels import check_finite
 from neon_core.prepared import training_data
 from neon_core.selftrain import self_train
 from neon_core.synthetic import generate_set
@@ -32,10 +33,11 @@ from neon_run.cli import run
 
 class SlowPico(PicoBackbone):
     """Waits at every step, so that a test can kill the run in its middle. PICO_STOP "1:20": rank 1 (all: "") sends
-    itself SIGTERM at the 20th."""
+    itself SIGTERM at the 20th. PICO_NAN "7": seed 7 gives NaN."""
 
     pause = float(os.environ.get("PICO_PAUSE", 0))
     stop = os.environ.get("PICO_STOP", ":0")
+    nan = os.environ.get("PICO_NAN", "")
     count = 0
 
     def wait(self):
@@ -45,9 +47,10 @@ class SlowPico(PicoBackbone):
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(self.pause)
 
-    def sample(self, *args, **kwargs):
+    def sample(self, seeds, *args, **kwargs):
         self.wait()
-        return super().sample(*args, **kwargs)
+        check_finite(torch.tensor([[float("nan") if str(seed) == self.nan else 0.0] for seed in seeds]))
+        return super().sample(seeds, *args, **kwargs)
 
     def encode(self, *args):
         self.wait()

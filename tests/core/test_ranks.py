@@ -50,6 +50,25 @@ def test_statistics_agree_to_rounding_and_on_every_rank(runs, ranks):
             torch.testing.assert_close(many[name], one[name], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("stage, codes", [("generate", {1, 2}), ("evaluate", {2})])
+def test_images_that_are_not_finite_end_all_ranks_with_one_sentence(tmp_path, stage, codes):
+    """A set at once, an evaluation together: a sweep may go on from it."""
+    done = launch(SCRIPT, stage, tmp_path, ranks=2, PICO_NAN="7")
+    assert set(done.returncodes) == codes and "Traceback" not in done.stderr
+    (line,) = re.findall("Error: .*", done.stderr)
+    assert line.startswith("Error: seed 7: the network gave pixels that are not finite")
+
+
+def test_three_ranks_mend_a_set(runs, tmp_path):
+    shutil.copytree(runs[0] / "set", tmp_path / "set")
+    images = sorted((tmp_path / "set").rglob("*.png"))
+    for path in images[5:7]:
+        path.unlink()
+    images[30].write_bytes(images[30].read_bytes()[:-20])
+    assert launch(SCRIPT, "generate", tmp_path, ranks=3).returncode == 0
+    assert files(tmp_path / "set") == files(runs[0] / "set")
+
+
 def log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "run/log.jsonl").read_text(encoding="utf-8").splitlines()]
 
