@@ -24,7 +24,7 @@ from neon_files.guard import AGAIN, Unfit, reading
 from neon_files.inert import Record
 from neon_files.kinds import stand_in
 from neon_files.lazy_tensor import LazyTensor, Unreadable
-from neon_files.names import match_names, unwrapped
+from neon_files.names import match_names, unwrapped, without_counter
 from neon_files.pickles import PickledObject, read_pickle
 from neon_files.safetensors_file import open_tensors
 from neon_files.torch_file import LEGACY_START, read_torch
@@ -142,7 +142,8 @@ def _foreign(start: bytes) -> str:
 def _chosen(path: Path, container: str, content: Any, entry: str | None) -> Weights:
     choice = _Choice()
     state = choice.state_dict(content, entry)
-    return Weights(path, container, unwrapped(state), metadata=choice.metadata, notes=choice.notes)
+    state = unwrapped(without_counter(state))
+    return Weights(path, container, state, metadata=choice.metadata, notes=choice.notes)
 
 
 @dataclass

@@ -276,6 +276,7 @@ def _table() -> dict[tuple[str, str], Any]:
         ("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
         ("torch._utils", "_rebuild_parameter"): _parameter,
         ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+        ("torch._tensor", "_rebuild_from_type"): _tensor_of_class,
         ("torch._tensor", "_rebuild_from_type_v2"): _tensor_of_class,
         ("torch._utils", "_rebuild_sparse_tensor"): _unreadable("a sparse tensor"),
         ("torch._utils", "_rebuild_sparse_csr_tensor"): _unreadable("a sparse tensor"),

@@ -12,15 +12,18 @@ _ALWAYS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 T = TypeVar("T")
 
 
+def without_counter(state: dict[str, T]) -> dict[str, T]:
+    """`state` without the counter that torch's AveragedModel keeps beside the names of its module."""
+    others = {name: value for name, value in state.items() if name != "n_averaged"}
+    return others if others and all(name.startswith("module.") for name in others) else state
+
+
 def unwrapped(state: dict[str, T]) -> dict[str, T]:
     """`state` without what wrappers add: their own parts wherever they stand, and DDP's `module.` where all have it.
 
     Raises Unfit where two names become one.
     """
-    kept = dict(state)
-    if "n_averaged" in kept and all(name.startswith("module.") for name in kept if name != "n_averaged"):
-        del kept["n_averaged"]  # the counter of torch's AveragedModel
-    renamed = {bare: kept[_only(names, bare)] for bare, names in _grouped(kept, _without_wrappers).items()}
+    renamed = {bare: state[_only(names, bare)] for bare, names in _grouped(state, _without_wrappers).items()}
     depth = min((_leading_modules(name) for name in renamed), default=0)
     return {name[len("module.") * depth :]: value for name, value in renamed.items()}
 
