@@ -4,6 +4,7 @@ checkpointing. Neither changes the numbers, beyond the rounding of sums.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 
@@ -45,8 +46,10 @@ def replicate(loss: nn.Module, unused_parameters: bool) -> nn.Module:
     """`loss` with gradients averaged over ranks; itself where there is one process."""
     if not dist.is_initialized():
         return loss
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the older name
     return DistributedDataParallel(
-        loss, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused_parameters
+        loss, gradient_as_bucket_view=True, find_unused_parameters=unused_parameters, **{buffers: False}
     )
 
 

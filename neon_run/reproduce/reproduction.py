@@ -147,7 +147,14 @@ class Reproduction:
                 **({} if prepare is None else {"training_images": prepare.training_images}),
             }
 
-        return self.ledger.run("fetch", broadcast_object(known), [], work)
+        files = self.ledger.run("fetch", broadcast_object(known), [], work)
+        for name, entry in files.items() if is_main() else ():
+            path = self.out_dir / entry["path"]
+            if sha256_file(path) != entry["sha256"]:
+                raise UserError(
+                    f"{path}: is not the {name} that this run began with; put it back, or name another --out"
+                )
+        return files
 
     def frozen_files(self, base: Path) -> dict[str, Path]:
         """Option of `load` -> file of a frozen part, --tokenizer's where it is given."""

@@ -161,6 +161,14 @@ def test_what_cannot_be_made_again_is_named_and_kept(finished, tmp_path, name, d
     assert f"next: {'generate' if 'manifest' in name else 'finetune'}" in status(out)
 
 
+def test_a_base_that_is_not_the_one_the_run_began_with_is_named(finished, tmp_path):
+    files, plan = shutil.copytree(finished[0], tmp_path / "files"), dataclasses.replace(PLAN, controls=False)
+    Reproduction(pico_row(files), tmp_path / "out", plan, CPU).run()
+    flip(files / "base.safetensors")
+    with pytest.raises(UserError, match=r"base\.safetensors: is not the base that this run began with"):
+        Reproduction(pico_row(files), tmp_path / "out", plan, CPU).run()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 1}', '{"key": "x", "seconds": "long", "starts": 2}', None])
 def test_a_clock_never_stops_a_run(tmp_path, text):
     clock = tmp_path / "stages/.generate.clock"

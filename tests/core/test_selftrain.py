@@ -78,6 +78,20 @@ def test_parameters_that_a_step_leaves_out_must_be_declared(group, declared):
             run.step([batch()])
 
 
+def test_weights_that_are_not_contiguous_can_be_sharded(group):
+    rule = settings(schedule=Constant(), ema=Ema(decay=0.5))
+    plain = FineTune(Convolved.laid_out(torch.channels_last), rule, CPU)
+    sharded = FineTune(Convolved.laid_out(torch.channels_last), rule, CPU, mode="fsdp")
+    for run in (plain, sharded):
+        run.step([batch(8, 1)])
+    sharded.load_state_dict(plain.state_dict())
+    for run in (plain, sharded):
+        run.step([batch(8, 2)])
+    ours, theirs = sharded.theta_syn(), plain.theta_syn()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-7)
+
+
 def test_dropout_follows_the_micro_batch_and_leaves_the_default_generator_alone():
     torch.manual_seed(7)
     before = torch.get_rng_state()
