@@ -14,6 +14,11 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from neon_files.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where filelock takes another kind of lock
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["Timeout", "Unwritable", "locked", "one_process", "sidecar"]
 _WITHOUT_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
@@ -27,11 +32,12 @@ def locked(path: str | Path, timeout: float = -1) -> Iterator[None]:
     """
     lock: FileLock | SoftFileLock = FileLock(path)
     try:
+        _try_flock(path)
         lock.acquire(timeout=timeout)
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         if isinstance(error, Timeout):
             raise
-        if isinstance(error, OSError) and error.errno not in _WITHOUT_FLOCK:
+        if error.errno not in _WITHOUT_FLOCK:
             raise OSError(error.errno, error.strerror, str(path)) from error  # flock's own does not name the file
         lock = SoftFileLock(f"{path}.soft")  # the native lock may have left its file
         lock.acquire(timeout=timeout)
@@ -39,6 +45,13 @@ def locked(path: str | Path, timeout: float = -1) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _try_flock(path: str | Path) -> None:
+    """The OSError of a file system that never knows flock: filelock's own way out lets two in, up to 4.0 at least."""
+    if fcntl is not None:
+        with open(path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 class Unwritable(UserError):

@@ -21,7 +21,6 @@ def break_flock(monkeypatch, code: str) -> None:
     monkeypatch.setattr(fcntl, "flock", broken)
 
 
-@pytest.mark.filterwarnings("ignore:flock not supported")
 @pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "ENOTSUP"])
 def test_file_system_without_flock_has_a_softer_lock(server, tmp_path, monkeypatch, code):
     break_flock(monkeypatch, code)
