@@ -27,11 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]  # of the checkout
 Flags = tuple[click.Option, ...]
 
 
-def merged_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's sampler settings with those of the command line."""
-    return {**settings, **given}
-
-
 def plain_line(result: Mapping[str, Any]) -> list[str]:
     """Which settings a result line names, beside the metrics."""
     return [f"{name}={value}" for name, value in result["settings"].items()]
@@ -56,8 +51,9 @@ class BackboneCommands:
     synthetic: tuple[str, ...] = ()  # further spellings of --synthetic in sweep, which names fine-tuned checkpoints
     load: Flags = ()  # -> options of `backbone.load`
     load_training: Flags = ()  # -> the same, of finetune only
-    sample: Flags = ()  # -> settings of `backbone.sample`, through `sampler_settings`
-    sampler_settings: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = merged_settings
+    sample: Flags = ()  # -> settings of `backbone.sample`: the row's with those given, through `sampler_settings`
+    neutral: Mapping[str, Any] = field(default_factory=dict)  # values of those that leave a setting out
+    sampler_settings: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda settings, given: settings
     train: Flags = ()  # -> training settings, through `train_settings`, beside the common ones
     train_settings: Callable[[Row, Mapping[str, Any]], TrainSettings] | None = None  # None: the common ones only
     check: Flags = ()  # of finetune: what the official script says about the network, through `check_claims`

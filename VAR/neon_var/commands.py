@@ -47,12 +47,12 @@ IGNORED = (
     flag("--cuda", is_flag=True, hidden=True),  # without effect in the official script too
     flag("--temp_dir", hidden=True, help="not used, images stay in memory (--save_images keeps them)"),
 )
-OFF = {"more_smooth": False, "precision": "auto", "official_seeds": False, "rounding": "truncate"}
-
-
-def sampler_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is left at "off" or "auto" is left out, so that manifests tell apart only what differs."""
-    return {**settings, **{name: value for name, value in given.items() if value != OFF.get(name)}}
+OFF = {  # left out, so that manifests tell apart only what differs
+    "more_smooth": False,
+    "precision": "auto",
+    "official_seeds": False,
+    "rounding": "truncate",
+}
 
 
 def train_settings(row: Row, given: Mapping[str, Any]) -> TrainSettings:
@@ -81,7 +81,7 @@ COMMANDS = BackboneCommands(
     load=LOAD,
     load_training=LOAD_TRAINING,
     sample=SAMPLE,
-    sampler_settings=sampler_settings,
+    neutral=OFF,
     train=TRAIN,
     train_settings=train_settings,
     ignored=IGNORED,

@@ -54,9 +54,8 @@ CHECK = (
 IGNORED = (flag("--nosubdir", is_flag=True, hidden=True),)  # --outdir is always used as it is
 
 
-def sampler_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def sampler_settings(chosen: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Those without effect are left out, so that they are not told apart in manifests."""
-    chosen = {**settings, **given}
     if not chosen.get("S_churn"):
         return {name: value for name, value in chosen.items() if not name.startswith("S_")}
     if math.isinf(chosen.get("S_max", 0.0)):

@@ -47,9 +47,8 @@ SAMPLE = (
 )  # fmt: skip
 
 
-def sampler_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def sampler_settings(chosen: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Raises UserError where flags contradict each other."""
-    chosen = {**settings, **given}
     if chosen.get("cfg") == "none":
         chosen["cfg"] = None
     listed = chosen.get("discretization", "uniform") == "mid_nt"

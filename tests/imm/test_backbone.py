@@ -301,7 +301,7 @@ def test_flags_win_over_the_official_preset_and_that_over_the_row():
     official = "8_steps_cfg1.5_pushforward_uniform"
 
     def settings(preset: str, stage: str = "evaluate", **flags) -> dict:
-        return COMMANDS.sampler_settings(getattr(COMMANDS.find_row(preset, None), stage), flags)
+        return COMMANDS.sampler_settings({**getattr(COMMANDS.find_row(preset, None), stage), **flags}, flags)
 
     balanced = {"label_rule": "balanced"}
     assert settings("imagenet_256") == {"num_steps": 8, "cfg": 1.8, **balanced}

@@ -35,12 +35,8 @@ IGNORED = (  # processes and devices come from torchrun's environment
     flag("--world_size", type=int, hidden=True),
     flag("--local_rank", "--local-rank", "local_rank", type=int, hidden=True),
 )
+# Left out, so that manifests tell apart only what differs:
 PLAIN = {"precision": "auto", "rounding": "truncate", "label_rule": "balanced"}
-
-
-def sampler_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is left at its default is left out, so that manifests tell apart only what differs."""
-    return {**settings, **{name: value for name, value in given.items() if value != PLAIN.get(name)}}
 
 
 def result_settings(result: Mapping[str, Any]) -> list[str]:
@@ -62,7 +58,7 @@ COMMANDS = BackboneCommands(
     load=LOAD,
     load_training=LOAD_TRAINING,
     sample=SAMPLE,
-    sampler_settings=sampler_settings,
+    neutral=PLAIN,
     ignored=IGNORED,
     seed_block=1_000_000,
     search_seeds=("--seeds",),
