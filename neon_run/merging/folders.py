@@ -157,7 +157,7 @@ class _FolderMerge:
         contents.check_indices(self.in_base, self.writers)
         extra = [n for names in self.syn_sets.values() for n in names if n not in self.in_base and n not in self.used]
         if extra:
-            say(f"{self.in_syn[extra[0]]}: is not in the base's folder, so it is left out")
+            say(f"{len(extra)} weight files that the base's folder has not are left out: {', '.join(extra[:3])}")
 
 
 def reverse_adapter(adapter: str | Path, w: float | Steps, out: str | Path) -> Path:

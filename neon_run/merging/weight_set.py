@@ -93,12 +93,12 @@ class WeightSet:
 
         None where what they hold is something else than the base's weights, rounded.
         """
+        for name, load in (item for part in parts for item in part.loaders.items()):
+            ours, copy = self.base(name), load()
+            if ours is None or ours().shape != copy.shape or not torch.equal(ours().to(copy.dtype), copy):
+                return None
         for part in parts:
             part.check_flat()
-            for name, load in part.loaders.items():
-                ours, copy = self.base(name), load()
-                if ours is None or ours().shape != copy.shape or not torch.equal(ours().to(copy.dtype), copy):
-                    return None
         return [(name, self._copy_writer(part)) for name, part in zip(names, parts, strict=True)]
 
     def _copy_writer(self, part: WeightFile) -> Writer:

@@ -347,7 +347,7 @@ def test_texts_that_differ_are_the_base_s_and_that_is_said(tmp_path, capsys):
     assert (out / "config.json").read_text() == (out / "picture.png").read_text() == "of base"
     said = capsys.readouterr().err
     assert "6 files that differ are the base's in the result: .gitattributes, LICENSE, README.md, ..." in said
-    assert "extra.pt: is not in the base's folder, so it is left out" in said
+    assert "1 weight files that the base's folder has not are left out: extra.pt" in said
 
 
 # Variants and containers
@@ -397,6 +397,18 @@ def test_variant_of_other_weights_is_refused_where_it_would_be_stale(tmp_path):
     out = merge_folders(base, syn, 1.5, tmp_path / "out")
     expected = neon_merge(random_state(3), random_state(4), 1.5)
     assert_close(load_file(out / "model.non_ema.safetensors"), expected, rtol=0, atol=0)
+
+
+def test_frozen_weights_of_another_network_are_copied_whatever_their_nesting(tmp_path):
+    base, syn = two_folders(tmp_path, "second.pt")
+    for folder in (base, syn):
+        torch.save({"state_dict": {"other": torch.ones(2)}, "epoch": 3}, folder / "vae.ckpt")
+    out = merge_folders(base, syn, 1.5, tmp_path / "out")
+    assert (out / "vae.ckpt").read_bytes() == (base / "vae.ckpt").read_bytes()
+    for folder in (base, syn):  # the network that is merged, before
+        torch.save({"state_dict": random_state(1), "epoch": 3}, folder / "last.ckpt")
+    with pytest.raises(UserError, match=r"last\.ckpt: is not one plain state dict"):
+        merge_folders(base, syn, 1.5, tmp_path / "none")
 
 
 def test_whole_pipeline_in_a_single_file_is_stale_beside_its_merged_parts(tmp_path):
