@@ -13,6 +13,7 @@ from neon_files.kinds import other_kind
 FORMATS = ("PNG", "JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "PPM", "TGA", "PCX", "SGI",
            "QOI", "DDS")  # fmt: skip
 MAX_PIXELS = 1 << 24  # 4096 x 4096; several are decoded at once
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 GREY = ("L", "I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -50,15 +51,25 @@ def channels(image: PIL.Image.Image) -> int:
 
 
 def pixels(image: PIL.Image.Image) -> np.ndarray:
-    """uint8 [C, H, W]. 16-bit grey v becomes round(v / 257). ValueError where pixels are transparent."""
+    """uint8 [C, H, W]. 16-bit grey v becomes round(255 v / 65535). ValueError where pixels are transparent."""
     has_alpha = "A" in image.getbands() or "transparency" in image.info
     if has_alpha and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
         raise ValueError("some pixels are transparent; put the picture on a background first")
     if image.mode in GREY and image.mode != "L":
-        grey = (np.asarray(image).astype(np.int64).clip(0, 65535) + 128) // 257
+        top = (1 << _bits(image)) - 1
+        grey = (np.asarray(image).astype(np.int64).clip(0, top) * 510 + top) // (2 * top)
         return grey.astype(np.uint8)[None]
     array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _bits(image: PIL.Image.Image) -> int:
+    """Of grey pixels held in 16: a TIFF may use 12. ValueError where 0 is white, which Pillow leaves so."""
+    if image.format != "TIFF":
+        return 16
+    if image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        raise ValueError("a TIFF of more than 8 bits whose 0 is white; save it with 0 as black")
+    return image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0]
 
 
 def _kind(data: bytes) -> str:

@@ -134,7 +134,8 @@ class Evaluator:
         """
         began = time.monotonic()
         made_by = {"seeds": format_seeds(seeds), "settings": settings, "batch_size": batch_size}
-        self._kept = None if work_dir is None else KeptWork(work_dir, {**made_by, **(identity or {})})
+        measured = {"detector": self.detector.name, "metrics": sorted(self.metrics)}
+        self._kept = None if work_dir is None else KeptWork(work_dir, {**made_by, **measured, **(identity or {})})
         make = lambda: self.new_accumulator(len(seeds), file_order)  # noqa: E731
         try:
             total = evaluate(

@@ -40,13 +40,13 @@ class KeptWork:
         done: list[int] = []
         if is_main():
             paths = sorted(self.folder.glob("rank-*.pt"))
-            found = [saved for path in paths if (saved := intact(path, read_tensors))]
-            for saved in sorted(found, key=lambda saved: -len(saved["batches"])):
-                if not set(saved["batches"]) & set(done):
+            found = [saved for path in paths if (saved := intact(path, read_tensors, _batches_and_statistics))]
+            for batches, statistics in sorted(found, key=lambda saved: -len(saved[0])):
+                if not set(batches) & set(done):
                     part = new_accumulator()
-                    part.load_state_dict(saved["statistics"])
+                    part.load_state_dict(statistics)
                     accumulator.merge(part)
-                    done += saved["batches"]
+                    done += batches
             if done:
                 self.save(accumulator, done)
                 for path in paths:
@@ -78,3 +78,7 @@ class KeptWork:
         for folder in (self.folder, self.folder.parent):
             with suppress(OSError):  # not there, or another evaluation's work is in it
                 folder.rmdir()
+
+
+def _batches_and_statistics(saved: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
+    return list(saved["batches"]), saved["statistics"]

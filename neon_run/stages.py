@@ -182,6 +182,8 @@ def sweep(
     varied = {model.row.guidance: best["guidance"]} if model.row.guidance else {}
     with float32_precision(model.row.tf32):
         measured = points.measure(best["snapshot"], best["w"], images.final_seeds or images.seeds[:count], **varied)
+    if "not_finite" in measured:
+        raise UserError(f"the best setting of the search, w = {best['w']:g}: {measured['not_finite']}")
     if measured["snapshot"] != BASE:
         merged = out_dir / "neon.safetensors"
         steps = steps_of(model.backbone.net, best["w"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,13 +83,19 @@ def _official(grid: Grid, snapshots: Sequence[str], measure: Measure, count: int
         return measured[snapshot, w, guidance]
 
     guidances = sorted(grid.guidances) if None not in grid.guidances else grid.guidances
-    _, _, base_guidance = early_stopped_grid([BASE], [0.0], guidances, fid, grid.tolerance)
+    of_base = early_stopped_grid([BASE], [0.0], guidances, fid, grid.tolerance)
+    if not math.isfinite(measured[of_base]):
+        raise UserError("the base's own images are not finite at any guidance of the grid; check its file")
+    base_guidance = of_base[2]
     measured.clear()  # the base wins only where the grid holds w = 0
     for snapshot in snapshots:
         _, w, guidance = early_stopped_grid([snapshot], sorted(grid.ws), guidances, fid, grid.tolerance)
         for around in neighbours(w, guidance, grid.refine) if grid.refine else ():
             fid(snapshot, *around)
-    return min(measured, key=measured.__getitem__), base_guidance
+    best = min(measured, key=measured.__getitem__)
+    if not math.isfinite(measured[best]):
+        raise UserError("no setting of the search gave finite images; check the snapshots, or search smaller w")
+    return best, base_guidance
 
 
 def neighbours(w: float, guidance: float | None, step: float) -> list[tuple[float, float | None]]:

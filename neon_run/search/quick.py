@@ -129,9 +129,11 @@ def search(
                 radius[name] *= GROW
 
     for name in names:
-        if not points:
+        if not _any_finite(points):
             radius[name] = RADIUS
             star = [at(name, x) for x in first_design(axes)[:settings]]
+            if not _any_finite(star):  # a broken snapshot: the next one shows the way
+                continue
             if guidance and len(star) < settings:
                 at(name, corner(star, axes))
             refine(name, settings)
@@ -139,12 +141,14 @@ def search(
             radius[name] = RADIUS_NEXT
             at(name, _coordinates(ranked(points, axes)[:1], axes)[0])
             refine(name, settings_next)
+    if not _any_finite(points):
+        raise UserError("no setting of the search gave finite images; check the snapshots, or search smaller w")
     refine(ranked(points, axes)[0].snapshot, settings)
 
     many = budget.deciding_images
     finalists = ranked(points, axes)[:2]
     decided = [replace(p, images=many, fid=measure(p.snapshot, p.w, p.guidance, many)) for p in finalists]
-    if not any(math.isfinite(p.fid) for p in decided):
+    if not _any_finite(decided):
         raise UserError("the best settings of the search gave images that are not finite; search smaller w")
     return Found(min(decided, key=lambda p: p.fid), points + decided)
 
@@ -208,20 +212,22 @@ def ranked(points: Sequence[Point], axes: Sequence[Axis]) -> list[Point]:
 
 def _fit(own: Sequence[Point], axes: Sequence[Axis], borrowed: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
     """Fitted FIDs of the own points, and the coefficients, in first steps from the lowest of them."""
-    together = [*own, *borrowed]
+    together = [*own, *(p for p in borrowed if math.isfinite(p.fid))]
     x = _coordinates(together, axes) / np.array([a.step for a in axes])
     x = x - x[np.argmin([p.fid for p in own])]
     coefficients = fit_quadratic(x, _walls(together), [p.snapshot for p in together])
     return quadratic_features(x[: len(own)]) @ coefficients, coefficients
 
 
+def _any_finite(points: Sequence[Point]) -> bool:
+    return any(math.isfinite(p.fid) for p in points)
+
+
 def _walls(points: Sequence[Point]) -> np.ndarray:
-    """The FIDs, [n]; an infinite one (images that were not finite) counts as a wall twice as high as the others'.
-    Raises UserError where all are."""
+    """The FIDs, [n], not all of them infinite; such a one (of images that were not finite) counts as a wall twice as
+    high as the others'."""
     fids = np.array([p.fid for p in points])
     finite = fids[np.isfinite(fids)]
-    if not len(finite):
-        raise UserError("no setting of the search gave finite images; check the snapshots, or search smaller w")
     lowest, highest = finite.min(), finite.max()
     return np.where(np.isfinite(fids), fids, highest + max(highest - lowest, 0.1 * abs(highest), 1e-6))
 

@@ -153,6 +153,22 @@ def test_sixteen_bits_are_scaled_by_their_full_range(tmp_path, suffix):
     assert np.array_equal(ImageSet(tmp_path).images([0])[0, 0].numpy(), wanted)
 
 
+def tiff(bits, photometric, rows):
+    """An uncompressed grey TIFF of 2 rows, by hand: Pillow writes none of 12 bits and none whose 0 is white."""
+    tags = [(256, 4, 2), (257, 4, len(rows) // (bits * 2 // 8)), (258, 3, bits), (259, 3, 1), (262, 3, photometric),
+            (273, 4, 8 + 2 + 12 * 9 + 4), (277, 3, 1), (278, 4, 2), (279, 4, len(rows))]  # fmt: skip
+    body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + body + bytes(4) + rows
+
+
+def test_twelve_bits_are_scaled_by_theirs_and_white_zeros_are_refused(tmp_path):
+    twelve = tiff(12, 1, bytes([0x00, 0x0F, 0xFF, 0x80, 0x00, 0x00]))  # 0x000, 0xFFF; 0x800, 0x000
+    assert ImageSet(write(tmp_path, {"x.tif": twelve})).images([0]).flatten().tolist() == [0, 255, 128, 0]
+    write(tmp_path, {"x.tif": tiff(16, 0, bytes(8))})
+    with pytest.raises(UserError, match=r"x\.tif cannot be read .*whose 0 is white"):
+        ImageSet(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_pixels_of_32_bits_are_refused(tmp_path, dtype):
     PIL.Image.fromarray((RAMP / 65535).astype(dtype)).save(tmp_path / "x.tif")

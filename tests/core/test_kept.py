@@ -104,6 +104,12 @@ def test_evaluations_that_share_a_folder_leave_each_other_alone(tmp_path):
     assert not tmp_path.exists()
 
 
+def test_other_metrics_of_the_same_images_are_another_evaluation(tmp_path):
+    run(make_evaluator(("fid",)), Counting.fresh(), tmp_path)
+    run(make_evaluator(("fid", "is")), Counting.fresh(), tmp_path)
+    assert len(list(tmp_path.glob("partial-*/rank-000.pt"))) == 2
+
+
 def test_the_same_evaluation_started_twice_ends_twice(tmp_path):
     """The second ends in the middle of the first, and clears the folder under it."""
     slow, fast = make_evaluator(), make_evaluator()

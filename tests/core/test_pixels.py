@@ -14,9 +14,11 @@ from neon_files.errors import UserError
 from neon_imm.latents import RgbCodec, to_pixels
 from neon_metrics.evaluate import Evaluator
 from neon_metrics.reference import Reference
+from neon_run.row import Grid
+from neon_run.search.find import _official
 from neon_run.search.growing import GrowingSweep
 from neon_run.search.quick import Axis, search
-from neon_run.search.sweep import Sweep, early_stopped_grid
+from neon_run.search.sweep import BASE, Sweep, early_stopped_grid
 from neon_var.sampler import to_uint8 as var_cast
 from neon_xar.vae import to_uint8 as xar_cast
 
@@ -93,5 +95,22 @@ def test_a_search_walks_around_what_is_not_finite():
     assert abs(found.best.w - 1.3) < 0.3 and any(math.isinf(p.fid) for p in found.points)
     with pytest.raises(UserError, match="no setting of the search gave finite images"):
         search(lambda *_: math.inf, {"a": 1.0}, w, None)
-    with pytest.raises(UserError, match="no setting of the search gave finite images"):
-        early_stopped_grid(["a"], [1.0, 2.0], [None], lambda *_: math.inf)
+
+
+def test_a_broken_snapshot_does_not_end_a_search():
+    """Whichever it is: every image of one of the three is not finite."""
+    w, g = Axis(low=0.0, high=4.0, start=2.0, step=1.0), Axis(low=1.0, high=3.0, start=2.0, step=0.5)
+    for broken in "abc":
+        fid = lambda s, w, g, n: math.inf if s == broken else (w - 1.3) ** 2 + (g - 1.8) ** 2 + 2  # noqa: B023, E731
+        best = search(fid, dict.fromkeys("abc", 1.0), w, g).best
+        assert best.snapshot != broken and abs(best.w - 1.3) < 0.3 and abs(best.guidance - 1.8) < 0.3
+
+
+def test_the_official_grid_goes_on_from_a_broken_snapshot():
+    grid = Grid(ws=(1.0, 2.0), guidances=(None,), num_images=10)
+    fid = lambda s, w, g, n: math.inf if s == "a" else w  # noqa: E731
+    assert _official(grid, ["a", "b"], fid, 10)[0] == ("b", 1.0, None)
+    for broken, message in ((("a",), "no setting of the search"), (("a", BASE), "the base's own images")):
+        fid = lambda s, w, g, n: math.inf if s in broken else w  # noqa: B023, E731
+        with pytest.raises(UserError, match=message):
+            _official(grid, ["a"], fid, 10)
