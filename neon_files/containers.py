@@ -1,7 +1,8 @@
 """What is inside a weight file, told by its content: the name says nothing.
 
-`open_weights` knows the published containers (torch zip and legacy, pickled networks, safetensors), the ways in which
-training scripts nest and prefix a state dict, and gives its tensors one at a time. Nothing in a file is executed.
+`open_weights` knows the published containers (torch zip and legacy, pickled networks, safetensors, folders of
+distributed checkpoints) and the ways in which training scripts nest a state dict, and gives its tensors one at a time.
+Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Weights:
 
     path: Path
     container: str  # torch | torch-legacy | pickle | safetensors | distributed
-    tensors: dict[str, LazyTensor]
+    tensors: dict[str, LazyTensor]  # described, not read
     config: dict[str, Any] | None = None  # {"class": ..., "args": [...], "kwargs": {...}}: how the network was made
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # choices that the user should hear of
