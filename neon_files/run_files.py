@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from filelock import FileLock, SoftFileLock, Timeout
 
-from neon_files.atomic import sha256_file, write_json
+from neon_files.atomic import atomic_path, sha256_file, write_json
 from neon_files.errors import UserError, say
 
 T = TypeVar("T")
@@ -152,8 +152,9 @@ def one_run(folder: str | Path) -> Iterator[None]:
     owner = folder / ".run.owner"
     lock = _lock(folder, owner)
     try:
-        owner.write_text(f"{socket.gethostname()}, pid {os.getpid()}", encoding="utf-8")
         remove_temporaries(folder)
+        with atomic_path(owner) as temporary:
+            temporary.write_text(f"{socket.gethostname()}, pid {os.getpid()}", encoding="utf-8")
         yield
     finally:
         for path in (owner, Path(lock.lock_file)):  # while it is held: who waits for it sees that it is gone

@@ -135,6 +135,19 @@ def test_a_second_run_in_a_folder_is_refused_and_told_whose_it_is(tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_a_full_disk_at_the_start_is_one_sentence_and_leaves_no_lock(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="not written, the disk is full"):
+        patch.setattr(os, "fsync", full)
+        with one_run(tmp_path):
+            raise AssertionError("started")
+    assert os.listdir(tmp_path) == []
+    with one_run(tmp_path):
+        pass
+
+
 def test_a_start_removes_what_killed_writes_left_wherever_it_lies(tmp_path):
     left = [".state.pt.host-12-0.part", "a/b/.x.png.other.host-1-3.part"]
     kept = ["mine.part", "a/.hidden.part", "a/state.pt"]
