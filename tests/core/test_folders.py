@@ -294,6 +294,17 @@ def test_files_that_may_be_weights_must_be_equal_in_both(tmp_path, name, there):
     assert not (tmp_path / "out").exists()
 
 
+def test_archive_with_damaged_names_is_no_weight_file(tmp_path):
+    base, syn = two_folders(tmp_path, "x.dat")
+    archive = (base / "x.dat").read_bytes()
+    start = archive.index(b"PK\x01\x02") + 46  # the first name in the archive's directory
+    (base / "x.dat").write_bytes(
+        archive[: start - 38] + b"\0\x08" + archive[start - 36 : start] + b"\xee" + archive[start + 1 :]
+    )
+    with pytest.raises(UserError, match=r"x\.dat: differs between the two folders"):
+        merge_folders(base, syn, 1.5, tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["x.npz", "spiece.model", "x.dat", "deep/x.msgpack"])
 def test_unknown_files_that_are_equal_are_copied(tmp_path, name):
     base, syn = two_folders(tmp_path, "second.pt")
