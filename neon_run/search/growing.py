@@ -115,14 +115,12 @@ class GrowingSweep(Sweep):
             return part
 
         kept = KeptWork(self.out_dir / "partial", {**what, "start": start, "count": count})
-        part = evaluate(
-            self.backbone,
-            seeds[start:count],
-            new_accumulator,
-            settings=settings,
-            batch_size=self.batch_size,
-            kept=kept,
-        )
+        options = {"settings": settings, "batch_size": self.batch_size, "kept": kept}
+        try:
+            part = evaluate(self.backbone, seeds[start:count], new_accumulator, **options)
+        except NotFiniteImages:  # a point of infinite FID, which nothing goes on from
+            kept.clear()
+            raise
         if is_main():
             if total is None:
                 total = part
