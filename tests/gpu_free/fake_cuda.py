@@ -1,0 +1,200 @@
+"""A GPU that is not there: tensors on "cuda" without numbers, and a record of what a real one would have had to do.
+
+Tensors on "cuda" are fake (shapes, dtypes and devices only) while those on the CPU stay real, so that the product's own
+code runs as it does on a GPU. Mixed devices and wrong dtypes raise as they would there. Stubbed are only generators, the
+state of random numbers, and the questions that need a driver.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+GPU = torch.device("cuda", 0)
+GIB = 2**30
+aten = torch.ops.aten
+
+# No kernel: allocations, and what only changes how a storage is looked at (views are known by their schema).
+SILENT = {
+    f"aten::{name}"
+    for name in (
+        "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted", "resize_",
+        "detach", "lift_fresh", "alias", "_unsafe_view", "_reshape_alias", "set_",
+    )
+} | {"prim::device"}  # fmt: skip
+DATA_DEPENDENT = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal", "aten::repeat_interleave"}
+# One mode for the whole process: what a cache of the product keeps from one test must fit into the next.
+FAKE = FakeTensorMode()
+
+
+class Generator(torch.Generator):
+    """Says that it lives on the GPU. Draws nothing: fake tensors have no numbers."""
+
+    @property
+    def device(self) -> torch.device:
+        return GPU
+
+
+def _generator(device: torch.device | str = "cpu") -> torch.Generator:
+    return Generator() if torch.device(device).type == "cuda" else _RealGenerator(device)
+
+
+_RealGenerator = torch.Generator
+
+
+class Record(TorchDispatchMode):
+    """What was asked of the GPU since the last `reset`."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = 0  # bytes of all storages on the GPU
+        self._known: set[int] = set()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the counts; storages that live stay counted, and are the new peak."""
+        self.ops: Counter[str] = Counter()
+        self.launches = 0  # kernels and copies; views and allocations are none
+        self.syncs: Counter[str] = Counter()  # where the CPU waits for a number
+        self.uploads = 0  # copies from the CPU
+        self.weight_casts = 0  # conversions of a parameter to another dtype
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in _flat(args) if isinstance(x, Tensor)]
+        fake = any(isinstance(x, FakeTensor) for x in tensors)
+        if not fake and not _on_gpu(kwargs.get("device")):
+            return func(*args, **kwargs)
+        name = func._schema.name
+        if name == "prim::device":
+            return tensors[0].fake_device
+        if "generator" in kwargs:
+            kwargs["generator"] = None
+        if name not in SILENT and not func.is_view:
+            self._note(name, tensors, kwargs)
+        if name == "aten::_local_scalar_dense":
+            return 1.0 if tensors[0].dtype.is_floating_point else 1  # true, finite, positive
+        if len([x for x in tensors if isinstance(x, FakeTensor)]) < len(tensors):
+            args, kwargs = tree_map(_faked, (args, kwargs))
+        with FAKE:
+            out = func(*args, **kwargs)
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, FakeTensor) and x.fake_device.type == "cuda":
+                self._track(x)
+        return out
+
+    def _note(self, name: str, tensors: list[Tensor], kwargs: dict) -> None:
+        on_gpu = [isinstance(x, FakeTensor) and x.fake_device.type == "cuda" for x in tensors]
+        target = kwargs.get("device")
+        if name == "aten::_local_scalar_dense" or name in DATA_DEPENDENT:
+            self.syncs[name] += 1
+        elif any(on_gpu) and ((target and not _on_gpu(target)) or (name == "aten::copy_" and not on_gpu[0])):
+            self.syncs["copy to the CPU"] += 1
+        elif any(not gpu and x.dim() for gpu, x in zip(on_gpu, tensors, strict=True)) or (not any(on_gpu) and tensors):
+            self.uploads += 1
+        elif name == "aten::_to_copy" and isinstance(tensors[0], torch.nn.Parameter):
+            self.weight_casts += 1
+        self.ops[name] += 1
+        self.launches += 1
+
+    def _track(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _on_gpu(device: torch.device | str | None) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def _flat(args) -> Iterator:
+    """The arguments, and the elements of those that are lists."""
+    for x in args:
+        if isinstance(x, (list, tuple)):
+            yield from x
+        else:
+            yield x
+
+
+def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **rest):
+    """The kernel that a GPU takes: flash in half precision without a mask, else the memory-efficient one. (Which one it
+    is, PyTorch asks the device itself, and without one it computes the whole matrix of weights.)"""
+    if q.device.type != "cuda":
+        return _real_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **rest)
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        q, k, v, attn_mask = (x if x is None or x.dtype == dtype else x.to(dtype) for x in (q, k, v, attn_mask))
+    if attn_mask is None and q.dtype != torch.float32 and q.shape[-1] <= 256:
+        return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, keep, dropout_p, is_causal, scale=scale)[0]
+
+
+_real_attention = torch.nn.functional.scaled_dot_product_attention
+
+
+def _faked(x):
+    return FAKE.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) and not isinstance(x, FakeTensor) else x
+
+
+@contextmanager
+def fake_cuda() -> Iterator[Record]:
+    """Inside, "cuda" is a device with fake tensors; yields the record of what is done there."""
+    torch._C._ensureCUDADeviceGuardSet()  # a guard that changes no device, where there is no driver
+    state = torch.zeros(16, dtype=torch.uint8)
+    with ExitStack() as stack:
+        for place, name, value in (
+            (torch, "Generator", _generator),
+            (torch.nn.functional, "scaled_dot_product_attention", _attention),
+            (torch.cuda, "_lazy_init", lambda: None),
+            (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "device_count", lambda: 1),
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+            (torch.cuda, "get_rng_state", lambda *_: state),
+            (torch.cuda, "set_rng_state", lambda *_: None),
+            (torch.cuda, "manual_seed_all", lambda *_: None),
+            (torch.cuda, "manual_seed", lambda *_: None),
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        ):
+            stack.enter_context(mock.patch.object(place, name, value))
+        before = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda"): made on the CPU, then copied
+        stack.callback(torch._C._set_only_lift_cpu_tensors, before)
+        yield stack.enter_context(Record())
+
+
+def to_gpu(module: torch.nn.Module, memory_format: torch.memory_format = torch.contiguous_format) -> torch.nn.Module:
+    """`module` (built on the meta device) on the fake GPU. A later `.to` finds it there: fake parameters do not move."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                wanted = memory_format if parameter.dim() == 4 else torch.contiguous_format
+                value = torch.empty_like(parameter, device=GPU, memory_format=wanted)
+                part._parameters[name] = torch.nn.Parameter(value, parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else torch.empty_like(buffer, device=GPU)
+    module.to = lambda *_, **__: module
+    return module

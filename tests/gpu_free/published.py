@@ -1,0 +1,120 @@
+"""Every published network at its full size behind its backbone, on the fake GPU: shapes, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fake_cuda import GPU, to_gpu
+
+from neon_core.backbone import Backbone, Recipe
+from neon_core.kl_vae import AutoencoderKL
+from neon_edm.backbone import EDMBackbone, augmentation
+from neon_edm.precond import build_network as edm_network
+from neon_edm.recipes import RECIPES as EDM
+from neon_imm.backbone import IMMBackbone
+from neon_imm.latents import RgbCodec, VaeCodec
+from neon_imm.precond import build_network as imm_network
+from neon_imm.recipes import RECIPES as IMM
+from neon_imm.vae_files import SD_VAE_CONFIG
+from neon_var.backbone import VARBackbone
+from neon_var.recipes import ARCHITECTURES, tokenizer
+from neon_var.recipes import RECIPES as VAR_RECIPES
+from neon_var.var import VAR
+from neon_var.vqvae import VQVAE
+from neon_xar.backbone import XARBackbone
+from neon_xar.recipes import RECIPES as XAR_RECIPES
+from neon_xar.xar import build as xar_network
+
+# What the published pickles of EDM say about themselves (Karras et al. 2022, table 7, DDPM++).
+DDPMPP: dict[str, Any] = {
+    "img_channels": 3, "model_type": "SongUNet", "embedding_type": "positional", "encoder_type": "standard",
+    "decoder_type": "standard", "channel_mult_noise": 1, "resample_filter": [1, 1], "model_channels": 128,
+    "augment_dim": 9,
+}  # fmt: skip
+EDM_KWARGS = {
+    "cifar10_cond": DDPMPP | {"img_resolution": 32, "label_dim": 10, "channel_mult": [2, 2, 2], "dropout": 0.13},
+    "cifar10_uncond": DDPMPP | {"img_resolution": 32, "label_dim": 0, "channel_mult": [2, 2, 2], "dropout": 0.13},
+    "ffhq64": DDPMPP | {"img_resolution": 64, "label_dim": 0, "channel_mult": [1, 2, 2, 2], "dropout": 0.05},
+}
+
+
+def _built(make: Callable[..., torch.nn.Module], *args, memory_format=torch.contiguous_format, **kwargs) -> Any:
+    with torch.device("meta"):
+        module = make(*args, **kwargs)
+    return to_gpu(module, memory_format)
+
+
+def var(name: str) -> VARBackbone:
+    architecture = ARCHITECTURES[name]
+    kwargs = architecture.network()
+    net, vae = _built(VAR, **kwargs), _built(VQVAE, **tokenizer(architecture.patch_nums))
+    return VARBackbone(net.eval().requires_grad_(False), vae.eval().requires_grad_(False), kwargs)
+
+
+def xar(name: str) -> XARBackbone:
+    net = _built(xar_network, name, attn_dropout=0.1, proj_dropout=0.1)
+    return XARBackbone(net.eval().requires_grad_(False), _built(AutoencoderKL))
+
+
+def edm(name: str, use_fp16: bool = False) -> EDMBackbone:
+    kwargs = EDM_KWARGS[name] | {"use_fp16": use_fp16}
+    net = _built(edm_network, "EDMPrecond", kwargs, memory_format=torch.channels_last)
+    return EDMBackbone(net, {"class": "EDMPrecond", "kwargs": kwargs}, GPU, augment=augmentation(EDM[name].augment))
+
+
+def imm(name: str) -> IMMBackbone:
+    recipe = IMM[name]
+    config = {"class": "IMMPrecond", "kwargs": recipe.network}
+    codec, codec_name = RgbCodec(), ""
+    if recipe.latent:
+        vae = _built(
+            lambda: AutoencoderKL.from_diffusers_config(SD_VAE_CONFIG).half(), memory_format=torch.channels_last
+        )
+        codec, codec_name = VaeCodec(vae.eval().requires_grad_(False), dtype=torch.float16), "sd"
+    return IMMBackbone(_built(imm_network, config), codec, recipe.loss, config, codec_name)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row, the batch of its sampling, and what a sampling call takes."""
+
+    build: Callable[[], Backbone]
+    recipe: Recipe
+    batch: int
+    settings: dict[str, Any]
+    steps: str = ""  # the setting that the cost is linear in; "": there is none
+    calls: Callable[[int], int] = lambda steps: steps  # network calls of a batch
+
+    def sampling(self, backbone: Backbone, **changes: Any) -> torch.Tensor:
+        """uint8 images of one batch."""
+        settings = self.settings | changes
+        seeds = list(range(self.batch))
+        labels = torch.zeros(self.batch, dtype=torch.int64) if backbone.num_classes else None
+        return backbone.sample(seeds, labels, **settings)
+
+
+def _row(build: Callable[[str], Backbone], recipes: dict, name: str, batch: int, steps: str = "", calls=None, **more):
+    recipe = recipes[name]
+    calls = calls or (lambda steps: steps)
+    return Published(lambda: build(name), recipe, batch, recipe.evaluate | more, steps, calls)
+
+
+def _var_row(name: str, batch: int) -> Published:
+    scales = len(ARCHITECTURES[name].patch_nums)
+    return _row(var, VAR_RECIPES, name, batch, calls=lambda _: scales)
+
+
+# fmt: off
+ROWS: dict[str, Published] = {
+    "var/imagenet_256": _var_row("imagenet_256", 64),
+    "var/imagenet_512": _var_row("imagenet_512", 32),
+    **{f"xar/{name}": _row(xar, XAR_RECIPES, name, 32, "flow_steps", lambda steps: 4 * steps)
+       for name in ("xar_base", "xar_large", "xar_huge")},
+    **{f"edm/{name}": _row(edm, EDM, name, 64, "num_steps", lambda steps: 2 * steps - 1) for name in EDM_KWARGS},
+    "imm/imagenet_256": _row(imm, IMM, "imagenet_256", 64, "num_steps", precision="fp16"),
+    "imm/cifar10": _row(imm, IMM, "cifar10", 64, calls=lambda _: 2, precision="fp16"),
+}
+# fmt: on
