@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
 GPU = torch.device("cuda", 0)
+META = torch.device("meta")
 GIB = 2**30
 aten = torch.ops.aten
 
@@ -52,10 +53,16 @@ _RealGenerator = torch.Generator
 
 
 class Record(TorchDispatchMode):
-    """What was asked of the GPU since the last `reset`."""
+    """What was asked of the GPU since the last `reset`.
+
+    A backward pass runs on streams of the device, which there are none of. So autograd is told that its tensors are on
+    "meta", for which it wants none; everything else is told the truth.
+    """
 
     def __init__(self):
         super().__init__()
+        self.graph_only = False  # does only autograd ask for devices now?
+        self._fresh: set[int] = set()  # outputs of the last operation that autograd is about to enter into its graph
         self.live = 0  # bytes of all storages on the GPU
         self._known: set[int] = set()
         self.reset()
@@ -71,13 +78,19 @@ class Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if kwargs.get("device") == META:  # C++ was told so, below
+            kwargs["device"] = GPU
         tensors = [x for x in _flat(args) if isinstance(x, Tensor)]
         fake = any(isinstance(x, FakeTensor) for x in tensors)
         if not fake and not _on_gpu(kwargs.get("device")):
             return func(*args, **kwargs)
         name = func._schema.name
-        if name == "prim::device":
-            return tensors[0].fake_device
+        if name == "prim::device":  # C++ asks: autograd about a tensor that it enters into its graph, autocast about any
+            entered = self.graph_only or id(tensors[0]) in self._fresh
+            self._fresh.discard(id(tensors[0]))
+            return META if entered else tensors[0].fake_device
+        if name == "aten::_to_copy" and _changes_nothing(tensors[0], kwargs):
+            func, kwargs, name = aten.alias.default, {}, "aten::alias"
         if "generator" in kwargs:
             kwargs["generator"] = None
         if name not in SILENT and not func.is_view:
@@ -88,10 +101,19 @@ class Record(TorchDispatchMode):
             args, kwargs = tree_map(_faked, (args, kwargs))
         with FAKE:
             out = func(*args, **kwargs)
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, FakeTensor) and x.fake_device.type == "cuda":
+        outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, FakeTensor)]
+        for x in outputs:
+            if x.fake_device.type == "cuda":
                 self._track(x)
+        entered = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        self._fresh = {id(x) for x in outputs} if entered else set()
         return out
+
+    def leaves(self, parameters: Iterable[Tensor]) -> None:
+        """Enter parameters into autograd's graph, before anything else can ask for their device."""
+        self.graph_only = True
+        self.accumulators = [p.expand_as(p).grad_fn.next_functions[0][0] for p in parameters]
+        self.graph_only = False
 
     def _note(self, name: str, tensors: list[Tensor], kwargs: dict) -> None:
         on_gpu = [isinstance(x, FakeTensor) and x.fake_device.type == "cuda" for x in tensors]
@@ -127,6 +149,13 @@ def _on_gpu(device: torch.device | str | None) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
+def _changes_nothing(x: FakeTensor, kwargs: dict) -> bool:
+    """Does `.to(...)` ask for what x is already? (On a GPU C++ sees that by itself.)"""
+    device, dtype = kwargs.get("device"), kwargs.get("dtype")
+    same = (device is None or torch.device(device).type == x.device.type) and dtype in (None, x.dtype)
+    return device is not None and same and kwargs.get("memory_format") in (None, torch.preserve_format)
+
+
 def _flat(args) -> Iterator:
     """The arguments, and the elements of those that are lists."""
     for x in args:
@@ -152,6 +181,7 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=No
     return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, keep, dropout_p, is_causal, scale=scale)[0]
 
 
+_real_backward = torch.autograd.backward
 _real_attention = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -183,18 +213,34 @@ def fake_cuda() -> Iterator[Record]:
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda"): made on the CPU, then copied
         stack.callback(torch._C._set_only_lift_cpu_tensors, before)
-        yield stack.enter_context(Record())
+        record = Record()
+
+        def backward(*args, **kwargs):
+            record.graph_only = True
+            try:
+                return _real_backward(*args, **kwargs)
+            finally:
+                record.graph_only = False
+
+        stack.enter_context(mock.patch.object(torch.autograd, "backward", backward))
+        yield stack.enter_context(record)
 
 
-def to_gpu(module: torch.nn.Module, memory_format: torch.memory_format = torch.contiguous_format) -> torch.nn.Module:
-    """`module` (built on the meta device) on the fake GPU. A later `.to` finds it there: fake parameters do not move."""
+def built(
+    make: Callable[..., torch.nn.Module], *args, memory_format: torch.memory_format = torch.contiguous_format, **kwargs
+) -> torch.nn.Module:
+    """The module make(*args, **kwargs) on the fake GPU. A later `.to` leaves it there: fake parameters do not move."""
+    with _disable_current_modes(), torch.device("meta"):
+        module = make(*args, **kwargs)
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 wanted = memory_format if parameter.dim() == 4 else torch.contiguous_format
-                value = torch.empty_like(parameter, device=GPU, memory_format=wanted)
+                value = torch.empty_strided(
+                    parameter.shape, torch.empty_like(parameter, memory_format=wanted).stride(), dtype=parameter.dtype, device=GPU
+                )
                 part._parameters[name] = torch.nn.Parameter(value, parameter.requires_grad)
         for name, buffer in part._buffers.items():
-            part._buffers[name] = None if buffer is None else torch.empty_like(buffer, device=GPU)
+            part._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype, device=GPU)
     module.to = lambda *_, **__: module
     return module

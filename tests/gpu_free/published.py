@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from fake_cuda import GPU, to_gpu
+from fake_cuda import GPU, Record, built
 
 from neon_core.backbone import Backbone, Recipe
 from neon_core.kl_vae import AutoencoderKL
+from neon_core.selftrain import FineTune
 from neon_edm.backbone import EDMBackbone, augmentation
 from neon_edm.precond import build_network as edm_network
 from neon_edm.recipes import RECIPES as EDM
@@ -41,27 +42,21 @@ EDM_KWARGS = {
 }
 
 
-def _built(make: Callable[..., torch.nn.Module], *args, memory_format=torch.contiguous_format, **kwargs) -> Any:
-    with torch.device("meta"):
-        module = make(*args, **kwargs)
-    return to_gpu(module, memory_format)
-
-
 def var(name: str) -> VARBackbone:
     architecture = ARCHITECTURES[name]
     kwargs = architecture.network()
-    net, vae = _built(VAR, **kwargs), _built(VQVAE, **tokenizer(architecture.patch_nums))
+    net, vae = built(VAR, **kwargs), built(VQVAE, **tokenizer(architecture.patch_nums))
     return VARBackbone(net.eval().requires_grad_(False), vae.eval().requires_grad_(False), kwargs)
 
 
 def xar(name: str) -> XARBackbone:
-    net = _built(xar_network, name, attn_dropout=0.1, proj_dropout=0.1)
-    return XARBackbone(net.eval().requires_grad_(False), _built(AutoencoderKL))
+    net = built(xar_network, name, attn_dropout=0.1, proj_dropout=0.1)
+    return XARBackbone(net.eval().requires_grad_(False), built(AutoencoderKL))
 
 
 def edm(name: str, use_fp16: bool = False) -> EDMBackbone:
     kwargs = EDM_KWARGS[name] | {"use_fp16": use_fp16}
-    net = _built(edm_network, "EDMPrecond", kwargs, memory_format=torch.channels_last)
+    net = built(edm_network, "EDMPrecond", kwargs, memory_format=torch.channels_last)
     return EDMBackbone(net, {"class": "EDMPrecond", "kwargs": kwargs}, GPU, augment=augmentation(EDM[name].augment))
 
 
@@ -70,11 +65,11 @@ def imm(name: str) -> IMMBackbone:
     config = {"class": "IMMPrecond", "kwargs": recipe.network}
     codec, codec_name = RgbCodec(), ""
     if recipe.latent:
-        vae = _built(
+        vae = built(
             lambda: AutoencoderKL.from_diffusers_config(SD_VAE_CONFIG).half(), memory_format=torch.channels_last
         )
         codec, codec_name = VaeCodec(vae.eval().requires_grad_(False), dtype=torch.float16), "sd"
-    return IMMBackbone(_built(imm_network, config), codec, recipe.loss, config, codec_name)
+    return IMMBackbone(built(imm_network, config), codec, recipe.loss, config, codec_name)
 
 
 @dataclass(frozen=True)
@@ -94,6 +89,27 @@ class Published:
         seeds = list(range(self.batch))
         labels = torch.zeros(self.batch, dtype=torch.int64) if backbone.num_classes else None
         return backbone.sample(seeds, labels, **settings)
+
+    def fine_tune(self, backbone: Backbone, precision: str | None = None, **parallel: Any) -> FineTune:
+        """The fine-tune of the row, one micro batch a step."""
+        train = self.recipe.train
+        settings = replace(train, batch_size=train.micro_batch_size, precision=precision or train.precision)
+        return FineTune(backbone, settings, GPU, **parallel)
+
+
+def training_step(run: FineTune, record: Record) -> None:
+    """Prepare, encode, loss, backward, optimizer step."""
+    backbone, size = run.backbone, run.settings.micro_batch_size
+    image = torch.zeros(1, 3, backbone.img_size, backbone.img_size, dtype=torch.uint8)
+    with torch.no_grad():
+        prepared = backbone.prepare(image.to(GPU) if backbone.prepared_key else image)
+    prepared = prepared.expand(size, *prepared.shape[1:])
+    labels = torch.zeros(size, dtype=torch.int64).to(GPU) if backbone.num_classes else None
+    generator = torch.Generator(GPU)
+    with torch.no_grad():
+        x = backbone.encode(prepared.to(GPU), generator)
+    record.leaves(backbone.net.parameters())
+    run.step([(x, labels, generator)])
 
 
 def _row(build: Callable[[str], Backbone], recipes: dict, name: str, batch: int, steps: str = "", calls=None, **more):
