@@ -1,11 +1,12 @@
-"""How exactly float32 is computed on a GPU."""
+"""In which precision a network computes: float32 on a GPU, and weights in half precision."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 TF32 = ("none", "conv", "all")  # nowhere, in cuDNN's convolutions (PyTorch's default), in cuBLAS' products too
 
@@ -28,3 +29,29 @@ def float32_precision(tf32: str) -> Iterator[None]:
     finally:
         for place, old in zip(places, before, strict=True):
             setattr(place, name, old)
+
+
+def autocast_dtype(device: torch.device | str) -> torch.dtype | None:
+    """What autocast computes matrix products in on such a device; None where it is off."""
+    kind = torch.device(device).type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def product_layers(net: nn.Module) -> list[nn.Module]:
+    """Its linear layers and convolutions, whose weights autocast converts."""
+    return [module for module in net.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+
+
+@contextmanager
+def weights_as(dtype: torch.dtype | None, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """The layers' own parameters and buffers are held in `dtype` inside the block (None: as they are), for a sampling
+    call: autocast keeps what it converts only where a gradient is wanted, and converts a frozen weight at every use."""
+    tensors = [t for layer in layers for t in (*layer.parameters(False), *layer.buffers(False))] if dtype else []
+    before = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data

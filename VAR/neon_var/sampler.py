@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from neon_core.pixels import check_finite
+from neon_core.precision import autocast_dtype, product_layers, weights_as
 from neon_core.seeds import PerImageRandom
 from neon_var.quantizer import MultiScaleQuantizer
 from neon_var.var import VAR
@@ -75,7 +76,8 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
     if top_k > 0:
         values, order = logits.topk(min(top_k + 1, logits.shape[-1]) if top_p > 0 else top_k, dim=-1)
         kth = values[..., top_k - 1 : top_k]
-        tied = top_p > 0 and values.shape[-1] > top_k and bool((values[..., top_k:] == kth).any())
+        # On a GPU the answer would have to be waited for, and sorting all costs less.
+        tied = top_p > 0 and values.shape[-1] > top_k and (logits.is_cuda or bool((values[..., top_k:] == kth).any()))
         if top_p > 0 and not tied:  # the sorted survivors are at hand: far fewer than V
             candidates = values[..., :top_k].flip(-1), order[..., :top_k].flip(-1)
         else:
@@ -153,10 +155,13 @@ def sample_images(
     **settings,
 ) -> Tensor:
     """Images in [0, 1], [B, 3, 16P, 16P] in the autocast type; `decode_batch` images at a time through the decoder."""
-    for result in sample_scales(var, vae.quantize, labels, noise, **settings):
-        f_hat = result.f_hat
-        del result  # before the next scale needs the memory
-    return torch.cat([(vae.decode(part) + 1) * 0.5 for part in f_hat.split(decode_batch or len(f_hat))])
+    dtype = autocast_dtype(labels.device)
+    with weights_as(dtype, [*var.autocast_layers(), *product_layers(vae.quantize)]):
+        for result in sample_scales(var, vae.quantize, labels, noise, **settings):
+            f_hat = result.f_hat
+            del result  # before the next scale needs the memory
+    with weights_as(dtype, product_layers(vae.decoder)):
+        return torch.cat([(vae.decode(part) + 1) * 0.5 for part in f_hat.split(decode_batch or len(f_hat))])
 
 
 def to_uint8(images: Tensor, rounding: str = "truncate") -> Tensor:

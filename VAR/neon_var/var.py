@@ -15,14 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neon_core.precision import autocast_dtype, product_layers
+
 MAX_LOG_SCALE = math.log(100)  # of the learned attention temperature
-Modulation = tuple[Tensor, ...]  # gamma1, gamma2, scale1, scale2, shift1, shift2, each [B, 1, D]
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product of x gives: the autocast type where autocast is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+Modulation = tuple[Tensor, ...]  # gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2, each [B, 1, D]
 
 
 class SelfAttention(nn.Module):
@@ -40,22 +36,39 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.softmax_scale = 1.0 if l2_norm else 0.25 / math.sqrt(width // num_heads)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: tuple[Tensor, Tensor] | None, start: int) -> Tensor:
-        """x [B, l, D] -> [B, l, D]. `mask` is additive [1, 1, l, l]. A `cache` of keys and values [B, H, L, c] holds
-        the `start` tokens before x, all of which x may read; x's own are written behind them."""
-        B, l, D = x.shape
+    def constants(self) -> tuple[Tensor, Tensor | None]:
+        """What no input changes: the bias of q, k and v [3D], and the temperatures [1, H, 1, 1]."""
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+        return bias, self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp() if self.l2_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cache: tuple[Tensor, Tensor] | None,
+        start: int,
+        constants: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """x [B, l, D] -> [B, l, D]. `mask` is additive [1, 1, l, l]. A `cache` of keys and values [B, H, L', c] holds
+        the `start` tokens before x, all of which x may read; x's own are written behind them, if there is room."""
+        B, l, D = x.shape
+        bias, temperature = constants or self.constants()
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(B, l, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, l, c]
+        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # [., B, H, l, c]
+        v = v[0]
         if self.l2_norm:
-            temperature = self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp()
-            q = (F.normalize(q, dim=-1) * temperature).to(v.dtype)
-            k = F.normalize(k, dim=-1).to(v.dtype)
+            q, k = F.normalize(qk, dim=-1)
+            q, k = (q * temperature).to(v.dtype), k.to(v.dtype)
+        else:
+            q, k = qk
         if cache is not None:
             keys, values = cache
-            keys[:, :, start : start + l] = k
-            values[:, :, start : start + l] = v
-            k, v = keys[:, :, : start + l], values[:, :, : start + l]
+            if start == keys.shape[2]:  # the last scale, whose tokens nothing reads again
+                k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
+            else:
+                keys[:, :, start : start + l] = k
+                values[:, :, start : start + l] = v
+                k, v = keys[:, :, : start + l], values[:, :, : start + l]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.softmax_scale)
         return self.proj(out.transpose(1, 2).reshape(B, l, D))
 
@@ -97,7 +110,8 @@ class Block(nn.Module):
     def modulation(self, cond: Tensor) -> Modulation:
         """From the class embedding [B, D], or from the shared projection [B, 1, 6, D]."""
         six = self.ada_gss + cond if cond.dim() == 4 else self.ada_lin(cond).view(-1, 1, 6, self.width)
-        return six.unbind(2)
+        gammas, scales, shifts = six.split(2, dim=2)
+        return (*gammas.unbind(2), *(1 + scales).unbind(2), *shifts.unbind(2))
 
     def forward(
         self,
@@ -108,17 +122,19 @@ class Block(nn.Module):
         cache: tuple[Tensor, Tensor] | None = None,
         start: int = 0,
         keep: Tensor | None = None,
+        constants: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
-        """x [B, l, D] -> [B, l, D]. `modulation` spares its computation from `cond`; `keep` [2, B] drops branches."""
+        """x [B, l, D] -> [B, l, D]. `modulation` spares its computation from `cond`, `constants` that of the
+        attention's; `keep` [2, B] drops branches."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation or self.modulation(cond)
         keep_attn, keep_ffn = (None, None) if keep is None else keep
 
         def norm(x: Tensor) -> Tensor:
             return F.layer_norm(x, (self.width,), eps=self.eps)
 
-        attended = self.attn(norm(x) * (1 + scale1) + shift1, mask, cache, start)
+        attended = self.attn(norm(x) * scale1 + shift1, mask, cache, start, constants)
         x = x + _keep(attended * gamma1, keep_attn, self.drop_path)
-        return x + _keep(self.ffn(norm(x) * (1 + scale2) + shift2) * gamma2, keep_ffn, self.drop_path)
+        return x + _keep(self.ffn(norm(x) * scale2 + shift2) * gamma2, keep_ffn, self.drop_path)
 
 
 class HeadNorm(nn.Module):
@@ -130,12 +146,13 @@ class HeadNorm(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def modulation(self, cond: Tensor) -> Modulation:
-        """(scale, shift), each [B, 1, D]."""
-        return self.ada_lin(cond).view(-1, 1, 2, self.width).unbind(2)
+        """(1 + scale, shift), each [B, 1, D]."""
+        scale, shift = self.ada_lin(cond).view(-1, 1, 2, self.width).unbind(2)
+        return 1 + scale, shift
 
     def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
         scale, shift = modulation
-        return F.layer_norm(x, (self.width,), eps=self.eps) * (1 + scale) + shift
+        return F.layer_norm(x, (self.width,), eps=self.eps) * scale + shift
 
 
 @dataclass
@@ -146,7 +163,8 @@ class Context:
     positions: Tensor  # [1, L, D], level and position embeddings
     modulations: list[Modulation]  # per block
     head_modulation: Modulation
-    caches: list[tuple[Tensor, Tensor]]  # per block: keys, values [B, H, L, c]
+    caches: list[tuple[Tensor, Tensor]]  # per block: keys, values [B, H, L', c] of all scales but the last
+    constants: list[tuple[Tensor, Tensor | None]]  # per block, of its attention
     scale: int = 0  # the next one
     length: int = 0  # tokens of the scales before
 
@@ -241,7 +259,7 @@ class VAR(nn.Module):
             x = torch.cat((x, self.word_embed(inputs.float())), dim=1) + self.positions()[:, :l]
             mask = self.attn_bias_for_masking[:, :, :l, :l]
         # Half precision keeps the whole residual stream in half here, unlike in sampling.
-        dtype = _autocast_dtype(x)
+        dtype = autocast_dtype(x.device) or x.dtype
         x, mask, block_cond = x.to(dtype), mask.to(dtype), self.block_condition(cond).to(dtype)
         keeps: list[Tensor | None] = [None] * self.depth
         if drop_path_keep is not None:
@@ -253,17 +271,22 @@ class VAR(nn.Module):
 
     # Sampling
 
+    def autocast_layers(self) -> list[nn.Module]:
+        """The layers that autocast runs in half precision: all but the embedding of the code vectors."""
+        return [layer for layer in product_layers(self) if layer is not self.word_embed]
+
     def begin(self, labels: Tensor) -> Context:
         """A new sampling call for labels [B] (`num_classes`: no class): everything that no scale changes."""
         with torch.autocast(labels.device.type, enabled=False):
             cond = self.class_emb(labels)  # [B, D]
             positions = self.positions()
         block_cond = self.block_condition(cond)
-        shape = (len(labels), self.num_heads, self.num_tokens, self.width // self.num_heads)
-        dtype = _autocast_dtype(cond)
+        shape = (len(labels), self.num_heads, self.num_tokens - self.sizes[-1], self.width // self.num_heads)
+        dtype = autocast_dtype(cond.device) or cond.dtype
         caches = [tuple(cond.new_empty(shape, dtype=dtype) for _ in "kv") for _ in self.blocks]
         modulations = [block.modulation(block_cond) for block in self.blocks]
-        return Context(cond[:, None], positions, modulations, self.head_nm.modulation(cond), caches)
+        constants = [(bias.to(dtype), scale) for bias, scale in (block.attn.constants() for block in self.blocks)]
+        return Context(cond[:, None], positions, modulations, self.head_nm.modulation(cond), caches, constants)
 
     def next_logits(self, context: Context, following: Tensor | None = None) -> Tensor:
         """Raw logits [B, p_i^2, V] of the context's next scale i.
@@ -279,8 +302,9 @@ class VAR(nn.Module):
             else:
                 x = self.word_embed(following.float().flatten(2).transpose(1, 2)) + positions
                 x = x.repeat(len(context.start_token) // len(x), 1, 1)
-        for block, modulation, cache in zip(self.blocks, context.modulations, context.caches, strict=True):
-            x = block(x, modulation=modulation, cache=cache, start=start)
+        of_blocks = zip(self.blocks, context.modulations, context.caches, context.constants, strict=True)
+        for block, modulation, cache, constants in of_blocks:
+            x = block(x, modulation=modulation, cache=cache, start=start, constants=constants)
         context.scale, context.length = context.scale + 1, start + l
         return self.logits(x, context.head_modulation)
 

@@ -37,6 +37,9 @@ DATA_DEPENDENT = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "ate
 FAKE = FakeTensorMode()
 
 
+WEIGHTS: set[int] = set()  # storages of parameters
+
+
 class Generator(torch.Generator):
     """Says that it lives on the GPU. Draws nothing: fake tensors have no numbers."""
 
@@ -124,7 +127,7 @@ class Record(TorchDispatchMode):
             self.syncs["copy to the CPU"] += 1
         elif any(not gpu and x.dim() for gpu, x in zip(on_gpu, tensors, strict=True)) or (not any(on_gpu) and tensors):
             self.uploads += 1
-        elif name == "aten::_to_copy" and isinstance(tensors[0], torch.nn.Parameter):
+        elif name == "aten::_to_copy" and tensors[0].untyped_storage()._cdata in WEIGHTS:
             self.weight_casts += 1
         self.ops[name] += 1
         self.launches += 1
@@ -142,6 +145,7 @@ class Record(TorchDispatchMode):
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
+        WEIGHTS.discard(key)
         self.live -= size
 
 
@@ -239,6 +243,7 @@ def built(
                 value = torch.empty_strided(
                     parameter.shape, torch.empty_like(parameter, memory_format=wanted).stride(), dtype=parameter.dtype, device=GPU
                 )
+                WEIGHTS.add(value.untyped_storage()._cdata)
                 part._parameters[name] = torch.nn.Parameter(value, parameter.requires_grad)
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype, device=GPU)
