@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from neon_core.precision import product_layers, weights_as
 from neon_files.errors import UserError
+from neon_imm import songunet
 from neon_imm.dit import DIT_MODELS, DiT
-from neon_imm.songunet import SongUNet
 
 F_TYPES = ("identity", "simple_edm", "euler_fm")  # how f(x, t, s) is made from the raw output
 TEMB_TYPES = ("identity", "stride")  # the second time input: s, or t - s
@@ -103,7 +104,7 @@ class NoiseSchedule:
 def build_inner(model_type: str, **kwargs) -> nn.Module:
     """The network named in a published configuration: SongUNet, DiT, or DiT_<size>_<patch>."""
     if model_type == "SongUNet":
-        return SongUNet(**kwargs)
+        return songunet.SongUNet(**kwargs)
     if model_type == "DiT":
         return DiT(**kwargs)
     if model_type in DIT_MODELS:
@@ -165,6 +166,15 @@ class IMMPrecond(nn.Module):
         finally:
             self.train(before[0])
             self.mixed_precision = before[1]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, every weight is held in the precision that it is used in: for many calls without a gradient."""
+        products = [*product_layers(self.model), *(m for m in self.model.modules() if isinstance(m, songunet.Conv))]
+        embeddings = [m for m in self.model.modules() if isinstance(m, songunet.Linear)]
+        half = weights_as(PRECISIONS.get(self.mixed_precision), products)
+        with half, weights_as(torch.float64 if embeddings else None, embeddings):
+            yield
 
     def autocast(self, device: torch.device, force_fp32: bool = False) -> AbstractContextManager:
         """The precision of the network, whatever autocast region the caller is in."""

@@ -65,8 +65,9 @@ def pushforward(
     `latents` [B, C, h, w] is noise of standard deviation sigma_data. It is taken to the grid's dtype, as is the result.
     """
     x = latents.to(grid.dtype)
-    for t, t_next in itertools.pairwise(grid):
-        x = net.cfg_forward(x, t, t_next, labels, cfg)
+    with net.frozen():
+        for t, t_next in itertools.pairwise(grid):
+            x = net.cfg_forward(x, t, t_next, labels, cfg)
     return x
 
 
@@ -84,8 +85,9 @@ def restart(
     `noises`: standard normal [B, C, h, w], one for each step but the last; scaled by sigma_data here.
     """
     x = latents.to(grid.dtype)
-    for i, t in enumerate(grid[:-1]):
-        x = net.cfg_forward(x, t, grid[-1], labels, cfg)
-        if i < len(grid) - 2:
-            x = net.add_noise(x, grid[i + 1], noises[i].to(x.dtype) * net.sigma_data)
+    with net.frozen():
+        for i, t in enumerate(grid[:-1]):
+            x = net.cfg_forward(x, t, grid[-1], labels, cfg)
+            if i < len(grid) - 2:
+                x = net.add_noise(x, grid[i + 1], noises[i].to(x.dtype) * net.sigma_data)
     return x

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neon_core.precision import autocast_dtype
+
 SKIP_SCALE = math.sqrt(0.5)
 NORM_EPS = 1e-6
 
@@ -38,7 +40,10 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """A `kernel` x `kernel` convolution, after resampling by 2 with a separable filter if `resample` is up or down."""
+    """A `kernel` x `kernel` convolution, after resampling by 2 with a separable filter if `resample` is up or down.
+
+    It computes in its input's precision, or in autocast's, which then converts what is not in it yet.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, resample: str | None = None,
@@ -55,13 +60,15 @@ class Conv(nn.Module):
             self.register_buffer("resample_filter", (f.outer(f) / f.sum() ** 2)[None, None])  # [1, 1, taps, taps]
 
     def forward(self, x: Tensor) -> Tensor:
+        cast = torch.Tensor.to if autocast_dtype(x.device) is None else lambda weight, dtype: weight
         if self.resample:
             channels = x.shape[1]
             taps = self.resample_filter.shape[-1]
-            f = self.resample_filter.to(x.dtype).expand(channels, 1, taps, taps)
+            f = cast(self.resample_filter, x.dtype).expand(channels, 1, taps, taps)
             how = {"stride": 2, "padding": (taps - 1) // 2, "groups": channels}
             x = F.conv_transpose2d(x, 4 * f, **how) if self.resample == "up" else F.conv2d(x, f, **how)
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.weight.shape[-1] // 2)
+        weight, bias = cast(self.weight, x.dtype), cast(self.bias, x.dtype)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
 class GroupNorm(nn.GroupNorm):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from neon_core.precision import autocast_dtype, product_layers, weights_as
 from neon_xar.flow import MIN_STEPS, cell_guidance, euler_maruyama, guide, sde_times, time_index
 from neon_xar.xar import CELL_TOKENS, CELLS, NULL_CLASS, XAR, from_cells
 
@@ -22,6 +23,12 @@ def sample_latents(net: XAR, labels: Tensor, num_steps: int, cfg: float, draw: D
     """
     if num_steps < MIN_STEPS:
         raise ValueError(f"num_steps {num_steps}: at least {MIN_STEPS} steps are needed")
+    with weights_as(autocast_dtype(labels.device), product_layers(net)):
+        return from_cells(torch.cat(_cells(net, labels, num_steps, cfg, draw), dim=1))
+
+
+def _cells(net: XAR, labels: Tensor, num_steps: int, cfg: float, draw: Draw) -> list[Tensor]:
+    """The tokens of the four cells, float32 [B, 64, C] each."""
     B, shape = len(labels), (CELL_TOKENS, net.channels)
     k = torch.cat([time_index(sde_times(num_steps)[:-1]), torch.zeros(1, dtype=torch.int64)])
     times = net.time_embed(k.to(labels.device))  # [n + 1, D]: one embedding per step, for all cells; the last is t = 0
@@ -52,4 +59,4 @@ def sample_latents(net: XAR, labels: Tensor, num_steps: int, cfg: float, draw: D
             return guide(v, g) if len(condition) > B else v
 
         cells.append(euler_maruyama(velocity, x, num_steps, lambda: draw(*shape, dtype=torch.float64)).float())
-    return from_cells(torch.cat(cells, dim=1))
+    return cells

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from neon_core.precision import autocast_dtype
+
 GRID = 16  # latent positions, each way
 CELLS = 4  # 2 x 2 of them
 CELL_TOKENS = GRID * GRID // CELLS
@@ -90,11 +92,12 @@ class Rope(nn.Module):
         self.register_buffer("freqs_sin", angles.sin())
 
     def forward(self, x: Tensor, first: int) -> Tensor:
-        """Queries or keys [..., L, w] whose tokens are number `first` and following; the dtype is kept."""
+        """Queries or keys [..., L, w] whose tokens are number `first` and following; turned in the angles' float32."""
         rows = slice(first, first + x.shape[-2])
-        cos, sin = self.freqs_cos[rows, ::2].to(x.dtype), self.freqs_sin[rows, ::2].to(x.dtype)  # [L, w/2]
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # [..., L, w/2]
-        return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        turned, across = x * self.freqs_cos[rows], x * self.freqs_sin[rows]  # of pairs (a, b)
+        turned[..., ::2].sub_(across[..., 1::2])  # a cos - b sin
+        turned[..., 1::2].add_(across[..., ::2])  # b cos + a sin
+        return turned
 
 
 @dataclass
@@ -126,13 +129,13 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[B, L, D]. `cached`: the block's key and value stores, in which the tokens before `first` are found."""
         qk, v = rearrange(self.qkv(x), "b l (t n w) -> t b n l w", t=3, n=self.heads).split([2, 1])
-        q, k = self.rope(qk, first)  # [B, N, L, w]
+        q, k = self.rope(qk, first).to(v.dtype)  # [B, N, L, w]
         v = v[0]
         if cached is not None:
             end = first + x.shape[1]
             keys, values = cached
             keys[:, :, first:end], values[:, :, first:end] = k, v
-            k, v = keys[:, :, :end].to(q.dtype), values[:, :, :end].to(q.dtype)
+            k, v = keys[:, :, :end], values[:, :, :end]
         dropout = self.attn_dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.proj_drop(self.proj(rearrange(out, "b n l w -> b l (n w)")))
@@ -178,12 +181,14 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, L, D], condition [B, S, D]: row s holds for the s-th L/S tokens."""
         B, S, D = condition.shape
-        modulation = self.ada_lin(condition).view(B, S, 6, 1, D).unbind(2)  # 6 of [B, S, 1, D]
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        gammas, scales, shifts = self.ada_lin(condition).view(B, S, 6, 1, D).split(2, dim=2)
+        gamma1, gamma2 = gammas.unbind(2)  # each [B, S, 1, D]
+        scale1, scale2 = (1 + scales).unbind(2)
+        shift1, shift2 = shifts.unbind(2)
         x = x.unflatten(1, (S, -1))  # [B, S, L/S, D]: modulation is broadcast, never repeated per token
-        h = self.norm1(x) * (1 + scale1) + shift1
+        h = self.norm1(x) * scale1 + shift1
         x = x + gamma1 * self.attn(h.flatten(1, 2), first, mask, cached).unflatten(1, (S, -1))
-        h = self.norm2(x) * (1 + scale2) + shift2
+        h = self.norm2(x) * scale2 + shift2
         return (x + gamma2 * self.mlp(h)).flatten(1, 2)
 
 
@@ -265,16 +270,16 @@ class XAR(nn.Module):
     def blocks(self) -> list[Block]:
         return [*self.encoder_blocks, *self.decoder_blocks]
 
-    def compile_blocks(self) -> None:
-        """torch.compile of every block in place; state-dict names stay."""
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """torch.compile of every block in place; all blocks share the graphs, which are few: a cell alone, with the one
+        before it, with a cache; and these again for a last batch that is smaller. State-dict names stay."""
         for block in self.blocks:
-            block.compile()
+            block.compile(dynamic=True, backend=backend)
 
     def new_cache(self, rows: int) -> Cache:
         """An empty cache for `rows` sequences, in the dtype in which attention runs (autocast's, where it is on)."""
         weight = self.pred.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = autocast_dtype(weight.device) or weight.dtype
 
         def stores() -> list[Tensor]:
             shapes = [(rows, b.attn.heads, GRID * GRID, b.attn.proj.in_features // b.attn.heads) for b in self.blocks]
