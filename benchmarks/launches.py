@@ -1,6 +1,6 @@
 """What one batch of sampling asks of a GPU, for every row at full size, without a GPU and without weights.
 
-python benchmarks/launches.py            (a table: network calls, launches, weight casts, host syncs, uploads, peak memory)
+python benchmarks/launches.py            (a table: launches, weight casts, host syncs, uploads, peak memory)
 python benchmarks/launches.py xar        (rows whose name begins so)
 
 Launches are kernels and copies: every operation but views and allocations. Operations that PyTorch fuses into one call
@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / part) for part in ("tests/gpu_free", ".", "VAR", "xAR", "edm", "imm")]
+sys.path[:0] = [str(ROOT / part) for part in (".", "tests", "VAR", "xAR", "edm", "imm")]
 
-from fake_cuda import GIB, Record, fake_cuda
-from published import ROWS, Published
+from gpu_free.fake_cuda import GIB, Record, fake_cuda
+from gpu_free.published import ROWS, Published
 
 FEW = (3, 4)  # steps at which a row is counted
 

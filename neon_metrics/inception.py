@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -38,13 +38,16 @@ def resize_tf1(images: Tensor, size: tuple[int, int] = (INPUT_SIZE, INPUT_SIZE))
     return _between(x.index_select(-2, low), x.index_select(-2, high), fraction[:, None])  # [B, C, h, w]
 
 
+@cache
 def _source_samples(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of `target` positions: the two neighbours' indices and the float32 weight of the second."""
+    """For each of `target` positions: the two neighbours' indices and the float32 weight of the second. Made and copied
+    once for a size and a device."""
     position = np.arange(target, dtype=np.float32) * np.float32(source / target)
     low = np.floor(position).astype(np.int64)
     high = np.minimum(low + 1, source - 1)
     fraction = position - low.astype(np.float32)
-    return tuple(torch.from_numpy(a).to(device) for a in (low, high, fraction))
+    with torch.inference_mode(False):  # whatever mode the first caller is in
+        return tuple(torch.from_numpy(a).to(device) for a in (low, high, fraction))
 
 
 def _between(a: Tensor, b: Tensor, fraction: Tensor) -> Tensor:

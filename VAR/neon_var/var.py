@@ -54,13 +54,10 @@ class SelfAttention(nn.Module):
         B, l, D = x.shape
         bias, temperature = constants or self.constants()
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(B, l, 3, self.num_heads, D // self.num_heads)
-        qk, v = qkv.permute(2, 0, 3, 1, 4).split((2, 1))  # [., B, H, l, c]
-        v = v[0]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, l, c]
         if self.l2_norm:
-            q, k = F.normalize(qk, dim=-1)
-            q, k = (q * temperature).to(v.dtype), k.to(v.dtype)
-        else:
-            q, k = qk
+            q = (F.normalize(q, dim=-1) * temperature).to(v.dtype)
+            k = F.normalize(k, dim=-1).to(v.dtype)
         if cache is not None:
             keys, values = cache
             if start == keys.shape[2]:  # the last scale, whose tokens nothing reads again

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ class AugmentPipe:
         if self.translate_int:
             w = random.rand((2, *one_each)) * 2 - 1
             w = self._gate(w, self.translate_int, random, (1, *one_each)).reshape(2, B, 1)
-            side = torch.tensor([W, H], dtype=w.dtype, device=w.device).reshape(2, 1, 1) * self.translate_int_max
+            side = constant((float(W), float(H)), w.device).reshape(2, 1, 1) * self.translate_int_max
             t = (w * side).round()  # pixels to the right, pixels up
             columns = mirrored(torch.arange(W, device=w.device) - t[0].long(), W)  # [B, W]
             rows = mirrored(torch.arange(H, device=w.device) + t[1].long(), H)  # [B, H]
@@ -141,7 +142,7 @@ class AugmentPipe:
         """[B, 4, 4]: affine map of RGB."""
         B = images.shape[0]
         C = torch.eye(4, device=images.device).expand(B, 4, 4)
-        grey = torch.tensor([*LUMA, 0.0], device=images.device)
+        grey = constant((*LUMA, 0.0), images.device)
         onto_grey = torch.outer(grey, grey)  # [4, 4]
         identity = torch.eye(4, device=images.device)
         if self.brightness:
@@ -182,8 +183,9 @@ def mirrored(index: Tensor, size: int) -> Tensor:
 
 def matrix_2d(rows: list[list[Tensor | float]], like: Tensor) -> Tensor:
     """[B, 3, 3] from entries that are numbers or [B]."""
-    entries = [[torch.as_tensor(e, dtype=like.dtype, device=like.device).expand_as(like) for e in row] for row in rows]
-    return torch.stack([torch.stack(row, dim=-1) for row in entries], dim=-2)
+    numbers = {e: torch.full_like(like, e) for row in rows for e in row if not isinstance(e, Tensor)}
+    entries = [e if isinstance(e, Tensor) else numbers[e] for row in rows for e in row]
+    return torch.stack(entries, dim=-1).unflatten(-1, (3, 3))
 
 
 def scale_2d(x: Tensor, y: Tensor) -> Tensor:
@@ -191,18 +193,36 @@ def scale_2d(x: Tensor, y: Tensor) -> Tensor:
 
 
 def rotate_2d(a: Tensor) -> Tensor:
-    return matrix_2d([[a.cos(), -a.sin(), 0], [a.sin(), a.cos(), 0], [0, 0, 1]], like=a)
+    cos, sin = a.cos(), a.sin()
+    return matrix_2d([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], like=a)
 
 
 def translate_2d(x: Tensor, y: Tensor) -> Tensor:
     return matrix_2d([[1, 0, x], [0, 1, y], [0, 0, 1]], like=x)
 
 
+@cache
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """A float32 tensor of numbers, copied to a device once in the life of the process."""
+    with torch.inference_mode(False):  # it serves training too
+        return torch.tensor(values, device=device)
+
+
+def fixed_scale(x: float, y: float, device: torch.device) -> Tensor:
+    """[3, 3], the same for all images."""
+    return constant(((x, 0.0, 0.0), (0.0, y, 0.0), (0.0, 0.0, 1.0)), device)
+
+
+def fixed_shift(x: float, y: float, device: torch.device) -> Tensor:
+    """[3, 3], the same for all images."""
+    return constant(((1.0, 0.0, x), (0.0, 1.0, y), (0.0, 0.0, 1.0)), device)
+
+
 def rotate_about_grey(a: Tensor) -> Tensor:
     """[B, 4, 4], right-handed: a third of a turn sends red to green, green to blue, blue to red (Rodrigues)."""
-    v = torch.tensor(LUMA, device=a.device)
+    v = constant(LUMA, a.device)
     x, y, z = LUMA
-    cross = torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], device=a.device)
+    cross = constant(((0.0, -z, y), (z, 0.0, -x), (-y, x, 0.0)), a.device)
     a = a[:, None, None]
     R = torch.eye(4, device=a.device).repeat(a.shape[0], 1, 1)
     R[:, :3, :3] = torch.eye(3, device=a.device) * a.cos() + cross * a.sin() + torch.outer(v, v) * (1 - a.cos())
@@ -223,29 +243,22 @@ def resample(images: Tensor, M: Tensor) -> Tensor:
     """images [B, C, H, W] seen through M [B, 3, 3], without aliasing: padded by reflection, doubled with the symlet,
     read bilinearly at twice the resolution, and halved with the symlet."""
     B, C, H, W = images.shape
-    symlet = torch.tensor(SYM6, dtype=images.dtype, device=images.device)
+    device = images.device
+    symlet = constant(SYM6, device).to(images.dtype)
 
-    # Pad by what the corners of the whole batch reach beyond the image, and the filter beyond them.
-    cx, cy = (W - 1) / 2, (H - 1) / 2
-    corners = M.new_tensor([[-cx, -cy, 1], [cx, -cy, 1], [cx, cy, 1], [-cx, cy, 1]])
-    reached = M @ corners.T  # [B, 3, 4]
-    sides = torch.stack([-reached[:, 0], -reached[:, 1], reached[:, 0], reached[:, 1]]).amax(dim=(1, 2))  # [4]
-    margin = sides + M.new_tensor([2 * REACH - cx, 2 * REACH - cy] * 2)
-    margin = margin.clamp(min=0).minimum(M.new_tensor([W - 1, H - 1] * 2)).ceil()
-    x0, y0, x1, y1 = (int(m) for m in margin.tolist())
+    x0, y0, x1, y1 = margins(M, H, W)
     x = F.pad(images, [x0, x1, y0, y1], mode="reflect").reshape(B * C, 1, H + y0 + y1, W + x0 + x1)
-    at = lambda v: torch.full_like(M[:, 0, 0], v)  # noqa: E731
-    M = translate_2d(at((x0 - x1) / 2), at((y0 - y1) / 2)) @ M
+    M = fixed_shift((x0 - x1) / 2, (y0 - y1) / 2, device) @ M
 
     # Twice the resolution; pixel centres move by half a pixel.
     x = F.conv_transpose2d(x, symlet[None, None, None, :], stride=(1, 2), padding=(0, 5))
     x = F.conv_transpose2d(x, symlet[None, None, :, None], stride=(2, 1), padding=(5, 0))
-    M = scale_2d(at(2), at(2)) @ M @ scale_2d(at(0.5), at(0.5))
-    M = translate_2d(at(-0.5), at(-0.5)) @ M @ translate_2d(at(0.5), at(0.5))
+    M = fixed_scale(2, 2, device) @ M @ fixed_scale(0.5, 0.5, device)
+    M = fixed_shift(-0.5, -0.5, device) @ M @ fixed_shift(0.5, 0.5, device)
 
     # Bilinear reading, in the coordinates of affine_grid: [-1, 1] from edge to edge.
     h, w = 2 * (H + 2 * REACH), 2 * (W + 2 * REACH)
-    M = scale_2d(at(2 / x.shape[3]), at(2 / x.shape[2])) @ M @ scale_2d(at(w / 2), at(h / 2))
+    M = fixed_scale(2 / x.shape[3], 2 / x.shape[2], device) @ M @ fixed_scale(w / 2, h / 2, device)
     grid = F.affine_grid(M[:, :2], [B, C, h, w], align_corners=False)
     x = F.grid_sample(x.reshape(B, C, *x.shape[2:]), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
@@ -254,3 +267,16 @@ def resample(images: Tensor, M: Tensor) -> Tensor:
     x = F.conv2d(x, symlet[None, None, None, :], stride=(1, 2), padding=(0, 5))[:, :, :, REACH:-REACH]
     x = F.conv2d(x, symlet[None, None, :, None], stride=(2, 1), padding=(5, 0))[:, :, REACH:-REACH, :]
     return x.reshape(B, C, H, W)
+
+
+def margins(M: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
+    """Pixels to add at the left, top, right and bottom: what the corners of the whole batch reach beyond the image, and
+    the filter beyond them. On a GPU as many as reflection can give: the host does not wait for numbers."""
+    if M.is_cuda:
+        return width - 1, height - 1, width - 1, height - 1
+    cx, cy = (width - 1) / 2, (height - 1) / 2
+    corners = M.new_tensor([[-cx, -cy, 1], [cx, -cy, 1], [cx, cy, 1], [-cx, cy, 1]])
+    reached = M @ corners.T  # [B, 3, 4]
+    sides = torch.stack([-reached[:, 0], -reached[:, 1], reached[:, 0], reached[:, 1]]).amax(dim=(1, 2))  # [4]
+    margin = sides + M.new_tensor([2 * REACH - cx, 2 * REACH - cy] * 2)
+    return tuple(int(m) for m in margin.clamp(min=0).minimum(M.new_tensor([width - 1, height - 1] * 2)).ceil())

@@ -13,12 +13,15 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from neon_core.precision import weights_as
+from neon_edm.layers import Conv2d, GroupNorm
 from neon_edm.networks import DhariwalUNet, SongUNet
 
 UNETS: dict[str, type[nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
@@ -53,6 +56,16 @@ class Precond(nn.Module, ABC):
             **unet_kwargs,
         )
 
+    def half(self, device: torch.device) -> bool:
+        """Does the U-Net compute in float16 on such a device?"""
+        return self.use_fp16 and device.type == "cuda"
+
+    def frozen(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, weights are held in the precision that they are used in: for many calls without a gradient. The
+        embedding is float32 in half precision too."""
+        layers = [m for m in self.model.modules() if isinstance(m, (Conv2d, GroupNorm))]
+        return weights_as(torch.float16 if self.half(device) else None, layers)
+
     @abstractmethod
     def scalings(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor | float, Tensor]:
         """c_skip, c_out, c_in, c_noise of float32 `sigma` [B, 1, 1, 1] or [1, 1, 1, 1]."""
@@ -82,7 +95,7 @@ class Precond(nn.Module, ABC):
             class_labels = torch.zeros([1, self.label_dim], device=x.device)
         else:
             class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
-        half = self.use_fp16 and not force_fp32 and x.device.type == "cuda"
+        half = self.half(x.device) and not force_fp32
 
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
         F_in = (c_in * x).to(torch.float16 if half else torch.float32)

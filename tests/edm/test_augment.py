@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from neon_edm import augment
 from neon_edm.augment import AugmentPipe, mirrored
 from neon_edm.backbone import augmentation
 from neon_edm.loss import GeneratorRandom
@@ -76,3 +77,11 @@ def test_colours_need_one_or_three_channels_and_quarter_turns_a_square():
         AugmentPipe(rotate_int=1)(torch.zeros(1, 3, 4, 6), random())
     out, _ = AugmentPipe(scale=1)(torch.zeros(1, 2, 4, 4), random())
     assert out.shape == (1, 2, 4, 4)
+
+
+def test_the_widest_margins_of_a_gpu_give_the_same_images(monkeypatch):
+    """Where the host does not wait to learn how far the batch reaches, it pads by all that reflection can give."""
+    pipe = AugmentPipe(p=0.9, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
+    exact, _ = pipe(smooth_images(), random())
+    monkeypatch.setattr(augment, "margins", lambda M, height, width: (width - 1, height - 1, width - 1, height - 1))
+    assert torch.allclose(pipe(smooth_images(), random())[0], exact, atol=1e-4)

@@ -1,8 +1,8 @@
 """A GPU that is not there: tensors on "cuda" without numbers, and a record of what a real one would have had to do.
 
-Tensors on "cuda" are fake (shapes, dtypes and devices only) while those on the CPU stay real, so that the product's own
-code runs as it does on a GPU. Mixed devices and wrong dtypes raise as they would there. Stubbed are only generators, the
-state of random numbers, and the questions that need a driver.
+Tensors on "cuda" are fake (shapes, dtypes and devices only) while those on the CPU stay real, so that the product's
+own code runs as it does on a GPU. Mixed devices and wrong dtypes raise as they would there. Stubbed are only
+generators, the state of random numbers, and the questions that need a driver.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from neon_edm.augment import constant
+from neon_metrics.inception import _source_samples
+
 GPU = torch.device("cuda", 0)
 META = torch.device("meta")
 GIB = 2**30
@@ -33,8 +36,8 @@ SILENT = {
     )
 } | {"prim::device"}  # fmt: skip
 DATA_DEPENDENT = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal", "aten::repeat_interleave"}
-# One mode for the whole process: what a cache of the product keeps from one test must fit into the next.
 FAKE = FakeTensorMode()
+CACHES = (constant, _source_samples)  # what the product keeps on a device from one call to the next
 
 
 WEIGHTS: set[int] = set()  # storages of parameters
@@ -64,7 +67,7 @@ class Record(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.graph_only = False  # does only autograd ask for devices now?
+        self.graph_only = ""  # a stage ("leaves", "backward") in which only autograd asks for devices
         self._fresh: set[int] = set()  # outputs of the last operation that autograd is about to enter into its graph
         self.live = 0  # bytes of all storages on the GPU
         self._known: set[int] = set()
@@ -88,15 +91,21 @@ class Record(TorchDispatchMode):
         if not fake and not _on_gpu(kwargs.get("device")):
             return func(*args, **kwargs)
         name = func._schema.name
-        if name == "prim::device":  # C++ asks: autograd about a tensor that it enters into its graph, autocast about any
-            entered = self.graph_only or id(tensors[0]) in self._fresh
+        if name == "prim::device":  # asked by C++: by autograd for its graph, or by autocast
+            recomputes = self.graph_only == "backward" and torch.is_grad_enabled()
+            entered = (self.graph_only and not recomputes) or id(tensors[0]) in self._fresh
             self._fresh.discard(id(tensors[0]))
             return META if entered else tensors[0].fake_device
-        if name == "aten::_to_copy" and _changes_nothing(tensors[0], kwargs):
+        if name == "aten::to":  # what inference mode shows
+            func, name, kwargs = aten._to_copy.default, "aten::_to_copy", _wanted(args, kwargs)
+            args = args[:1]
+            if _changes_nothing(args[0], kwargs):
+                return args[0]
+        if name == "aten::_to_copy" and "device" in kwargs and _changes_nothing(tensors[0], kwargs):
             func, kwargs, name = aten.alias.default, {}, "aten::alias"
         if "generator" in kwargs:
             kwargs["generator"] = None
-        if name not in SILENT and not func.is_view:
+        if name not in SILENT and not func.is_view and not (name == "aten::dropout" and not args[2]):
             self._note(name, tensors, kwargs)
         if name == "aten::_local_scalar_dense":
             return 1.0 if tensors[0].dtype.is_floating_point else 1  # true, finite, positive
@@ -110,13 +119,15 @@ class Record(TorchDispatchMode):
                 self._track(x)
         entered = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         self._fresh = {id(x) for x in outputs} if entered else set()
+        if entered and name.endswith("_") and outputs and outputs[0]._is_view():
+            self._fresh.add(id(outputs[0]._base))  # what changes with the view
         return out
 
     def leaves(self, parameters: Iterable[Tensor]) -> None:
         """Enter parameters into autograd's graph, before anything else can ask for their device."""
-        self.graph_only = True
+        self.graph_only = "leaves"
         self.accumulators = [p.expand_as(p).grad_fn.next_functions[0][0] for p in parameters]
-        self.graph_only = False
+        self.graph_only = ""
 
     def _note(self, name: str, tensors: list[Tensor], kwargs: dict) -> None:
         on_gpu = [isinstance(x, FakeTensor) and x.fake_device.type == "cuda" for x in tensors]
@@ -157,7 +168,14 @@ def _changes_nothing(x: FakeTensor, kwargs: dict) -> bool:
     """Does `.to(...)` ask for what x is already? (On a GPU C++ sees that by itself.)"""
     device, dtype = kwargs.get("device"), kwargs.get("dtype")
     same = (device is None or torch.device(device).type == x.device.type) and dtype in (None, x.dtype)
-    return device is not None and same and kwargs.get("memory_format") in (None, torch.preserve_format)
+    return same and kwargs.get("memory_format") in (None, torch.preserve_format)
+
+
+def _wanted(args: tuple, kwargs: dict) -> dict:
+    """Device and dtype among the arguments of a `.to(...)`."""
+    given = [*args[1:], *kwargs.values()]
+    kinds = {"dtype": torch.dtype, "device": torch.device, "memory_format": torch.memory_format}
+    return {name: value for name, kind in kinds.items() for value in given if isinstance(value, kind)}
 
 
 def _flat(args) -> Iterator:
@@ -214,17 +232,19 @@ def fake_cuda() -> Iterator[Record]:
             (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
+        for kept in CACHES:
+            stack.callback(kept.cache_clear)
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda"): made on the CPU, then copied
         stack.callback(torch._C._set_only_lift_cpu_tensors, before)
         record = Record()
 
         def backward(*args, **kwargs):
-            record.graph_only = True
+            record.graph_only = "backward"
             try:
                 return _real_backward(*args, **kwargs)
             finally:
-                record.graph_only = False
+                record.graph_only = ""
 
         stack.enter_context(mock.patch.object(torch.autograd, "backward", backward))
         yield stack.enter_context(record)
@@ -240,9 +260,8 @@ def built(
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 wanted = memory_format if parameter.dim() == 4 else torch.contiguous_format
-                value = torch.empty_strided(
-                    parameter.shape, torch.empty_like(parameter, memory_format=wanted).stride(), dtype=parameter.dtype, device=GPU
-                )
+                strides = torch.empty_like(parameter, memory_format=wanted).stride()
+                value = torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=GPU)
                 WEIGHTS.add(value.untyped_storage()._cdata)
                 part._parameters[name] = torch.nn.Parameter(value, parameter.requires_grad)
         for name, buffer in part._buffers.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from fake_cuda import GPU, Record, built
+from gpu_free.fake_cuda import GPU, Record, built
 
 from neon_core.backbone import Backbone, Recipe
 from neon_core.kl_vae import AutoencoderKL

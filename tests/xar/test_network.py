@@ -7,7 +7,7 @@ import torch
 from xar.pico import NET, pico_net
 
 from neon_files.checkpoint import Checkpoint, load_strict
-from neon_xar.xar import CELL_TOKENS, CELLS, SIZES, XAR, build, from_cells, to_cells
+from neon_xar.xar import CELL_TOKENS, CELLS, SIZES, XAR, Rope, build, from_cells, to_cells
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -26,6 +26,11 @@ def test_cell_order_and_its_inverse():
     tokens = to_cells(grid)
     assert tokens[0, [0, 1, 8, 64, 128, 255], 0].tolist() == [0, 1, 16, 8, 128, 255]
     assert torch.equal(from_cells(tokens), grid)
+
+
+def test_half_precision_is_turned_in_float32_as_in_the_original():
+    x = torch.randn(1, 2, 64, 8).bfloat16()
+    assert torch.equal(Rope(8)(x, 64), Rope(8)(x.float(), 64)) and Rope(8)(x, 0).dtype == torch.float32
 
 
 @torch.no_grad()
