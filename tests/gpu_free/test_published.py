@@ -48,7 +48,7 @@ def test_a_batch_is_sampled_without_waiting_and_in_the_memory_that_is_stated(nam
         images = row.sampling(backbone, **settings, **({"precision": precision} if precision else {}))
         assert (images.dtype, images.device) == (torch.uint8, GPU)
         assert images.shape == (row.batch, 3, backbone.img_size, backbone.img_size)
-        assert not record.syncs
+        assert sum(record.syncs.values()) <= 1  # are the images finite?
         assert record.uploads < 20  # labels and a few tables, not a copy at each step
         networks = [part for part in vars(backbone).values() if isinstance(part, torch.nn.Module)]
         assert record.weight_casts <= sum(1 for net in networks for _ in net.parameters())  # each at most once
