@@ -50,6 +50,7 @@ class EDMBackbone(Backbone):
         self.config = config
         self.loss = LOSSES.get(type(net).__name__, EDMLoss)() if loss is None else loss
         self.augment = augment
+        self._drawn_labels: dict[int, int] = {}  # by seed: every point of a search wants the same ones again
 
     @property
     def img_size(self) -> int:
@@ -66,7 +67,13 @@ class EDMBackbone(Backbone):
 
     @classmethod
     def load(
-        cls, checkpoint: str | Path, device: torch.device, *, augment: float = 0.0, dropout: float | None = None
+        cls,
+        checkpoint: str | Path,
+        device: torch.device,
+        *,
+        compiled: bool = False,
+        augment: float = 0.0,
+        dropout: float | None = None,
     ) -> EDMBackbone:
         """The network that `checkpoint` describes: a published pickle or one of our files. Raises UserError.
 
@@ -79,6 +86,8 @@ class EDMBackbone(Backbone):
         net = load_network(read, config)
         if augment > 0 and getattr(net.model, "map_augment", None) is None:
             raise UserError(f"{checkpoint}: this network takes no augmentation labels; train it with --augment 0")
+        if compiled:
+            net.compile_unet()
         return cls(net, config, device, augment=augmentation(augment) if augment > 0 else None)
 
     @classmethod
@@ -112,18 +121,19 @@ class EDMBackbone(Backbone):
             return torch.full((len(seeds),), class_idx, dtype=torch.int64)
         if not self.num_classes:
             return None
-        drawn = [torch.empty(0, dtype=torch.int64)]
-        for start in range(0, len(seeds), LABEL_CHUNK):
-            random = PerImageRandom(seeds[start : start + LABEL_CHUNK], self.device)
+        new = [seed for seed in seeds if seed not in self._drawn_labels]
+        for start in range(0, len(new), LABEL_CHUNK):
+            chunk = new[start : start + LABEL_CHUNK]
+            random = PerImageRandom(chunk, self.device)
             random.randn(*self._latent_shape)
-            drawn.append(random.randint(self.num_classes).cpu())
-        return torch.cat(drawn)
+            self._drawn_labels.update(zip(chunk, random.randint(self.num_classes).tolist(), strict=True))
+        return torch.tensor([self._drawn_labels[seed] for seed in seeds], dtype=torch.int64)
 
     @property
     def _latent_shape(self) -> tuple[int, int, int]:
         return self.net.img_channels, self.img_size, self.img_size
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(
         self, seeds: Sequence[int], labels: Tensor | None, class_idx: int | None = None, **settings: Any
     ) -> Tensor:
@@ -140,7 +150,9 @@ class EDMBackbone(Backbone):
         was_training = self.net.training
         self.net.eval()
         try:
-            return to_uint8(edm_sampler(self.denoiser(), latents, self.one_hot(labels), noise, **settings)).contiguous()
+            with self.net.frozen(self.device):
+                images = edm_sampler(self.denoiser(), latents, self.one_hot(labels), noise, **settings)
+            return to_uint8(images).contiguous()
         finally:
             self.net.train(was_training)
 

@@ -18,7 +18,7 @@ from neon_edm.networks import SongUNet
 from neon_edm.rows import ANY_NETWORK, ROWS, SNAPSHOT_TICKS, TICK_IMAGES
 from neon_files.errors import UserError
 from neon_run.backbones import BackboneCommands
-from neon_run.flags import COUNT, POSITIVE, SHARE, flag
+from neon_run.flags import COMPILE, COUNT, POSITIVE, SHARE, flag
 from neon_run.row import Row
 
 NOT_NEGATIVE = click.FloatRange(min=0)
@@ -113,6 +113,7 @@ COMMANDS = BackboneCommands(
     without_row=ANY_NETWORK,
     checkpoint=("--network_pkl", "--network"),
     base=("--transfer", "--network_pkl_base"),
+    load=(COMPILE,),
     load_training=LOAD_TRAINING,
     sample=SAMPLE,
     sampler_settings=sampler_settings,

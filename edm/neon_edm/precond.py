@@ -66,6 +66,11 @@ class Precond(nn.Module, ABC):
         layers = [m for m in self.model.modules() if isinstance(m, (Conv2d, GroupNorm))]
         return weights_as(torch.float16 if self.half(device) else None, layers)
 
+    def compile_unet(self, backend: str = "inductor") -> None:
+        """torch.compile of the U-Net in place, as one graph; a second one for a last batch that is smaller serves all
+        other sizes too. State-dict names stay."""
+        self.model.compile(backend=backend, fullgraph=True)
+
     @abstractmethod
     def scalings(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor | float, Tensor]:
         """c_skip, c_out, c_in, c_noise of float32 `sigma` [B, 1, 1, 1] or [1, 1, 1, 1]."""

@@ -5,7 +5,9 @@ import pickle
 import pytest
 import torch
 from edm.conftest import PICO, pico_backbone, pico_net, write_pico
+from torch._dynamo.utils import counters
 
+from neon_core.seeds import PerImageRandom
 from neon_edm.backbone import EDMBackbone, augmentation
 from neon_edm.commands import COMMANDS
 from neon_files.checkpoint import write_checkpoint
@@ -19,7 +21,7 @@ def test_conditional_sets_get_random_classes_by_default(backbone):
     seeds = list(range(600))
     labels = backbone.assign_labels(seeds)
     assert labels.dtype == torch.int64 and set(labels.tolist()) == {0, 1, 2, 3}
-    assert torch.equal(labels[100:103], backbone.assign_labels(seeds[100:103])), "a label belongs to its seed"
+    assert torch.equal(labels[100:103], pico_backbone().assign_labels(seeds[100:103])), "a label belongs to its seed"
     assert backbone.assign_labels(seeds[:3], class_idx=2).tolist() == [2, 2, 2]
 
 
@@ -173,3 +175,27 @@ def test_foreign_files_are_refused_by_name(tmp_path, backbone):
     hostile.write_bytes(pickle.dumps({"ema": print}))
     with pytest.raises(UserError, match=r"hostile\.pkl.*print"):
         EDMBackbone.load(hostile, CPU)
+
+
+def test_the_labels_of_a_seed_list_are_drawn_once(backbone, monkeypatch):
+    seeds = [7, 3, 1_000_000]
+    first, drawn = backbone.assign_labels(seeds), []
+
+    def watched(seeds, device):
+        drawn.extend(seeds)
+        return PerImageRandom(seeds, device)
+
+    monkeypatch.setattr("neon_edm.backbone.PerImageRandom", watched)
+    assert torch.equal(backbone.assign_labels(seeds), first) and not drawn
+    assert torch.equal(backbone.assign_labels([3, 5, 7])[[0, 2]], first[[1, 0]]) and drawn == [5]
+
+
+def test_a_compiled_network_gives_the_same_images_from_two_graphs(backbone):
+    """One of the first batch, and one of the last, smaller one, which serves all other sizes too."""
+    batches = [[0, 1, 2], [3, 4], [5, 6, 7, 8]]
+    plain = [backbone.sample(seeds, backbone.assign_labels(seeds), num_steps=2) for seeds in batches]
+    before = counters["stats"]["unique_graphs"]
+    backbone.net.compile_unet(backend="eager")
+    for seeds, images in zip(batches, plain, strict=True):
+        assert torch.equal(backbone.sample(seeds, backbone.assign_labels(seeds), num_steps=2), images)
+    assert counters["stats"]["unique_graphs"] == before + 2

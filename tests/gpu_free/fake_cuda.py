@@ -35,6 +35,7 @@ SILENT = {
         "detach", "lift_fresh", "alias", "_unsafe_view", "_reshape_alias", "set_",
     )
 } | {"prim::device"}  # fmt: skip
+NUMBERS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero"}
 DATA_DEPENDENT = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal", "aten::repeat_interleave"}
 FAKE = FakeTensorMode()
 CACHES = (constant, _source_samples)  # what the product keeps on a device from one call to the next
@@ -107,7 +108,7 @@ class Record(TorchDispatchMode):
             kwargs["generator"] = None
         if name not in SILENT and not func.is_view and not (name == "aten::dropout" and not args[2]):
             self._note(name, tensors, kwargs)
-        if name == "aten::_local_scalar_dense":
+        if name in NUMBERS:
             return 1.0 if tensors[0].dtype.is_floating_point else 1  # true, finite, positive
         if len([x for x in tensors if isinstance(x, FakeTensor)]) < len(tensors):
             args, kwargs = tree_map(_faked, (args, kwargs))
@@ -132,7 +133,9 @@ class Record(TorchDispatchMode):
     def _note(self, name: str, tensors: list[Tensor], kwargs: dict) -> None:
         on_gpu = [isinstance(x, FakeTensor) and x.fake_device.type == "cuda" for x in tensors]
         target = kwargs.get("device")
-        if name == "aten::_local_scalar_dense" or name in DATA_DEPENDENT:
+        if name in NUMBERS:
+            self.syncs["number"] += 1
+        elif name in DATA_DEPENDENT:
             self.syncs[name] += 1
         elif any(on_gpu) and ((target and not _on_gpu(target)) or (name == "aten::copy_" and not on_gpu[0])):
             self.syncs["copy to the CPU"] += 1

@@ -9,25 +9,28 @@ from typing import Any
 import torch
 from gpu_free.fake_cuda import GPU, Record, built
 
-from neon_core.backbone import Backbone, Recipe
+from neon_core.backbone import Backbone
 from neon_core.kl_vae import AutoencoderKL
 from neon_core.selftrain import FineTune
 from neon_edm.backbone import EDMBackbone, augmentation
 from neon_edm.precond import build_network as edm_network
-from neon_edm.recipes import RECIPES as EDM
+from neon_edm.rows import ROWS as EDM
 from neon_imm.backbone import IMMBackbone
 from neon_imm.latents import RgbCodec, VaeCodec
 from neon_imm.precond import build_network as imm_network
-from neon_imm.recipes import RECIPES as IMM
+from neon_imm.rows import ROWS as IMM
 from neon_imm.vae_files import SD_VAE_CONFIG
+from neon_run.row import Row
+from neon_var.architectures import ARCHITECTURES, tokenizer
 from neon_var.backbone import VARBackbone
-from neon_var.recipes import ARCHITECTURES, tokenizer
-from neon_var.recipes import RECIPES as VAR_RECIPES
+from neon_var.rows import ROWS as VAR_ROWS
 from neon_var.var import VAR
 from neon_var.vqvae import VQVAE
 from neon_xar.backbone import XARBackbone
-from neon_xar.recipes import RECIPES as XAR_RECIPES
+from neon_xar.rows import ROWS as XAR_ROWS
 from neon_xar.xar import build as xar_network
+
+FOUND = {row.id: row for row in (*VAR_ROWS, *XAR_ROWS, *EDM, *IMM)}
 
 # What the published pickles of EDM say about themselves (Karras et al. 2022, table 7, DDPM++).
 DDPMPP: dict[str, Any] = {
@@ -57,31 +60,35 @@ def xar(name: str) -> XARBackbone:
 def edm(name: str, use_fp16: bool = False) -> EDMBackbone:
     kwargs = EDM_KWARGS[name] | {"use_fp16": use_fp16}
     net = built(edm_network, "EDMPrecond", kwargs, memory_format=torch.channels_last)
-    return EDMBackbone(net, {"class": "EDMPrecond", "kwargs": kwargs}, GPU, augment=augmentation(EDM[name].augment))
+    augment = augmentation(FOUND[f"edm/{name}"].load_training["augment"])
+    return EDMBackbone(net, {"class": "EDMPrecond", "kwargs": kwargs}, GPU, augment=augment)
 
 
 def imm(name: str) -> IMMBackbone:
-    recipe = IMM[name]
-    config = {"class": "IMMPrecond", "kwargs": recipe.network}
+    load = FOUND[f"imm/{name}"].load
+    config = {"class": "IMMPrecond", "kwargs": load["network"]}
     codec, codec_name = RgbCodec(), ""
-    if recipe.latent:
+    if load.get("latent", True):
         vae = built(
             lambda: AutoencoderKL.from_diffusers_config(SD_VAE_CONFIG).half(), memory_format=torch.channels_last
         )
         codec, codec_name = VaeCodec(vae.eval().requires_grad_(False), dtype=torch.float16), "sd"
-    return IMMBackbone(built(imm_network, config), codec, recipe.loss, config, codec_name)
+    return IMMBackbone(built(imm_network, config), codec, load["loss"], config, codec_name)
 
 
 @dataclass(frozen=True)
 class Published:
-    """A row, the batch of its sampling, and what a sampling call takes."""
+    """A row with its network, the batch of its sampling, and what a sampling call takes."""
 
+    row: Row
     build: Callable[[], Backbone]
-    recipe: Recipe
-    batch: int
     settings: dict[str, Any]
     steps: str = ""  # the setting that the cost is linear in; "": there is none
     calls: Callable[[int], int] = lambda steps: steps  # network calls of a batch
+
+    @property
+    def batch(self) -> int:
+        return self.row.batch_size
 
     def sampling(self, backbone: Backbone, **changes: Any) -> torch.Tensor:
         """uint8 images of one batch."""
@@ -92,7 +99,7 @@ class Published:
 
     def fine_tune(self, backbone: Backbone, precision: str | None = None, **parallel: Any) -> FineTune:
         """The fine-tune of the row, one micro batch a step."""
-        train = self.recipe.train
+        train = self.row.train
         settings = replace(train, batch_size=train.micro_batch_size, precision=precision or train.precision)
         return FineTune(backbone, settings, GPU, **parallel)
 
@@ -112,25 +119,23 @@ def training_step(run: FineTune, record: Record) -> None:
     run.step([(x, labels, generator)])
 
 
-def _row(build: Callable[[str], Backbone], recipes: dict, name: str, batch: int, steps: str = "", calls=None, **more):
-    recipe = recipes[name]
-    calls = calls or (lambda steps: steps)
-    return Published(lambda: build(name), recipe, batch, recipe.evaluate | more, steps, calls)
+def _row(build: Callable[[str], Backbone], id: str, steps: str = "", calls=lambda steps: steps, **more) -> Published:
+    row = FOUND[id]
+    return Published(row, lambda: build(row.name), {**row.evaluate, **more}, steps, calls)
 
 
-def _var_row(name: str, batch: int) -> Published:
-    scales = len(ARCHITECTURES[name].patch_nums)
-    return _row(var, VAR_RECIPES, name, batch, calls=lambda _: scales)
+def _var_row(name: str) -> Published:
+    return _row(var, f"var/{name}", calls=lambda _: len(ARCHITECTURES[name].patch_nums))
 
 
 # fmt: off
 ROWS: dict[str, Published] = {
-    "var/imagenet_256": _var_row("imagenet_256", 64),
-    "var/imagenet_512": _var_row("imagenet_512", 32),
-    **{f"xar/{name}": _row(xar, XAR_RECIPES, name, 32, "flow_steps", lambda steps: 4 * steps)
+    "var/imagenet_256": _var_row("imagenet_256"),
+    "var/imagenet_512": _var_row("imagenet_512"),
+    **{f"xar/{name}": _row(xar, f"xar/{name}", "flow_steps", lambda steps: 4 * steps)
        for name in ("xar_base", "xar_large", "xar_huge")},
-    **{f"edm/{name}": _row(edm, EDM, name, 64, "num_steps", lambda steps: 2 * steps - 1) for name in EDM_KWARGS},
-    "imm/imagenet_256": _row(imm, IMM, "imagenet_256", 64, "num_steps", precision="fp16"),
-    "imm/cifar10": _row(imm, IMM, "cifar10", 64, calls=lambda _: 2, precision="fp16"),
+    **{f"edm/{name}": _row(edm, f"edm/{name}", "num_steps", lambda steps: 2 * steps - 1) for name in EDM_KWARGS},
+    "imm/imagenet_256": _row(imm, "imm/imagenet_256", "num_steps", precision="fp16"),
+    "imm/cifar10": _row(imm, "imm/cifar10", calls=lambda _: 2, precision="fp16"),
 }
 # fmt: on

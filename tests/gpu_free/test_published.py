@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_free.fake_cuda import GIB, GPU, built, fake_cuda
-from gpu_free.published import ROWS, training_step
+from gpu_free.published import ROWS, edm, training_step
 
 from neon_core.precision import product_layers, weights_as
 from neon_metrics.accumulator import MetricAccumulator
@@ -19,7 +19,6 @@ from neon_xar.xar import CELL_TOKENS
 from neon_xar.xar import build as xar_network
 
 MEMORY = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
-NUMBER = "aten::_local_scalar_dense"  # the host waits for one
 
 
 @functools.cache
@@ -88,7 +87,7 @@ def test_a_training_step_runs_in_the_memory_that_is_stated(name):
         record.reset()
         training_step(run, record)
         # The scaler asks once whether it may step, and so does the check of the gradient where there is none.
-        assert set(record.syncs) <= {NUMBER, "copy to the CPU"} and record.syncs[NUMBER] <= 1
+        assert set(record.syncs) <= {"number", "copy to the CPU"} and record.syncs["number"] <= 1
         assert record.uploads <= 12  # tables of the first step, and its labels
         assert record.peak / GIB <= stated("Fine-tune")[name] + 0.05
         assert all(p.grad is not None for p in run.backbone.net.parameters())
@@ -101,6 +100,16 @@ def test_a_training_step_runs_in_other_precisions(name, precision):
     row = ROWS[name]
     with fake_cuda() as record:
         training_step(row.fine_tune(row.build(), precision), record)
+
+
+def test_half_precision_of_edm_holds_its_weights_once():
+    with fake_cuda() as record:
+        backbone, casts = edm("cifar10_cond", use_fp16=True), []
+        for steps in (2, 3):
+            record.reset()
+            backbone.sample(list(range(4)), torch.arange(4), num_steps=steps)
+            casts.append(record.weight_casts)
+    assert casts[0] == casts[1] > 0
 
 
 def test_the_detector_and_the_statistics_wait_once_a_batch_and_copy_their_tables_once():
