@@ -47,7 +47,7 @@ def sampling(name: str) -> str:
 
 def fine_tune(name: str) -> str:
     row = ROWS[name]
-    peaks, held = [], 0.0
+    peaks, held, rest = [], 0.0, 0.0
     for checkpointing in (False, True):
         with fake_cuda() as record:
             backbone = row.build()
@@ -55,16 +55,19 @@ def fine_tune(name: str) -> str:
                 continue
             run = row.fine_tune(backbone, activation_checkpointing=checkpointing)
             training_step(run, record)  # the optimizer's moments come into being
+            run.optimizer.zero_grad(set_to_none=True)
             record.reset()
             training_step(run, record)
             peaks.append(record.peak / GIB)
             count = sum(p.numel() for p in backbone.net.parameters())
-            held = (4 + (run.ema is not None)) * count * 4 / GIB  # weights, gradients, two moments, average
+            one = count * 4 / GIB
+            held = (4 + (run.ema is not None)) * one  # weights, gradients, two moments, average
+            rest = max(record.forward_peak / GIB - (held - one), record.peak / GIB - held)  # before and with gradients
             precision, size = run.settings.precision, run.settings.micro_batch_size
             del backbone, run
             gc.collect()
     columns = [f"{peak:.1f}" for peak in peaks] + ["-"] * (2 - len(peaks))
-    least = min(peaks) - held * (RANKS - 1) / RANKS
+    least = held / RANKS + rest
     return f"| {name} | {precision} | {size} | {columns[0]} | {columns[1]} | {least:.1f} | {cards(min(peaks))} |"
 
 

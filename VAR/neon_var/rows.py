@@ -84,7 +84,7 @@ ROWS = (
         train=_fine_tune(1_200_000, batch_size=24, lr=1e-6, ramp_images=3_000_000, snapshot_images=200_000),
         w=0.6,
         evaluate={"cfg": 3.2, "top_k": 900, "top_p": 0.95},  # recorded by the authors; their script defaults to 4.0
-        batch_size=32,  # about 60 of 80 GB, most of it keys and values
+        batch_size=32,  # about 43 of 80 GB, half of it keys and values
         grid=Grid(ws=_from(0.0, 0.2, 2.0), guidances=_from(2.0, 2.2, 4.4)),
         guidance_range=(2.0, 4.5),
         base_fid=2.63,

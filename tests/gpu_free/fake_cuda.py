@@ -81,7 +81,7 @@ class Record(TorchDispatchMode):
         self.syncs: Counter[str] = Counter()  # where the CPU waits for a number
         self.uploads = 0  # copies from the CPU
         self.weight_casts = 0  # conversions of a parameter to another dtype
-        self.peak = self.live
+        self.peak = self.forward_peak = self.live  # of everything, and of what came before the last backward pass
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -243,7 +243,7 @@ def fake_cuda() -> Iterator[Record]:
         record = Record()
 
         def backward(*args, **kwargs):
-            record.graph_only = "backward"
+            record.graph_only, record.forward_peak = "backward", record.peak
             try:
                 return _real_backward(*args, **kwargs)
             finally:

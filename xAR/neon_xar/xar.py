@@ -178,10 +178,13 @@ class Block(nn.Module):
         first: int = 0,
         mask: Tensor | None = None,
         cached: tuple[Tensor, Tensor] | None = None,
+        active: Tensor | None = None,
     ) -> Tensor:
-        """x [B, L, D], condition [B, S, D]: row s holds for the s-th L/S tokens."""
+        """x [B, L, D], condition [B, S, D]: row s holds for the s-th L/S tokens. `active`: SiLU of the condition, where
+        it is at hand."""
         B, S, D = condition.shape
-        gammas, scales, shifts = self.ada_lin(condition).view(B, S, 6, 1, D).split(2, dim=2)
+        modulation = self.ada_lin(condition) if active is None else self.ada_lin[1](active)
+        gammas, scales, shifts = modulation.view(B, S, 6, 1, D).split(2, dim=2)
         gamma1, gamma2 = gammas.unbind(2)  # each [B, S, 1, D]
         scale1, scale2 = (1 + scales).unbind(2)
         shift1, shift2 = shifts.unbind(2)
@@ -303,12 +306,15 @@ class XAR(nn.Module):
         here = slice(first, first + L)
         # One cell alone sees everything that there is.
         mask = self.mask[:, :, here, : here.stop] if condition.shape[1] > 1 else None
+        active = None  # one SiLU for all blocks, unless autograd would add up their gradients before it
+        if not torch.is_grad_enabled():
+            active = F.silu(condition).to(autocast_dtype(condition.device) or condition.dtype)
         stores = zip(cache.keys, cache.values, strict=True) if cache else [None] * len(self.blocks)
         x = self.z_proj_ln(self.z_proj(tokens) + self.encoder_pos_embed_learned[:, here])
         for number, (block, cached) in enumerate(zip(self.blocks, stores, strict=True)):
             if number == len(self.encoder_blocks):
                 x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_pos_embed_learned[:, here]
-            x = block(x, condition, first, mask, cached)
+            x = block(x, condition, first, mask, cached, active)
         if cache:
             cache.length = first + L - CELL_TOKENS
         return self.pred(self.decoder_norm(x))
