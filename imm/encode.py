@@ -23,10 +23,11 @@ from neon_run.cli import run
 from neon_run.commands import HELP
 
 FLAGS = [
+    click.Argument(["word"], type=click.Choice(["encode"]), required=False, expose_value=False),  # the official tool's
     f.flag("--source", required=True, type=f.PATH, help="Images, folder or .zip."),
     f.flag("--dest", required=True, type=f.PATH, help="Zip to write."),
-    VAE,
-    f.flag("--max_images", type=f.COUNT, help="Encode only the first ones."),
+    f.flag("--vae", "--model-url", "vae", metavar="PATH|HUB", help=VAE.help),
+    f.flag("--max_images", "--max-images", "max_images", type=f.COUNT, help="Encode only the first ones."),
     f.flag("--labels_from_names", is_flag=True, help="First write dataset.json from names like label7_000012.png."),
     f.flag("--batch_size", "--max_batch_size", "--batch", "batch_size", type=f.COUNT, default=64,
            help="Images read at once."),

@@ -48,7 +48,7 @@ class BackboneCommands:
     preset: tuple[str, ...] = ()  # further spellings of --preset
     more_presets: Mapping[str, Row] = field(default_factory=dict)  # names of official settings, beside the rows
     base: tuple[str, ...] = ()  # further spellings of the base's flag in finetune and sweep
-    synthetic: tuple[str, ...] = ()  # further spellings of --synthetic in sweep, which names fine-tuned checkpoints
+    synthetic: tuple[str, ...] = ()  # further spellings of --synthetic, which names a fine-tuned checkpoint
     load: Flags = ()  # -> options of `backbone.load`
     load_training: Flags = ()  # -> the same, of finetune only
     sample: Flags = ()  # -> settings of `backbone.sample`: the row's with those given, through `sampler_settings`
@@ -58,7 +58,9 @@ class BackboneCommands:
     train_settings: Callable[[Row, Mapping[str, Any]], TrainSettings] | None = None  # None: the common ones only
     check: Flags = ()  # of finetune: what the official script says about the network, through `check_claims`
     check_claims: Callable[[Any, Mapping[str, Any]], None] = lambda backbone, claims: None
-    ignored: Flags = ()  # official, accepted everywhere and without effect
+    # Official flags without a counterpart; a command that has an option of this spelling keeps its own.
+    ignored: Flags = ()  # accepted without effect; their help is printed as a note
+    refused: Mapping[str, str] = field(default_factory=dict)  # spelling -> which flag to give here instead
     seed_block: int = 1  # --seed N of generate and calculate_fid: image i has the seed N * seed_block + i
     search_seeds: tuple[str, ...] = ()  # further spellings of sweep's --search_seeds
     final_seeds: tuple[str, ...] = ()  # and of its --final_seeds

@@ -55,7 +55,11 @@ def command(stage: str, commands: BackboneCommands, preset: str | None = None) -
         "--preset", *commands.preset, "preset", default=default, metavar="ROW",
         help=f"{', '.join(row.name for row in commands.rows)}: defaults for every flag left out.",
     )  # fmt: skip
-    return click.Command(stage, params=[preset_flag, *parameters(commands)], callback=callback, help=text,
+    own = [preset_flag, *parameters(commands)]
+    taken = {name for option in own for name in (*option.opts, *option.secondary_opts)}
+    ignored = [option for option in commands.ignored if not taken.intersection(option.opts)]
+    refused = [f.refused(name, advice) for name, advice in commands.refused.items() if name not in taken]
+    return click.Command(stage, params=[*own, *ignored, *refused], callback=callback, help=text,
                          context_settings=HELP)  # fmt: skip
 
 
@@ -167,6 +171,8 @@ def _generate(commands: BackboneCommands, default: str | None, values: Values) -
             stages.check_image_size(model.backbone, values["img_size"], values["class_num"])
         own = range(row.synthetic_seed, row.synthetic_seed + row.num_synthetic)
         seeds = chosen_seeds(commands, values, own, model.backbone.num_classes if values["per_class"] else 0)
+        if values["num_images"] and values["num_images"] < model.backbone.num_classes:
+            say(f"note: --num_images {values['num_images']} is the number of all images; of each class: --per_class")
         manifest = stages.generate(model, values["out_dir"], seeds)
         settings = commands.result_settings({**manifest, "network_config": model.backbone.network_config()})
         line = [f"{len(seeds)} images", str(values["out_dir"]), *settings, f"base={model.checkpoint.name}"]
@@ -302,7 +308,7 @@ def _generate_flags(commands: BackboneCommands) -> list[click.Option]:
     subfolders = f.flag("--subdirs", "subfolders", is_flag=True, default=None, help="A folder per 1000 seeds.")
     return [
         base_flag(commands), *commands.load, f.OUT_DIR, *f.IMAGES, f.BATCH_SIZE, *commands.sample, subfolders,
-        *f.CHECKED, *commands.ignored, f.TF32, f.DEVICE, f.JSON,
+        *f.CHECKED, f.TF32, f.DEVICE, f.JSON,
     ]  # fmt: skip
 
 
@@ -311,7 +317,7 @@ def _finetune_flags(commands: BackboneCommands) -> list[click.Option]:
     return [
         base_flag(commands), *commands.load, f.DATA, f.OUT_DIR, *commands.load_training,
         *(option for option in f.TRAINING if option.name not in own), *commands.train, *commands.check,
-        *f.TRAINING_RUN, *commands.ignored, f.TF32, f.DEVICE, f.JSON,
+        *f.TRAINING_RUN, f.TF32, f.DEVICE, f.JSON,
     ]  # fmt: skip
 
 
@@ -333,18 +339,18 @@ def _sweep_flags(commands: BackboneCommands) -> list[click.Option]:
         *f.metric_flags(None),
         f.flag("--out_dir", "--outdir", "--out_dir_fid", "out_dir", required=True, type=f.FOLDER,
                help="Folder of the results."),
-        *commands.ignored, f.TF32, f.DEVICE, f.JSON,
+        f.TF32, f.DEVICE, f.JSON,
     ]  # fmt: skip
 
 
 def _calculate_fid_flags(commands: BackboneCommands) -> list[click.Option]:
     return [
         base_flag(commands, own=True), *commands.load,
-        f.flag("--synthetic", "--aux_resume", "synthetic", type=f.FILE,
+        f.flag("--synthetic", "--aux_resume", *commands.synthetic, "synthetic", type=f.FILE,
                help="theta_syn: measure base - w (synthetic - base)."),
         f.flag("--w", "--neon_w", "w", type=float, callback=f.parse_finite, help="That w.  [default: the row's]"),
         *f.IMAGES, f.BATCH_SIZE, *commands.sample, *f.metric_flags(commands.metrics), *f.KEPT, *f.CHECKED,
-        *commands.ignored, f.TF32, f.DEVICE, f.JSON,
+        f.TF32, f.DEVICE, f.JSON,
     ]  # fmt: skip
 
 

@@ -32,6 +32,18 @@ def flag(*names: str, **settings: Any) -> click.Option:
     return click.Option(list(names), **{"show_default": shown, **settings})
 
 
+def refused(name: str, advice: str) -> click.Option:
+    """An official flag that is not ours, with or without a value: its use is a UserError that says `advice`."""
+
+    def refuse(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            raise UserError(f"{name}: {advice}")
+
+    destination = f"refused_{name.strip('-').replace('-', '_')}"
+    return click.Option([name, destination], is_flag=False, flag_value="", hidden=True, is_eager=True,
+                        expose_value=False, callback=refuse)  # fmt: skip
+
+
 def given(values: Mapping[str, Any], options: Sequence[click.Option]) -> dict[str, Any]:
     """Those of `values` that belong to `options` and are not None."""
     names = [option.name for option in options]
@@ -99,7 +111,16 @@ TF32 = flag(
     help="Round float32 products to TF32 on NVIDIA GPUs, everywhere or nowhere.  [default: the row's, as officially]",
 )  # fmt: skip
 COMPILE = flag("--compile/--no_compile", "compiled", default=None, help="torch.compile the network: minutes, once.")
-OUT_DIR = flag("--outdir", "--out_dir", "--output_dir", "out_dir", required=True, type=FOLDER, help="Folder to write.")
+OUT_DIR = flag(
+    "--outdir",
+    "--out_dir",
+    "--output_dir",
+    "--local_out_dir_path",
+    "out_dir",
+    required=True,
+    type=FOLDER,
+    help="Folder to write.",
+)
 
 # Which images
 

@@ -1,4 +1,5 @@
-"""Every command of the README is understood by the real script, and says which file is missing."""
+"""Every command of the README, and of the page for users of the official repository, is understood by the real script,
+and says which file is missing."""
 
 import re
 import runpy
@@ -8,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from neon_files.errors import UserError
+from neon_run.backbones import find_backbones
+from neon_run.commands import STAGES, command
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,28 +29,96 @@ def test_the_readme_has_the_commands_of_all_rows():
     assert sum("calculate_fid.py" in command and "torchrun" in command for command in COMMANDS) == 8
 
 
-@pytest.mark.parametrize("command", SCRIPTS, ids=[re.search(r"\S+\.py.{0,60}", c)[0] for c in SCRIPTS])
-def test_the_script_takes_the_command_and_names_what_is_missing(command, tmp_path, monkeypatch, capsys):
-    """In an empty folder and offline, the first check that fails is a missing file: exit code 2 and its name, before
-    any model is built. An unknown flag or a bad value would be another message."""
-    words = shlex.split(command)
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+@pytest.fixture
+def run_offline(tmp_path, monkeypatch, capsys):
+    """stderr of a script with these words, in an empty folder and offline. The first check that fails is then a missing
+    file: exit code 2, before any model is built."""
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read when it is imported
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "argv", [str(ROOT / words[at]), *words[at + 1 :]])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    told = capsys.readouterr()
-    assert stop.value.code == 2, told.err
-    assert "Usage:" not in told.err and "No such option" not in told.err, told.err
-    named = [
-        word for word in words[at + 1 :] if re.search(r"\.(pkl|pth|npz|ckpt|safetensors)$|^datasets/|^runs/", word)
-    ]
+
+    def run(script, words):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *words])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        errors = capsys.readouterr().err
+        assert stop.value.code == 2, errors
+        return errors
+
+    return run
+
+
+def script_of(command):
+    """(the script, the words behind it)"""
+    words = shlex.split(command)
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[at], words[at + 1 :]
+
+
+@pytest.mark.parametrize("command", SCRIPTS, ids=[re.search(r"\S+\.py.{0,60}", c)[0] for c in SCRIPTS])
+def test_the_script_takes_the_command_and_names_what_is_missing(command, run_offline):
+    """An unknown flag or a bad value would be another message."""
+    script, words = script_of(command)
+    errors = run_offline(script, words)
+    assert "Usage:" not in errors and "No such option" not in errors, errors
+    named = [word for word in words if re.search(r"\.(pkl|pth|npz|ckpt|safetensors)$|^datasets/|^runs/", word)]
     named += ["edm-cifar10-32x32-cond-vp.pkl"] * ("--preset" in words)
-    assert any(Path(word).name in told.err for word in named), told.err
+    assert any(Path(word).name in errors for word in named), errors
+
+
+# The page for users of the official repository: tables of two columns, the official command and ours
+
+PAGE = (ROOT / "docs" / "from_the_official_repository.md").read_text()
+PAIRS = [
+    (official, ours)
+    for official, ours in re.findall(r"^\| (.+) \| `((?:VAR|xAR|edm|imm)/\S+\.py .+)` \|$", PAGE, flags=re.M)
+]
+OFFICIAL = [(official.strip("`"), script_of(ours)[0]) for official, ours in PAIRS if official.startswith("`")]
+
+
+def test_the_page_has_every_stage_of_every_backbone():
+    scripts = {script_of(ours)[0] for _, ours in PAIRS}
+    stages = {(script.split("/")[0], script.split("/")[-1]) for script in scripts}
+    wanted = {(b, f"{s}.py") for b in ("VAR", "xAR", "edm", "imm") for s in ("generate", "finetune", "sweep")}
+    assert wanted | {(b, "calculate_fid.py") for b in ("VAR", "xAR", "edm", "imm")} <= stages and len(PAIRS) > 20
+
+
+@pytest.mark.parametrize("ours", [ours for _, ours in PAIRS], ids=[ours[:70] for _, ours in PAIRS])
+def test_our_command_of_the_page_is_understood(ours, run_offline):
+    errors = run_offline(*script_of(ours))
+    assert "Error: " in errors and "Usage:" not in errors and "No such option" not in errors, errors
+    assert not any(f"Error: {name}" in errors for name in REFUSED), errors
+
+
+@pytest.mark.parametrize(("official", "script"), OFFICIAL, ids=[official[:70] for official, _ in OFFICIAL])
+def test_the_official_words_are_used_or_refused_with_our_flag(official, script, run_offline):
+    """Given to the script that does the same here."""
+    errors = run_offline(script, script_of(official)[1])
+    assert "No such option" not in errors and "unexpected extra argument" not in errors, errors
+
+
+REFUSED = {name: advice for commands in find_backbones() for name, advice in commands.refused.items()}
+
+
+@pytest.mark.parametrize("commands", find_backbones(), ids=lambda commands: commands.name)
+def test_a_refused_flag_names_one_that_exists_and_is_on_the_page(commands, capsys):
+    made = [command(stage, commands) for stage in STAGES]
+    known = {name for one in made for option in one.params for name in option.opts}
+    for name, advice in commands.refused.items():
+        refusing = [
+            one for one in made if f"refused_{name.strip('-').replace('-', '_')}" in {p.name for p in one.params}
+        ]
+        assert refusing, name
+        for words in ([name], [name, "1"], [f"{name}=1"]):
+            with pytest.raises(UserError, match=f"^{name}: "):
+                refusing[0].main(words, standalone_mode=False)
+        assert set(re.findall(r"--\w+", advice)) <= known and ("--" in advice or "leave it out" in advice), advice
+        assert f"`{name}`" in PAGE, name
+    for option in commands.ignored:
+        assert f"`{option.opts[0]}`" in PAGE, option.opts[0]
 
 
 def test_make_targets_of_the_readme_exist():

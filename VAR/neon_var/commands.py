@@ -11,10 +11,12 @@ import click
 
 from neon_core.backbone import TrainSettings
 from neon_core.schedules import LinearRamp
+from neon_files.errors import UserError
 from neon_run.backbones import BackboneCommands
 from neon_run.flags import COMPILE, COUNT, FILE, SHARE, flag, parse_finite
 from neon_run.row import Row
-from neon_var.backbone import AUTOCAST
+from neon_var.architectures import ARCHITECTURES
+from neon_var.backbone import AUTOCAST, VARBackbone
 from neon_var.official import merge_rule
 from neon_var.rows import ROWS
 
@@ -42,11 +44,36 @@ SAMPLE = (
          help="To 8 bits; truncate is official."),
     flag("--decode_batch", type=COUNT, help="Images decoded at once.  [default: the batch]"),
 )  # fmt: skip
-TRAIN = (flag("--total_images", type=COUNT, help="Official: --images and --ramp_images at once."),)
+HALF = {"0": "fp32", "1": "fp16", "2": "bf16"}  # the official numbers of --fp16
+TRAIN = (
+    flag("--total_images", type=COUNT, help="Official: --images and --ramp_images at once."),
+    flag("--fp16", type=click.Choice(list(HALF)), help="Official: --precision fp32, fp16 or bf16."),
+)
+CHECK = (  # the official train.py builds its network from these; ours comes with the checkpoint
+    flag("--saln", type=bool, help="Check: is the AdaLN shared?"),
+    flag("--pn", help="Check: 256, 512, or the sides of the token maps, like 1_2_3."),
+)
 IGNORED = (
     flag("--cuda", is_flag=True, hidden=True),  # without effect in the official script too
     flag("--temp_dir", hidden=True, help="not used, images stay in memory (--save_images keeps them)"),
-)
+    flag("--alng", hidden=True, help="not used, it only initialises a network that is then loaded"),
+    flag("--workers", hidden=True, help="not used, the next step's images are read while one trains"),
+    *(flag(name, hidden=True, help="not used, as in the official loop")
+      for name in ("--sche", "--wp", "--wp0", "--wpe", "--twd", "--twde")),
+)  # fmt: skip
+REFUSED = {
+    "--out_dir": "give --json, a file of the result and every setting; VAR/sweep.py keeps all points of a search",
+    "--tlr": "give the rate at the end of the ramp as --lr",
+    "--tblr": "give --lr, the rate itself: tblr times the batch over all processes, divided by 256",
+    "--ep": "lengths are counted in images: give --images",
+    "--ac": "give --micro_batch_size; the rest of the batch is accumulated",
+    "--ls": "the loss has no label smoothing, as the official 0; leave it out",
+    "--tclip": "give --clip_norm",
+    "--hflip": "images are not mirrored at random (nor by default officially); --xflip trains on the mirror images too",
+    "--tfast": "give --compile",
+    "--vfast": "give --compile",
+    "--pg": "the fine-tune is not progressive, as the official default; leave it out",
+}
 OFF = {  # left out, so that manifests tell apart only what differs
     "more_smooth": False,
     "precision": "auto",
@@ -56,12 +83,36 @@ OFF = {  # left out, so that manifests tell apart only what differs
 
 
 def train_settings(row: Row, given: Mapping[str, Any]) -> TrainSettings:
-    """--total_images is the length and, as in the official script, also the length of the ramp."""
+    """--total_images is the length and, as in the official script, also the length of the ramp. Raises UserError where
+    --fp16 contradicts --precision."""
+    if "fp16" in given:
+        precision = HALF[given["fp16"]]
+        if given.get("precision", precision) != precision:
+            raise UserError(f"--fp16 {given['fp16']} is --precision {precision}; give one of them")
+        row = replace(row, train=replace(row.train, precision=precision))
     total = given.get("total_images")
     if total is None:
         return row.train
     ramp = LinearRamp(given.get("ramp_images", total))
     return replace(row.train, images=given.get("images", total), schedule=ramp)
+
+
+def check_claims(backbone: VARBackbone, claims: Mapping[str, Any]) -> None:
+    """UserError where --saln or --pn contradicts the network."""
+    net = backbone.net
+    sides = {"256": ARCHITECTURES["imagenet_256"].patch_nums, "512": ARCHITECTURES["imagenet_512"].patch_nums}
+    actual = {
+        "saln": backbone.network_config()["kwargs"].get("shared_aln", False),
+        "pn": "_".join(map(str, net.patch_nums)),
+    }
+    given = dict(claims)
+    if given.get("pn") in sides:
+        given["pn"] = "_".join(map(str, sides[given["pn"]]))
+    for name, value in given.items():
+        if value != actual[name]:
+            raise UserError(
+                f"--{name} {claims[name]}: the network has {actual[name]}; leave the flag out or name its network"
+            )
 
 
 def result_settings(result: Mapping[str, Any]) -> list[str]:
@@ -84,7 +135,10 @@ COMMANDS = BackboneCommands(
     neutral=OFF,
     train=TRAIN,
     train_settings=train_settings,
+    check=CHECK,
+    check_claims=check_claims,
     ignored=IGNORED,
+    refused=REFUSED,
     result_settings=result_settings,
     merge_rule=merge_rule,
 )

@@ -49,9 +49,28 @@ CHECK = (
     flag("--cond", type=bool, help="Check: is the network class-conditional?"),
     flag("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), help="Check: the architecture."),
     flag("--precond", type=click.Choice(["edm", "vp", "ve"]), help="Check: the preconditioner."),
+    flag("--cbase", type=COUNT, help="Check: width that they multiply."),
     flag("--cres", help="Check: width multipliers, like 1,2,2,2."),
 )
-IGNORED = (flag("--nosubdir", is_flag=True, hidden=True),)  # --outdir is always used as it is
+IGNORED = (
+    flag("--nosubdir", is_flag=True, hidden=True),  # --outdir is always used as it is
+    flag("--desc", hidden=True, help="not used, --outdir names the folder"),
+    flag("--bench", hidden=True),
+    flag("--cache", hidden=True),
+    flag("--workers", hidden=True, help="not used, the next step's images are read while one trains"),
+    flag("--dump", hidden=True, help="not used, the state is kept at every snapshot and every ten minutes"),
+)
+_NO_ABLATION = "the ablation sampler has no flags here (the official script fails with them); leave it out"
+REFUSED = {
+    "--fp16": "give --precision fp16; without it the fine-tune has full precision",
+    "--ls": "losses are not scaled, as the official 1; leave it out",
+    "--resume": "the same command goes on with a killed fine-tune in --outdir; leave it out",
+    "--dry-run": "leave it out; files and settings are checked before the first step",
+    "--nearest_k": "precision and recall have k = 5, as the official default; leave it out",
+    "--real_data_dir": "give --real_images, with --metrics fid,prdc",
+    "--gen_dir": "images stay in memory; --save_images keeps them",
+    **dict.fromkeys(("--solver", "--disc", "--schedule", "--scaling"), _NO_ABLATION),
+}
 
 
 def sampler_settings(chosen: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +105,7 @@ def train_settings(row: Row, given: Mapping[str, Any]) -> TrainSettings:
 
 
 def check_claims(backbone: EDMBackbone, claims: Mapping[str, Any]) -> None:
-    """UserError where one of --cond, --arch, --precond, --cres contradicts the network."""
+    """UserError where one of --cond, --arch, --precond, --cbase, --cres contradicts the network."""
     config, unet = backbone.network_config(), backbone.net.model
     song = "ncsnpp" if isinstance(getattr(unet, "map_noise", None), FourierEmbedding) else "ddpmpp"
     widths = config["kwargs"].get("channel_mult")
@@ -94,6 +113,7 @@ def check_claims(backbone: EDMBackbone, claims: Mapping[str, Any]) -> None:
         "cond": backbone.num_classes > 0,
         "arch": song if isinstance(unet, SongUNet) else "adm",
         "precond": config["class"].removesuffix("Precond").lower(),
+        "cbase": config["kwargs"].get("model_channels"),
         "cres": None if widths is None else ",".join(map(str, widths)),
     }
     for name, value in claims.items():
@@ -114,6 +134,7 @@ COMMANDS = BackboneCommands(
     checkpoint=("--network_pkl", "--network"),
     base=("--transfer", "--network_pkl_base"),
     load=(COMPILE,),
+    synthetic=("--network_pkl_aux_file",),
     load_training=LOAD_TRAINING,
     sample=SAMPLE,
     sampler_settings=sampler_settings,
@@ -122,6 +143,7 @@ COMMANDS = BackboneCommands(
     check=CHECK,
     check_claims=check_claims,
     ignored=IGNORED,
+    refused=REFUSED,
     search_seeds=("--seeds_test",),
     final_seeds=("--seeds",),
     result_settings=result_settings,

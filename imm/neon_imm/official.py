@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from neon_files.errors import UserError
+from neon_files.errors import UserError, say
 
 
 def merge_rule(name: str, base: Tensor, syn: Tensor, w: float) -> Tensor:
@@ -18,37 +18,48 @@ def merge_rule(name: str, base: Tensor, syn: Tensor, w: float) -> Tensor:
     return torch.where(torch.isfinite(base) & torch.isfinite(syn), base - w * (syn - base), base)
 
 
-# The official script is configured as key=value; these are the keys that have a flag here.
-OVERRIDES = {
-    "eval.resume": "--model_ckpt",
-    "aux_resume": "--synthetic",
-    "neon_w": "--w",
-    "per_class_count": "--per_class_count",
-    "total_images": "--num_images",
-    "fid_stats": "--fid_stats",
-    "preset": "--preset",
-    "cfg_scale": "--cfg",
-    "eval.batch_size": "--batch_size",
-    "out_dir": "--out_dir",
+# The official scripts are configured as key=value: what has a flag here, by stage.
+_SAMPLING = {"preset": "--preset", "cfg_scale": "--cfg", "eval.batch_size": "--batch_size"}
+_COUNTS = {"per_class_count": "--per_class", "total_images": "--num_images"}
+_MERGE = {"aux_resume": "--synthetic", "neon_w": "--w", "fid_stats": "--fid_stats"}
+KEYS = {
+    "generate": {"eval.resume": "--network", "out_dir": "--outdir", **_COUNTS, **_SAMPLING},
+    "finetune": {"training.transfer": "--base", "dataset.path": "--data"},
+    "sweep": {"eval.resume": "--base", "out_dir": "--out_dir", **_MERGE, **_SAMPLING},
+    # `out_dir` is where the official evaluation writes its images
+    "calculate_fid": {"eval.resume": "--model_ckpt", "out_dir": "--save_images", **_COUNTS, **_MERGE, **_SAMPLING},
 }
-IMAGES_DIR = "--save_images"  # what `out_dir` means to the official evaluation
+WITHOUT_EFFECT = ("eval.cudnn_benchmark", "dataset.cache", "logger.project")
+ADVICE = {  # what means something else here, or is part of a file
+    "eval.seed": "every image has a seed of its own; give --seed, that of the first one",
+    "fid_out": "give --json, a file of the result and every setting",
+    "outputdir": "give --outdir, the folder of this fine-tune itself",
+    "network.": "the network is rebuilt from its checkpoint; leave it out",
+    "encoder.": "give --vae, the autoencoder's folder, file or hub name",
+    "training.": "give --images, --batch_size, --lr or another flag that --help lists",
+    "per_class_count": "give --num_images, of every point of the search",
+    "total_images": "give --num_images, of every point of the search",
+}
 
 
 def official_arguments(stage: str, arguments: Sequence[str]) -> list[str]:
-    """`arguments` of a stage's script with hydra's key=value overrides as flags. UserError names one that has no
-    counterpart."""
-    flags = OVERRIDES | ({"out_dir": IMAGES_DIR} if stage == "calculate_fid" else {})
-    found: list[str] = []
+    """`arguments` of a stage's script with the official key=value words as flags. UserError names one that has no
+    counterpart, and what to give instead."""
+    flags, translated = KEYS[stage], []
     for argument in arguments:
         key, equals, value = argument.removeprefix("+").partition("=")
-        follows_flag = bool(found) and found[-1].startswith("-") and "=" not in found[-1]
+        follows_flag = bool(translated) and translated[-1].startswith("-") and "=" not in translated[-1]
         if key == "--config-name":
             if "im256" not in value:
                 raise UserError(f"{argument}: only the 256 configuration is known; use --preset")
         elif argument.startswith("-") or not equals or follows_flag:
-            found.append(argument)
+            translated.append(argument)
         elif key in flags:
-            found.append(f"{flags[key]}={value}")
+            translated.append(f"{flags[key]}={value}")
+        elif key in WITHOUT_EFFECT:
+            say(f"{argument}: not used")
         else:
-            raise UserError(f"{argument}: this override has no counterpart; known are {', '.join(flags)}")
-    return found
+            known = ", ".join(f"{name} ({flag})" for name, flag in flags.items())
+            fitting = [text for name, text in ADVICE.items() if key == name or (name[-1] == "." and name in key)]
+            raise UserError(f"{argument}: {fitting[0] if fitting else f'has no counterpart; known are {known}'}")
+    return translated

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import zipfile
 
@@ -343,10 +344,23 @@ def test_the_official_arguments_are_translated():
         "--config-name=im256_generate_images.yaml eval.resume=a.pkl +per_class_count=50 +fid_stats=b.npz +cfg_scale=1.8"
     )
     assert official_arguments("calculate_fid", given.split()) == [
-        "--model_ckpt=a.pkl", "--per_class_count=50", "--fid_stats=b.npz", "--cfg=1.8",
+        "--model_ckpt=a.pkl", "--per_class=50", "--fid_stats=b.npz", "--cfg=1.8",
     ]  # fmt: skip
     ours = ["--model_ckpt", "runs/k=3/a.pkl", "--cfg=1.8"]
     assert official_arguments("generate", ours) == ours
-    assert official_arguments("generate", ["out_dir=S"]) == ["--out_dir=S"]
-    with pytest.raises(UserError, match="cudnn"):
-        official_arguments("generate", ["eval.cudnn_benchmark=true"])
+    assert official_arguments("generate", ["out_dir=S"]) == ["--outdir=S"]
+    assert official_arguments("finetune", ["training.transfer=a.pkl", "dataset.path=S"]) == ["--base=a.pkl", "--data=S"]
+    assert official_arguments("sweep", ["+aux_resume=b.pkl", "+neon_w=2"]) == ["--synthetic=b.pkl", "--w=2"]
+    assert official_arguments("generate", ["eval.cudnn_benchmark=true"]) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "word", "flag"),
+    [("generate", "eval.seed=3", "--seed"), ("calculate_fid", "+fid_out=fid.txt", "--json"),
+     ("finetune", "outputdir=o", "--outdir"), ("finetune", "training.total_ticks=60", "--images"),
+     ("sweep", "+per_class_count=10", "--num_images"), ("generate", "encoder.vae_name=x", "--vae"),
+     ("generate", "dataset.path=S", "eval.resume")],
+)  # fmt: skip
+def test_official_words_that_are_not_understood_are_refused_with_our_flag(stage, word, flag):
+    with pytest.raises(UserError, match=f"{re.escape(word)}: .*{flag}"):
+        official_arguments(stage, [word])

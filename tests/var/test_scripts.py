@@ -11,6 +11,7 @@ from PIL import Image
 from var.tiny import write_tiny
 
 from neon_files.checkpoint import read_checkpoint
+from neon_var.commands import COMMANDS, train_settings
 
 TUNE = ("--images", 16, "--batch_size", 8, "--micro_batch_size", 4, "--lr", 1e-3, "--ramp_images", 32,
         "--snapshot_images", 8, "--precision", "fp32")  # fmt: skip
@@ -115,6 +116,9 @@ CKPT = "--var_ckpt {}/var.safetensors"
         ("generate.py", f"{CKPT} --outdir {{}}/x --model_depth 5", "holds depth 3"),
         ("generate.py", f"{CKPT} --outdir {{}}/var.safetensors/x", "--outdir"),
         ("finetune.py", f"{CKPT} --data {{}}/none --outdir {{}}/y", "none: no such folder"),
+        ("finetune.py", f"{CKPT} --data {{}}/set --outdir {{}}/y --saln=1", "--saln True: the network has False"),
+        ("finetune.py", f"{CKPT} --data {{}}/set --outdir {{}}/y --pn=256", "--pn 256: the network has 1_2_3"),
+        ("finetune.py", f"{CKPT} --data {{}}/set --outdir {{}}/y --fp16=1 --precision bf16", "give one of them"),
         ("sweep.py", "--base {}/var.safetensors --out_dir {}/z", "--snapshots is missing"),
         ("sweep.py", "--base {}/var.safetensors --w 1,x --out_dir {}/z", "not a list of numbers"),
     ],
@@ -124,6 +128,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(place, script, args, message):
     if "--vae_ckpt" not in args:
         args += ["--vae_ckpt", place.vae]
     assert message in fails(f"VAR/{script}", *args)
+
+
+def test_the_official_half_precision_is_ours():
+    row = COMMANDS.find_row("imagenet_256", None)
+    precisions = [train_settings(row, {"fp16": number}).precision for number in ("0", "1", "2")]
+    assert precisions == ["fp32", "fp16", "bf16"] and train_settings(row, {}).precision == row.train.precision
 
 
 def test_an_error_ends_two_ranks_with_one_message(place, tmp_path):

@@ -141,3 +141,9 @@ def test_a_size_that_the_model_cannot_make_is_refused(place, tmp_path):
     args = (*flags, *made, "--outdir", tmp_path / "S", "--img_size", 512, "--device", "cpu")
     fails("xAR/generate.py", *args, match="--img_size 512: .* images of 32 pixels a side")
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_what_the_official_fine_tune_says_of_the_network_is_checked(place, tmp_path):
+    folder, flags, _ = place
+    args = (*flags, "--data", folder / "S", "--outdir", tmp_path, "--device", "cpu", "--img_size", 32)
+    fails("xAR/finetune.py", *args, "--vae_embed_dim", 8, match="--vae_embed_dim 8: the network has ")

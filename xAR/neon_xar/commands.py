@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
+from neon_files.errors import UserError
 from neon_run.backbones import BackboneCommands
-from neon_run.flags import COMPILE, FILE, flag, parse_finite
-from neon_xar.backbone import LABEL_RULES, PRECISIONS
+from neon_run.flags import COMPILE, COUNT, FILE, flag, parse_finite
+from neon_xar.backbone import LABEL_RULES, PRECISIONS, XARBackbone
 from neon_xar.rows import ROWS
 from neon_xar.vae import ROUNDINGS
 
@@ -28,15 +29,53 @@ SAMPLE = (
     flag("--labels", "label_rule", type=click.Choice(LABEL_RULES), default="balanced",
          help="balanced: class = seed mod number of classes. official: equal blocks in class order."),
 )  # fmt: skip
+CHECK = (  # the official train_new.py builds its network from these; ours has them in the checkpoint
+    flag("--img_size", type=COUNT, help="Check: side of the images, pixels."),
+    flag("--vae_embed_dim", type=COUNT, help="Check: channels of the latents."),
+    flag("--vae_stride", type=COUNT, help="Check: pixels per latent."),
+    flag("--patch_size", type=COUNT, help="Check: latents per token, each way."),
+)
 IGNORED = (  # processes and devices come from torchrun's environment
     flag("--cuda", is_flag=True, hidden=True),
     flag("--dist_url", hidden=True),
     flag("--dist_on_itp", is_flag=True, hidden=True),
     flag("--world_size", type=int, hidden=True),
     flag("--local_rank", "--local-rank", "local_rank", type=int, hidden=True),
+    flag("--class_map", hidden=True, help="not used, classes are numbered as in the sorted map, and named so in files"),
+    flag("--lr_schedule", hidden=True, help="not used, as in the official loop"),
+    flag("--num_workers", hidden=True, help="not used, the next step's images are read while one trains"),
+    flag("--pin_mem", "--no_pin_mem", "pin_mem", is_flag=True, hidden=True),
+    flag("--out_dir", "images_dir", hidden=True, help="not used, images stay in memory (--save_images keeps them)"),
 )
+REFUSED = {
+    "--blr": "give --lr, the rate itself: blr times the batch over all processes, divided by 256. Note that "
+             "--batch_size is that batch here, not the batch of one process",
+    "--epochs": "lengths are counted in images: give --images",
+    "--warmup_epochs": "lengths are counted in images: give --ramp_images",
+    "--min_lr": "the rate ends with the ramp (--ramp_images), there is no decay; leave it out",
+    "--epoch_save_freq": "give --snapshot_images",
+    "--out_dir_fid": "give --json, a file of the result and every setting; xAR/sweep.py keeps all points of a search",
+    "--use_cached": "moments are always made once and kept, in --cached_path or beside the set; leave it out",
+    "--attn_dropout": "the fine-tune has the official 0.1; leave it out",
+    "--proj_dropout": "the fine-tune has the official 0.1; leave it out",
+    "--label_drop_prob": "the fine-tune has the official 0.1; leave it out",
+}  # fmt: skip
 # Left out, so that manifests tell apart only what differs:
 PLAIN = {"precision": "auto", "rounding": "truncate", "label_rule": "balanced"}
+
+
+def check_claims(backbone: XARBackbone, claims: Mapping[str, Any]) -> None:
+    """UserError where --img_size, --vae_embed_dim, --vae_stride or --patch_size contradicts the network."""
+    autoencoder = backbone.autoencoder
+    actual = {
+        "img_size": backbone.img_size,
+        "vae_embed_dim": autoencoder.embed_dim,
+        "vae_stride": autoencoder.stride,
+        "patch_size": 1,
+    }
+    for name, value in claims.items():
+        if value != actual[name]:
+            raise UserError(f"--{name} {value}: the network has {actual[name]}; leave the flag out")
 
 
 def result_settings(result: Mapping[str, Any]) -> list[str]:
@@ -59,7 +98,10 @@ COMMANDS = BackboneCommands(
     load_training=LOAD_TRAINING,
     sample=SAMPLE,
     neutral=PLAIN,
+    check=CHECK,
+    check_claims=check_claims,
     ignored=IGNORED,
+    refused=REFUSED,
     seed_block=1_000_000,
     search_seeds=("--seeds",),
     result_settings=result_settings,
