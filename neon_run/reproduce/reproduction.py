@@ -150,7 +150,7 @@ class Reproduction:
         files = self.ledger.run("fetch", broadcast_object(known), [], work)
         for name, entry in files.items() if is_main() else ():
             path = self.out_dir / entry["path"]
-            if sha256_file(path) != entry["sha256"]:
+            if sha256_file(_vouching(path)) != entry["sha256"]:
                 raise UserError(
                     f"{path}: is not the {name} that this run began with; put it back, or name another --out"
                 )
