@@ -175,6 +175,8 @@ def sweep(
     """`search`, then every metric of the best point, and its network as `out_dir`/neon.safetensors, unless the base is
     best. The backbone holds theta_base again afterwards."""
     check_writable(out_dir, "--out_dir")
+    if (out_dir / "neon.safetensors").exists() and not (out_dir / "points").exists():
+        raise UserError(f"{out_dir}: holds a neon.safetensors of something else; name another --out_dir")
     points = open_sweep(model, evaluator, snapshots, out_dir)
     result = search(model, points, plan, images.seeds)
     best = result["best"]

@@ -34,6 +34,8 @@ from neon_files.run_files import (
 RECORD = {"stage": str, "key": str, "settings": dict, "outputs": dict, "files": list, "cost": dict}
 CLOCK = {"key": str, "seconds": NUMBER, "starts": int}
 STAGES = ("fetch", "generate", "finetune", "search", "merge", "evaluate", "report")
+# Of a run's folder; sets, fine-tunes and sweeps, which scripts may have begun, are claimed by their own records.
+WRITTEN = ("neon.safetensors", "results.json", "report.html", "samples", "controls", "prepared", "stages")
 TICK = 5.0  # seconds between two entries of the clock
 
 
@@ -55,10 +57,19 @@ class Ledger:
         """The body is the only run in the folder, which says whose run it is and how it is continued. Raises
         UserError."""
         with one_run(self.out_dir) if is_main() else nullcontext():
+            if is_main():
+                self._claim()
             barrier()
             self.about = {"row": row, "command": command, "out": str(self.out_dir.resolve())}
             self._write_about()
             yield
+
+    def _claim(self) -> None:
+        """UserError where the folder holds what a run would write and no run has written."""
+        if not (self.out_dir / "run.json").exists():
+            foreign = [name for name in WRITTEN if (self.out_dir / name).exists()]
+            if foreign:
+                raise UserError(f"{self.out_dir}: holds {', '.join(foreign)} of something else; name another --out")
 
     def _write_about(self) -> None:
         if is_main():

@@ -300,6 +300,24 @@ def test_where_the_base_is_best_no_network_is_written(files, tmp_path, own_detec
     assert "best: base | w=0 | FID=" in line and not list(tmp_path.rglob("neon.safetensors"))
 
 
+@pytest.mark.parametrize("name", ["neon.safetensors", "results.json", "samples/00.png"])
+def test_files_of_the_users_are_not_overwritten(files, tmp_path, name):
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=rf"mine: holds {name.split('/')[0]} of something else; name another --out"):
+        Reproduction(row_in(files), tmp_path / "mine", Plan(detector=PixelMoments()), CPU).run()
+    assert path.read_text() == "mine" and not (tmp_path / "mine" / "run.json").exists()
+
+
+def test_a_sweep_does_not_overwrite_weights_of_the_users(files, tmp_path, own_detector, monkeypatch):
+    monkeypatch.chdir(files)
+    (tmp_path / "neon.safetensors").write_text("mine")
+    output = run("sweep", "--snapshots", "run", "--out_dir", tmp_path, "--no_final", status=2)
+    assert "holds a neon.safetensors of something else" in output
+    assert (tmp_path / "neon.safetensors").read_text() == "mine"
+
+
 def test_every_missing_file_is_named_at_once_before_anything_else(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(c, "default_weight_paths", lambda: [])
