@@ -37,6 +37,7 @@ from neon_run.reproduce.ledger import status
 from neon_run.reproduce.reproduction import Reproduction
 
 SCRIPT = Path("tests/core/pico_reproduce.py")
+READ_NO_MORE = (".png", ".jsonl")  # images and log of a finished fine-tune
 LEFTOVERS = (".part", ".lock", ".owner", ".clock", ".damaged")
 
 
@@ -124,12 +125,11 @@ def mutate(draw: random.Random, path: Path) -> str:
 
 
 def damaged_file(draw: random.Random, files: Path, out: Path, whole: Path) -> tuple[str, str]:
-    """(file and damage, what is wrong): one file of a finished run, some of whose stages are to be done again. Images
-    are left out: a finished fine-tune needs them no more."""
+    """(file and damage, what is wrong): one file of a finished run, some of whose stages are to be done again."""
     shutil.copytree(whole, out)
     for stage in draw.sample(["generate", "finetune", "search", "evaluate"], draw.randrange(3)):
         (out / f"stages/{stage}.json").unlink()
-    path = draw.choice(sorted(path for path in out.rglob("*") if path.is_file() and path.suffix != ".png"))
+    path = draw.choice(sorted(path for path in out.rglob("*") if path.is_file() and path.suffix not in READ_NO_MORE))
     story = f"{path.relative_to(out)}: {mutate(draw, path)}"
     status(out)
     message = in_process(files, out)

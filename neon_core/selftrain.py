@@ -262,7 +262,8 @@ class _Loop:
         barrier()
         if agree(path, path.exists):
             self.run.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        self.log = StepLog(self.out_dir / "log.jsonl", self.run.images_seen, self.run.must_be_finite)
+        path = self.out_dir / "log.jsonl"
+        self.log = StepLog(path, self.run.images_seen, self.missing[-1], self.run.must_be_finite)
 
     def train(self, data: TrainingData, seed: int, progress: bool) -> None:
         run, settings, end = self.run, self.run.settings, self.missing[-1]
@@ -376,9 +377,9 @@ class _deterministic_dropout:
 class StepLog:
     """`log.jsonl`, a line per step. Losses stay on the device until `settle`, so that no step waits for them."""
 
-    def __init__(self, path: Path, images_seen: int, must_be_finite: bool):
+    def __init__(self, path: Path, images_seen: int, end: int, must_be_finite: bool):
         self.path, self.must_be_finite = path, must_be_finite
-        self.lines = earlier_lines(path, images_seen) if is_main() else []
+        self.lines, self.behind = earlier_lines(path, images_seen, end) if is_main() else ([], [])
         self.open: list[tuple[int, float, Tensor, Tensor]] = []  # images seen, lr, loss, gradient norm
 
     def add(self, images: int, lr: float, loss: Tensor, norm: Tensor | None) -> None:
@@ -402,5 +403,5 @@ class StepLog:
         self.open = []
         if is_main():
             with atomic_path(self.path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in self.lines), encoding="utf-8")
+                temporary.write_text("".join(line + "\n" for line in self.lines + self.behind), encoding="utf-8")
         return loss

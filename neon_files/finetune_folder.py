@@ -38,14 +38,16 @@ def claim(out_dir: Path, identity: dict) -> None:
         write_json(path, identity)
 
 
-def earlier_lines(path: Path, images_seen: int) -> list[str]:
-    """The lines of a log before the steps that will be done again, up to the first that is damaged."""
-    kept = []
+def earlier_lines(path: Path, images_seen: int, end: int) -> tuple[list[str], list[str]]:
+    """The lines of a log before and behind the steps that will be done, up to the first line that is damaged."""
+    before, behind = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["images"] > images_seen:
-                break
+            number = json.loads(line)["images"]
+            if number <= images_seen:
+                before.append(line)
+            elif number > end:
+                behind.append(line)
         except (ValueError, TypeError, KeyError):
             break
-        kept.append(line)
-    return kept
+    return before, behind

@@ -127,6 +127,8 @@ def test_what_is_damaged_is_named_and_made_again(finished, tmp_path, capsys, nam
         assert f"{path}: damaged" in told
         assert path.with_name(path.name + ".damaged").exists() and path.exists()
     assert without_costs(again) == without_costs(results)
+    log = [json.loads(line)["images"] for line in (out / "finetune/log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert log == list(range(8, 168, 8))
     assert f"complete: {out / 'report.html'}" in status(out)
 
 
