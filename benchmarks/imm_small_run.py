@@ -309,7 +309,7 @@ def draw(grids: dict[str, torch.Tensor], path: Path, columns: int = 20) -> None:
 
 
 def report(out: Path) -> None:
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     print(f"classifier accuracy on held-out digits: {results['classifier']['accuracy']:.3f}")
     print("     B      w    cfg   to train   to held out (fresh seeds)")
     for row in results["rows"]:

@@ -75,7 +75,7 @@ def crops(images: Tensor, seed: int) -> Tensor:
 
 def log(path: Path, text: str) -> None:
     print(text, flush=True)
-    with open(path / "log.txt", "a") as file:
+    with open(path / "log.txt", "a", encoding="utf-8") as file:
         file.write(text + "\n")
 
 
@@ -278,7 +278,7 @@ def evaluate(out: Path, num_images: int) -> None:
         if is_main():
             picture(grids, out / "samples.png")
             result = {"curve": curve, "w": best, "table": table, "settings": SETTINGS, "num_images": num_images}
-            (out / "results.json").write_text(json.dumps(result, indent=1))
+            (out / "results.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         print0(f"w      distance of {num_images} images to the training digits through the tokenizer")
         for w, distance in curve.items():
             print0(f"{w:5.2f} {distance:8.3f}")

@@ -64,7 +64,7 @@ def write_set(folder: Path, images: Tensor, labels: Tensor) -> None:
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         PIL.Image.fromarray(image[0].numpy()).save(folder / f"{i:06d}.png")
         entries.append([f"{i:06d}.png", int(label)])
-    (folder / "dataset.json").write_text(json.dumps({"labels": entries}))
+    (folder / "dataset.json").write_text(json.dumps({"labels": entries}), encoding="utf-8")
 
 
 def train_autoencoder(images: Tensor, steps: int) -> AutoencoderKL:
@@ -197,7 +197,8 @@ def report(out: Path, rows: dict, points: list[dict], floor: float, args: argpar
     picture.resize((2 * picture.width, 2 * picture.height), PIL.Image.Resampling.NEAREST).save(out / "samples.png")
     curve = [{"snapshot": p["snapshot"], "w": p["w"], "cfg": p["settings"]["cfg"], "fid": p["fid"]} for p in points]
     (out / "results.json").write_text(
-        json.dumps({"rows": rows, "floor": floor, "points": curve, "settings": vars(args)}, indent=1, default=str)
+        json.dumps({"rows": rows, "floor": floor, "points": curve, "settings": vars(args)}, indent=1, default=str),
+        encoding="utf-8",
     )
     print0(f"{'':34s}{'w':>6s}{'cfg':>6s}{'snapshot':>20s}{'search':>9s}{'fresh':>9s}")
     for name, row in rows.items():

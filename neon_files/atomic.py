@@ -125,7 +125,7 @@ def _alive(pid: int) -> bool:
 def write_json(path: str | Path, value: Any) -> None:
     """`value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def sha256_file(path: str | Path) -> str:

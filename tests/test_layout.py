@@ -101,6 +101,26 @@ def test_imports_stand_at_the_top_of_a_file():
                 assert not [n for n in names if package(n) in PACKAGES], f"{module}:{node.lineno} imports in a function"
 
 
+@pytest.mark.parametrize("top", [*FLOORS, *BACKBONES.values(), "benchmarks"])
+def test_text_files_are_opened_with_an_encoding(top):
+    """Without one the locale decides: a name or a "±" then ends the run on another machine."""
+    for file in (ROOT / top).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and _opens_text(node):
+                assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{file}:{node.lineno}: no encoding"
+
+
+def _opens_text(call: ast.Call) -> bool:
+    """`open(...)` in a mode without b, `path.read_text(...)` or `path.write_text(...)`; not `PIL.Image.open`."""
+    if isinstance(call.func, ast.Attribute):
+        return call.func.attr in ("read_text", "write_text")
+    if not (isinstance(call.func, ast.Name) and call.func.id == "open"):
+        return False
+    modes = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    literals = [node.value for mode in modes for node in ast.walk(mode) if isinstance(node, ast.Constant)]
+    return not any(isinstance(value, str) and "b" in value for value in literals)
+
+
 def test_the_core_is_small():
     files = [file for file in (ROOT / "neon_core").rglob("*.py") if file.name != "kl_vae.py"]
     assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) <= 2000

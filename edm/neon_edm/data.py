@@ -39,7 +39,7 @@ def make_labels(root: str | Path) -> tuple[Path, int]:
         raise UserError(f"--root {root}: no file is named like 000123_label7.png; make the set with edm/generate.py")
     path = root / "dataset.json"
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps({"labels": entries}, indent=2))
+        temporary.write_text(json.dumps({"labels": entries}, indent=2), encoding="utf-8")
     return path, len(entries)
 
 

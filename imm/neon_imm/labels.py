@@ -65,5 +65,5 @@ def create_labels(folder: str | Path) -> dict[str, list]:
     if not listing["labels"]:
         raise UserError(f"{folder}: no file is named like label7_000012.png, so there are no labels to list")
     with atomic_path(folder / "dataset.json") as temporary:
-        temporary.write_text(json.dumps(listing, indent=4))
+        temporary.write_text(json.dumps(listing, indent=4), encoding="utf-8")
     return listing

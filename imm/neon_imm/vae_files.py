@@ -102,7 +102,7 @@ def _fetch(repository: str) -> tuple[Path, dict]:
 
 def _read_config(path: Path) -> dict:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         config["block_out_channels"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a diffusers autoencoder configuration; fetch the VAE again") from error

@@ -63,7 +63,7 @@ def run_seed(quickstart: Quickstart, seed: int, out_dir: Path, progress: Progres
 def find_result(quickstart: Quickstart, seed: int, out_dir: Path) -> dict | None:
     """The record that an earlier run of the same settings left in `out_dir`."""
     path = out_dir / "summary.json"
-    record = json.loads(path.read_text()) if path.exists() else None
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     return record if record and record["identity"] == identity(quickstart, seed) else None
 
 

@@ -71,7 +71,7 @@ def _work(quickstart: Quickstart, seed: int, out_dir: Path) -> dict:
     out_dir.mkdir(parents=True, exist_ok=True)
     reporter = _Reporter(seed)
     # The shared functions draw bars of their own, which would overwrite the parent's.
-    with open(out_dir / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+    with open(out_dir / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         result = run_seed(quickstart, seed, out_dir, reporter)
     reporter("done", 0)
     return result
