@@ -58,7 +58,8 @@ class Backbone(Protocol):
     def load(cls, checkpoint: str | Path, device: torch.device, **options: Any) -> Backbone:
         """The backbone with the weights of `checkpoint`, in eval mode on `device`. Raises UserError.
 
-        `options` are the backbone's own: what a file does not say about its network, and files of frozen parts.
+        `options` are the backbone's own: what a file does not say about its network, and files of frozen parts; `entry`
+        (optional) names the state dict to take where a file holds several.
         """
         ...
 

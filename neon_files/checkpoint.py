@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,12 @@ def open_checkpoint(path: str | Path, entry: str | None = None) -> Weights:
     for note in weights.notes:
         say(f"{weights.path}: {note}")
     return weights
+
+
+def read_state(path: str | Path, names: Iterable[str], entry: str | None = None) -> dict[str, Tensor]:
+    """The state dict in `path` under those of `names` that differ from its own only by what wrappers add."""
+    weights = open_checkpoint(path, entry).named_like(names)
+    return {name: load() for name, load in weights.loaders.items()}
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -94,7 +94,7 @@ def find_model(
     checkpoint = values["checkpoint"] or row.base
     if not checkpoint:
         raise UserError(f"{flag} is missing; give it, or a --preset")
-    options = f.given(values, commands.load)
+    options = f.given(values, (*commands.load, f.ENTRY))
     needed = row.backbone.frozen_files(Path(checkpoint), **{**row.load, **options})
     wanted = {flag: checkpoint, **{f"--{name}": path for name, path in needed.items()}, **(others or {})}
     found = find_all({name: path for name, path in wanted.items() if path})
@@ -307,7 +307,7 @@ def result_line(commands: BackboneCommands, result: Mapping[str, Any]) -> str:
 def _generate_flags(commands: BackboneCommands) -> list[click.Option]:
     subfolders = f.flag("--subdirs", "subfolders", is_flag=True, default=None, help="A folder per 1000 seeds.")
     return [
-        base_flag(commands), *commands.load, f.OUT_DIR, *f.IMAGES, f.BATCH_SIZE, *commands.sample, subfolders,
+        base_flag(commands), f.ENTRY, *commands.load, f.OUT_DIR, *f.IMAGES, f.BATCH_SIZE, *commands.sample, subfolders,
         *f.CHECKED, f.TF32, f.DEVICE, f.JSON,
     ]  # fmt: skip
 
@@ -315,7 +315,7 @@ def _generate_flags(commands: BackboneCommands) -> list[click.Option]:
 def _finetune_flags(commands: BackboneCommands) -> list[click.Option]:
     own = {option.name for option in commands.train}
     return [
-        base_flag(commands), *commands.load, f.DATA, f.OUT_DIR, *commands.load_training,
+        base_flag(commands), f.ENTRY, *commands.load, f.DATA, f.OUT_DIR, *commands.load_training,
         *(option for option in f.TRAINING if option.name not in own), *commands.train, *commands.check,
         *f.TRAINING_RUN, f.TF32, f.DEVICE, f.JSON,
     ]  # fmt: skip
@@ -328,7 +328,7 @@ def _sweep_flags(commands: BackboneCommands) -> list[click.Option]:
     guidances = f.flag(f"--{guidance}s", f"--{guidance}", "guidances", callback=f.parse_numbers,
                        help="Guidance values.  [default: the row's]")  # fmt: skip
     return [
-        base_flag(commands), *commands.load, f.SNAPSHOTS, synthetic, f.KIND, *f.GRID,
+        base_flag(commands), f.ENTRY, *commands.load, f.SNAPSHOTS, synthetic, f.KIND, *f.GRID,
         *([guidances] if guidance else []), f.GRID_IMAGES,
         f.flag("--search_seeds", *commands.search_seeds, "search_seeds", callback=f.parse_seed_list,
                help="Of the search.  [default: the first of the row's evaluation]"),
@@ -345,7 +345,7 @@ def _sweep_flags(commands: BackboneCommands) -> list[click.Option]:
 
 def _calculate_fid_flags(commands: BackboneCommands) -> list[click.Option]:
     return [
-        base_flag(commands, own=True), *commands.load,
+        base_flag(commands, own=True), f.ENTRY, *commands.load,
         f.flag("--synthetic", "--aux_resume", *commands.synthetic, "synthetic", type=f.FILE,
                help="theta_syn: measure base - w (synthetic - base)."),
         f.flag("--w", "--neon_w", "w", type=float, callback=f.parse_finite, help="That w.  [default: the row's]"),

@@ -111,6 +111,7 @@ TF32 = flag(
     help="Round float32 products to TF32 on NVIDIA GPUs, everywhere or nowhere.  [default: the row's, as officially]",
 )  # fmt: skip
 COMPILE = flag("--compile/--no_compile", "compiled", default=None, help="torch.compile the network: minutes, once.")
+ENTRY = flag("--entry", help="Which state dict, where the checkpoint holds several: ema, model, a.b, or . for the top.")
 OUT_DIR = flag(
     "--outdir",
     "--out_dir",

@@ -20,7 +20,7 @@ from neon_core.finetune import need_labels, open_set, train_on
 from neon_core.merge import NeonWeights
 from neon_core.precision import float32_precision
 from neon_core.synthetic import generate_set
-from neon_files.checkpoint import read_checkpoint
+from neon_files.checkpoint import read_state
 from neon_files.errors import UserError
 from neon_metrics.evaluate import Evaluator
 from neon_run.cli import check_writable
@@ -61,7 +61,8 @@ class Model:
     def hashes(self) -> dict[str, str]:
         """sha256 of the checkpoint and of frozen parts."""
         frozen = {f"{name}_sha256": file_hash(path) for name, path in self.frozen.items()}
-        return {"base_sha256": file_hash(self.checkpoint), **frozen}
+        entry = {"entry": self.options["entry"]} if "entry" in self.options else {}
+        return {"base_sha256": file_hash(self.checkpoint), **entry, **frozen}
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -190,7 +191,8 @@ def sweep(
         merged = out_dir / "neon.safetensors"
         steps = steps_of(model.backbone.net, best["w"])
         if is_main():
-            merge_files(model.checkpoint, snapshots[best["snapshot"]], steps, merged)
+            entries = (model.options.get("entry"), None)
+            merge_files(model.checkpoint, snapshots[best["snapshot"]], steps, merged, entries=entries)
         barrier()
         measured = {**measured, "checkpoint": str(merged)}
     points.restore()
@@ -213,7 +215,7 @@ def calculate_fid(
     identity: dict[str, Any] = {**model.hashes, "tf32": row.tf32}
     if synthetic is not None:
         theta_base = {name: value.detach().cpu().clone() for name, value in backbone.net.state_dict().items()}
-        NeonWeights(backbone.net, theta_base, read_checkpoint(synthetic).state).set(row.w)
+        NeonWeights(backbone.net, theta_base, read_state(synthetic, theta_base)).set(row.w)
         identity |= {"w": row.w, "synthetic_sha256": file_hash(synthetic), "synthetic": str(synthetic)}
     with float32_precision(row.tf32):
         result = evaluator(

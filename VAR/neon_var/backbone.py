@@ -50,12 +50,13 @@ class VARBackbone(Backbone):
         model_depth: int | None = None,
         compiled: bool = False,
         token_crops: int = 0,
+        entry: str | None = None,
     ) -> VARBackbone:
         """The network of `checkpoint` beside the VQVAE of `vae_ckpt` (default: where download_models.sh puts it).
 
         `architecture`, a key of `ARCHITECTURES`, says what a published file does not say about itself.
         """
-        net, net_kwargs = load_var(checkpoint, architecture, model_depth)
+        net, net_kwargs = load_var(checkpoint, architecture, model_depth, entry)
         vae = load_vae(vae_ckpt, net)
         if compiled:
             net.compile_blocks()

@@ -22,10 +22,12 @@ OFFICIAL_PLACES = (  # of the official scripts
 )
 
 
-def load_var(path: str | Path, architecture: str | None = None, depth: int | None = None) -> tuple[VAR, dict[str, Any]]:
+def load_var(
+    path: str | Path, architecture: str | None = None, depth: int | None = None, entry: str | None = None
+) -> tuple[VAR, dict[str, Any]]:
     """(network, its constructor arguments). A file of ours says what it holds; a published one is taken for the
     network of `architecture`, of another `depth` if given. Raises UserError that says which would fit."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, entry)
     if "quantize.embedding.weight" in checkpoint.state:
         raise UserError(f"{checkpoint.path}: is a VQVAE, not a VAR; give it as --vae_ckpt")
     if checkpoint.config is not None:

@@ -74,12 +74,13 @@ class EDMBackbone(Backbone):
         compiled: bool = False,
         augment: float = 0.0,
         dropout: float | None = None,
+        entry: str | None = None,
     ) -> EDMBackbone:
         """The network that `checkpoint` describes: a published pickle or one of our files. Raises UserError.
 
         For a fine-tune: `augment` is the probability of each augmentation, `dropout` replaces the network's own.
         """
-        read = read_checkpoint(fetch(checkpoint))
+        read = read_checkpoint(fetch(checkpoint), entry)
         config = network_config(read)
         if dropout is not None:
             config["kwargs"]["dropout"] = dropout

@@ -58,6 +58,7 @@ class IMMBackbone(Backbone):
         compiled: bool = False,
         k: float | None = None,
         matrix_size: int | None = None,
+        entry: str | None = None,
     ) -> IMMBackbone:
         """The network of `checkpoint`: a published pickle, or one of our files, by its own configuration.
 
@@ -65,7 +66,7 @@ class IMMBackbone(Backbone):
         state dict, which says nothing about itself; `k` and `matrix_size` change the loss of a fine-tune. `vae`
         (default: sd-vae-ft-ema) is not read for a model of pixels. Raises UserError.
         """
-        read = read_checkpoint(checkpoint)
+        read = read_checkpoint(checkpoint, entry)
         config = full_config(read, network or {}, latent, loss or IMMLoss())
         changes = {"k": k, "matrix_size": matrix_size}
         config["loss"] = {**config["loss"], **{name: value for name, value in changes.items() if value is not None}}

@@ -15,7 +15,7 @@ from torch import Tensor
 from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, broadcast_object, is_main, print0
 from neon_files.atomic import atomic_path
-from neon_files.checkpoint import read_checkpoint, write_checkpoint
+from neon_files.checkpoint import read_checkpoint, read_state, write_checkpoint
 from neon_run.reproduce.controls import random_direction
 from neon_run.row import Row
 from neon_run.search.find import SearchPlan, images_of, point_of
@@ -122,7 +122,7 @@ def _difference_of_file(sweep: GrowingSweep, best: Mapping[str, Any], path: Path
 def _write_random(sweep: GrowingSweep, snapshot: str, seed: int, folder: Path) -> Path:
     path = folder / f"{RANDOM}-{snapshot}-seed{seed}.safetensors"
     if is_main() and not path.exists():
-        moved = random_direction(sweep.theta_base, read_checkpoint(sweep.snapshots[snapshot]).state, seed)
+        moved = random_direction(sweep.theta_base, read_state(sweep.snapshots[snapshot], sweep.theta_base), seed)
         told = {"control": RANDOM, "seed": seed, "as_long_as": snapshot}
         write_checkpoint(path, moved, config=sweep.backbone.network_config(), metadata=told)
     barrier()

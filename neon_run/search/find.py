@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from neon_core.merge import NeonWeights
-from neon_files.checkpoint import read_checkpoint
+from neon_files.checkpoint import read_state
 from neon_files.errors import UserError
 from neon_run.row import Grid, Row
 from neon_run.search.growing import GrowingSweep
@@ -131,7 +131,7 @@ def step_lengths(sweep: GrowingSweep, names: Sequence[str]) -> dict[str, float]:
     """|theta_syn - theta_base| of each snapshot that has moved; UserError where none has."""
     lengths = {}
     for name in names:
-        theta_syn = read_checkpoint(sweep.snapshots[name]).state
+        theta_syn = read_state(sweep.snapshots[name], sweep.theta_base)
         lengths[name] = NeonWeights(sweep.backbone.net, sweep.theta_base, theta_syn).distance()
     moved = {name: length for name, length in lengths.items() if length > 0}
     if not moved:

@@ -19,7 +19,7 @@ from neon_core.backbone import Backbone
 from neon_core.distributed import agree, barrier, broadcast_object, file_hash, is_main, print0
 from neon_core.merge import NeonWeights, check_w
 from neon_core.seeds import format_seeds
-from neon_files.checkpoint import read_checkpoint
+from neon_files.checkpoint import read_state
 from neon_files.errors import UserError
 from neon_files.run_files import NUMBER, intact, read_record, write_record
 from neon_metrics.evaluate import Evaluator
@@ -45,7 +45,7 @@ def find_checkpoints(folder: str | Path, first: int = 0, last: float = math.inf)
     for path in Path(folder).glob("*"):
         for pattern, unit in patterns.items():
             match = re.fullmatch(pattern, path.name)
-            if match and first <= int(match[1]) * unit <= last:
+            if match and max(first, 1) <= int(match[1]) * unit <= last:  # at 0 images it is the base
                 found.append((int(match[1]) * unit, path))
     if not found:
         raise UserError(f"{folder}: no snapshots of {first} to {last:g} images in it; name the folder of a fine-tune")
@@ -155,7 +155,7 @@ class Sweep:
             return
         if self._at != snapshot:
             self._weights = None  # before the next is read: one pair in memory at a time
-            theta_syn = read_checkpoint(self.snapshots[snapshot]).state
+            theta_syn = read_state(self.snapshots[snapshot], self.theta_base)
             self._weights = NeonWeights(self.backbone.net, self.theta_base, theta_syn)
             self._at = snapshot
         self._weights.set(w)

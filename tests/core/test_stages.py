@@ -300,6 +300,37 @@ def test_where_the_base_is_best_no_network_is_written(files, tmp_path, own_detec
     assert "best: base | w=0 | FID=" in line and not list(tmp_path.rglob("neon.safetensors"))
 
 
+def test_the_official_file_at_0_images_is_the_base_and_no_snapshot(tmp_path):
+    for name in ("ar-ckpt-images_0.pth", "ar-ckpt-images_250000.pth", "notes.txt"):
+        (tmp_path / name).touch()
+    assert list(find_checkpoints(tmp_path)) == ["ar-ckpt-images_250000"]
+
+
+def test_one_of_several_state_dicts_and_wrapped_snapshots_are_taken_by_name(files, tmp_path, own_detector, monkeypatch):
+    monkeypatch.chdir(files)
+    base = read_checkpoint(files / "tiny.safetensors").state
+    raw = {name: value + 1 for name, value in base.items()}
+    torch.save({"net": raw, "average": base}, tmp_path / "two.pth")
+    snapshot = read_checkpoint(files / "run" / "snapshot-000000160.safetensors").state
+    torch.save({f"module.{name}": value for name, value in snapshot.items()}, tmp_path / "wrapped.pth")
+    fids = []
+    for args in (
+        ("--checkpoint", "tiny.safetensors", "--synthetic", files / "run" / "snapshot-000000160.safetensors"),
+        ("--checkpoint", tmp_path / "two.pth", "--entry", "average", "--synthetic", tmp_path / "wrapped.pth"),
+        ("--checkpoint", tmp_path / "two.pth", "--entry", "net"),
+    ):
+        run("calculate_fid", *args, "--num_images", 40, "--json", tmp_path / "r.json")
+        fids.append(json.loads((tmp_path / "r.json").read_text())["fid"])
+    assert fids[0] == fids[1] != fids[2]
+    sweep = ("--snapshots", "run", "--out_dir", tmp_path / "s", "--w", 1, "--contrasts", 1, "--no_final")
+    run("sweep", "--base", tmp_path / "two.pth", "--entry", "average", *sweep)
+    merged = read_checkpoint(tmp_path / "s" / "neon.safetensors").state
+    points = [json.loads(path.read_text()) for path in (tmp_path / "s" / "points").glob("snapshot*")]
+    best = min(points, key=lambda point: point["fid"])["snapshot"]
+    expected = neon_merge(base, read_checkpoint(files / "run" / f"{best}.safetensors").state, 1.0)
+    assert all(torch.equal(merged[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("name", ["neon.safetensors", "results.json", "samples/00.png"])
 def test_files_of_the_users_are_not_overwritten(files, tmp_path, name):
     path = tmp_path / "mine" / name

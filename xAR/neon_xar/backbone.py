@@ -56,12 +56,13 @@ class XARBackbone(Backbone):
         model: str | None = None,
         compiled: bool = False,
         flip: bool = True,
+        entry: str | None = None,
     ) -> XARBackbone:
         """Weights of `checkpoint` beside the autoencoder of `vae_path`, in eval mode. Raises UserError.
 
         The size is the checkpoint's own configuration where it has one (files that Neon wrote), else `model`.
         """
-        weights = read_checkpoint(checkpoint)
+        weights = read_checkpoint(checkpoint, entry)
         net = _empty_net(weights, model)
         autoencoder, vae_name = load_autoencoder(vae_path, device)
         load_strict(net, weights)

@@ -33,8 +33,8 @@ class FifthBackbone(Backbone):
         self.num_classes, self.img_size = net.kwargs["num_classes"], net.kwargs["size"]
 
     @classmethod
-    def load(cls, checkpoint, device):
-        read = read_checkpoint(checkpoint)
+    def load(cls, checkpoint, device, entry=None):
+        read = read_checkpoint(checkpoint, entry)
         net = Generator(**(read.config or {"kwargs": {}})["kwargs"])
         load_strict(net, read)
         return cls(net, device)
