@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 from neon_files.downloads import main as download_command
-from neon_run.backbones import backbone_of, find_row
+from neon_run.backbones import backbone_of, find_row, find_rows
 from neon_run.cli import run
 from neon_run.commands import STAGES, command, run_words
 from neon_run.merging.command import merge_command
@@ -31,23 +31,28 @@ def neon() -> None:
     """Neon: Negative Extrapolation from Self-Training (arXiv 2510.03597)."""
 
 
+def complete_row(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Ids of rows, for the shell."""
+    return [row for row in find_rows() if row.startswith(incomplete)]
+
+
 def stage_command(stage: str, name: str) -> click.Command:
     """`neon NAME ROW FLAGS`: the script of that stage, of the row's backbone, with the row as its --preset."""
 
     def callback(row: str, words: tuple[str, ...]) -> None:
         chosen = find_row(row)
-        run_words(command(stage, backbone_of(chosen), chosen.id), backbone_of(chosen), stage, words)
+        backbone = backbone_of(chosen)
+        run_words(command(stage, backbone, chosen.id), backbone, stage, words, f"neon {name} {row}")
 
     return click.Command(
         name,
         params=[
-            click.Argument(["row"], metavar="ROW"),
+            click.Argument(["row"], metavar="ROW", shell_complete=complete_row),
             click.Argument(["words"], nargs=-1, type=click.UNPROCESSED, metavar="[FLAGS]..."),
         ],
         callback=callback,
         help=f"{STAGES[stage][2]} `neon rows` lists the rows, `neon {name} ROW --help` the flags.",
-        context_settings={"ignore_unknown_options": True, "help_option_names": []},
-        add_help_option=False,
+        context_settings={"allow_interspersed_args": False},  # what follows ROW is the script's, --help too
     )
 
 

@@ -35,12 +35,16 @@ HELP = {"help_option_names": ["-h", "--help"]}
 def run_script(stage: str, commands: BackboneCommands, preset: str | None = None) -> None:
     """What a script calls: the command of `stage`, on this process's arguments. `preset` replaces its default row."""
     script = command(stage, commands, preset)
-    run(click.Command(stage, callback=lambda: run_words(script, commands, stage, sys.argv[1:])), [])
+    name = Path(sys.argv[0]).name
+    run(click.Command(stage, callback=lambda: run_words(script, commands, stage, sys.argv[1:], name)), [])
 
 
-def run_words(script: click.Command, commands: BackboneCommands, stage: str, words: Sequence[str]) -> None:
-    """The command on `words`, which may have the form of the backbone's official command line. Raises UserError."""
-    script.main(commands.words(stage, words), prog_name=Path(sys.argv[0]).name, standalone_mode=False)
+def run_words(
+    script: click.Command, commands: BackboneCommands, stage: str, words: Sequence[str], program: str
+) -> None:
+    """The command on `words`, which may have the form of the backbone's official command line. `program` is what the
+    user typed before them, for help and errors. Raises UserError."""
+    script.main(commands.words(stage, words), prog_name=program, standalone_mode=False)
 
 
 def command(stage: str, commands: BackboneCommands, preset: str | None = None) -> click.Command:
