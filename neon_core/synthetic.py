@@ -26,7 +26,7 @@ from neon_core.distributed import barrier, broadcast_object, file_hash, gather_o
 from neon_core.pixels import sample
 from neon_core.seeds import check_seeds, deal, format_seeds, global_batches
 from neon_files.atomic import atomic_path, flush, remove_stale_below, write_json
-from neon_files.errors import UserError
+from neon_files.errors import UserError, say
 from neon_files.image_set import ImageSet
 from neon_files.run_files import read_record
 
@@ -76,15 +76,26 @@ def generate_set(
         **(provenance or {}),
     }
     manifest = json.loads(json.dumps(manifest, default=str))
+    versions: list[str] = []
     if is_main():
-        _claim(out_dir, manifest)
+        versions = _claim(out_dir, manifest)
         remove_stale_below(out_dir)
-    barrier()
+    versions = broadcast_object(versions)
 
     names = [image_name(seed, None if labels is None else int(labels[i]), subfolders) for i, seed in enumerate(seeds)]
     batches = global_batches(len(seeds), batch_size)
     digests = _whole_batches(out_dir, names, batches, backbone.img_size)
     left = len(batches) - len(digests)
+    if left and torch.__version__ not in versions:
+        if versions:
+            say(
+                f"{out_dir}: begun with torch {versions[-1]}, goes on with {torch.__version__}, whose images may differ"
+            )
+        versions = [*versions, str(torch.__version__)]
+        if is_main():
+            write_json(out_dir / "manifest.json", {**manifest, "torch": versions})
+    if versions:  # sets of earlier releases have none, and keep their digest
+        manifest["torch"] = versions
     finished = broadcast_object((out_dir / "dataset.json").exists()) and not left
     if is_main() and not finished:
         (out_dir / "dataset.json").unlink(missing_ok=True)  # it must not vouch for images that are not there
@@ -172,11 +183,13 @@ def withdraw_unless_whole(out_dir: str | Path) -> None:
         (Path(out_dir) / "dataset.json").unlink(missing_ok=True)
 
 
-def _claim(out_dir: Path, manifest: dict) -> None:
-    """Write the manifest of a new set, or check that the one found is ours to continue."""
+def _claim(out_dir: Path, manifest: dict) -> list[str]:
+    """Write the manifest of a new set, or check that the one found is ours to continue. Returns the versions of torch
+    that have made images of it: equal seeds give equal images only in one of them."""
     found = out_dir / "manifest.json"
     if found.exists():
         earlier = read_record(found)
+        versions = earlier.pop("torch", [])
         earlier.pop("images_sha256", None)  # known at the end
         if earlier != manifest:
             key = next(k for k in sorted({*earlier, *manifest}) if earlier.get(k) != manifest.get(k))
@@ -184,11 +197,13 @@ def _claim(out_dir: Path, manifest: dict) -> None:
                 f"{out_dir}: holds a set made with {key} = {earlier.get(key)!r}, not {manifest.get(key)!r}; "
                 "name another --outdir, or remove that set"
             )
+        return versions
     else:
         if out_dir.exists() and any(out_dir.rglob("*.png")):
             raise UserError(f"{out_dir}: holds images but no manifest.json; name an empty or new --outdir")
         out_dir.mkdir(parents=True, exist_ok=True)
         write_json(found, manifest)
+        return []
 
 
 def write_images(folder: Path, names: Sequence[str], images: Tensor) -> None:

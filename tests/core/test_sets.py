@@ -92,6 +92,25 @@ def test_another_set_in_the_folder_is_refused_and_kept(tmp_path):
     assert len(list(tmp_path.rglob("*.png"))) == 10
 
 
+def test_a_set_records_every_torch_that_made_images_of_it(tmp_path, monkeypatch, capsys):
+    manifest = make(tmp_path)
+    assert manifest["torch"] == [torch.__version__]
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    assert make(tmp_path) == manifest, "nothing was made"
+    pngs(tmp_path)[0].unlink()
+    assert make(tmp_path)["torch"] == [*manifest["torch"], "99.0"] == read_manifest(tmp_path)["torch"]
+    assert "goes on with 99.0, whose images may differ" in capsys.readouterr().err
+
+
+def test_a_set_of_an_earlier_release_keeps_its_manifest(tmp_path):
+    make(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "torch"}))
+    before = path.read_bytes()
+    make(tmp_path)
+    assert path.read_bytes() == before
+
+
 def test_images_of_unknown_origin_are_not_mixed_in(tmp_path):
     write_png(tmp_path / "mine.png", 3)
     with pytest.raises(UserError, match=r"no manifest\.json"):
