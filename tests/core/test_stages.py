@@ -3,6 +3,7 @@ the same, and one continues what the other began."""
 
 import dataclasses
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from core.pico import PixelMoments
 
 from neon_core.backbone import TrainSettings
+from neon_core.distributed import session
 from neon_core.merge import neon_merge
 from neon_core.seeds import parse_seeds
 from neon_fifth.backbone import FifthBackbone, Generator
@@ -271,6 +273,24 @@ def test_the_seeds_of_the_set_and_of_the_evaluation_are_apart():
     for _, row in PUBLISHED:
         own = range(row.synthetic_seed, row.synthetic_seed + row.num_synthetic)
         assert not set(own) & set(parse_seeds(row.evaluate_seeds)), row.id
+
+
+# The page on adding a backbone
+
+
+def test_the_stages_without_commands_run_as_the_page_has_them(files, tmp_path, own_detector, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "adding_a_backbone.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(with session.*?)```", page, flags=re.S)
+    for name in ("tiny.safetensors", "tiny.npz"):
+        (tmp_path / name).write_bytes((files / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(code, {**vars(stages), "session": lambda: session("cpu"), "row": ROW})
+    assert list(Path("sweep/points").iterdir())
+
+
+def test_the_fifth_backbone_has_less_than_120_lines():
+    package = Path(__file__).parents[1] / "fifth" / "neon_fifth"
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in package.glob("*.py")) < 120
 
 
 # The parts
