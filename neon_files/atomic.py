@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name beside the final one, then renamed."""
+"""Atomic writing of files: under a temporary name beside the final one, then renamed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _LONG = 140  # bytes of a name; file systems take 255
 
 @contextmanager
 def atomic_path(final: str | Path, sync: bool = True) -> Iterator[Path]:
-    """A temporary path in the folder of `final` (made if need be), renamed to `final` when the body ends.
+    """A temporary path in the folder of `final` (created if missing), renamed to `final` when the body ends.
 
-    If the body fails the temporary goes and an existing `final` stays as it was. `sync=False` leaves out the fsync,
-    for many small files that a rerun makes again. Raises UserError where the folder cannot be written or the disk is
+    If the body fails the temporary is removed and an existing `final` stays as it was. `sync=False` omits the fsync,
+    for many small files that a rerun recreates. Raises UserError where the folder cannot be written or the disk is
     full.
     """
     final = Path(final)
@@ -50,12 +50,12 @@ def atomic_path(final: str | Path, sync: bool = True) -> Iterator[Path]:
             raise UserError(f"{final}: could not be written completely; is the disk full?") from error
         raise
     finally:
-        with suppress(OSError):  # not there after the rename; or its folder never was
+        with suppress(OSError):  # gone after the rename, or its folder was never created
             temporary.unlink()
 
 
 def hidden(name: str) -> str:
-    """`.name`, for temporaries and locks beside it: cut where it would leave no room for their own endings."""
+    """`.name`, for temporaries and locks beside it: cut where it would leave no room for their endings."""
     encoded = name.encode()
     if len(encoded) <= _LONG:
         return f".{name}"
@@ -63,7 +63,7 @@ def hidden(name: str) -> str:
 
 
 def flush(path: str | Path) -> None:
-    """See that a file's bytes, or a folder's names, are on the disk."""
+    """Force a file's bytes, or a folder's names, to the disk."""
     if os.name == "nt" and Path(path).is_dir():  # Windows opens no folders
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -77,7 +77,7 @@ def flush(path: str | Path) -> None:
 
 
 def _raise_clear(error: OSError, final: Path, temporary: Path) -> None:
-    """UserError where `error` is about writing `final`; anything else goes on as it is."""
+    """Raise UserError where `error` is about writing `final`, else `error` itself."""
     if error.errno in _FULL:
         raise UserError(f"{final}: not written, {_FULL[error.errno]}; free some space or name another place") from error
     ours = error.filename is None or Path(error.filename) in {temporary, final, *final.parents}
@@ -99,7 +99,7 @@ def remove_stale_below(folder: str | Path) -> None:
 
 
 def _remove_stale(paths: Iterable[Path], start: str) -> None:
-    if os.name == "nt":  # where asking for a process can end it
+    if os.name == "nt":  # where os.kill(pid, 0) can end the process
         return
     pattern = re.compile(start + re.escape(f".{socket.gethostname()}-") + r"(\d+)-\d+\.part")
     for path in paths:

@@ -27,15 +27,15 @@ class Checkpoint:
     path: Path
     container: str  # torch | torch-legacy | pickle | safetensors
     state: dict[str, Tensor]
-    config: dict[str, Any] | None = None  # {"class", "kwargs"} (pickles: and "args"), where the file says
+    config: dict[str, Any] | None = None  # {"class", "kwargs"} (pickles: and "args"), where the file has it
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str | Path, entry: str | None = None) -> Checkpoint:
     """The checkpoint in `path`, whatever its container, nesting and prefixes; tensors are mapped where possible.
 
-    Averaged weights are taken before raw ones, and that is said; `entry` names another. Raises UserError for a file
-    that is missing (with the command that fetches it), cut short, foreign, or wants to run code.
+    Averaged weights are preferred to raw ones, with a note; `entry` names another. Raises UserError for a file
+    that is missing (with the command that fetches it), cut short, foreign, or would run code.
     """
     weights = open_checkpoint(path, entry)
     state = {name: load() for name, load in weights.loaders.items()}
@@ -57,7 +57,7 @@ def read_state(path: str | Path, names: Iterable[str], entry: str | None = None)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """`find_file`, but the folder of a distributed checkpoint is one too."""
+    """`find_file`, which also accepts the folder of a distributed checkpoint."""
     return Path(path) if is_distributed(path) else find_file(path)
 
 
@@ -68,7 +68,7 @@ def load_strict(
 
     Every entry of the state dict must be there with its shape, and nothing else but names that begin with one of
     `ignore`; parts of names that wrappers add are disregarded (`match_names`). Numbers take the module's dtype.
-    Parameters must be finite, unless `allow_nonfinite`. Raises UserError that lists what does not fit, and then
+    Parameters must be finite, unless `allow_nonfinite`. Raises UserError that lists the mismatches, and then
     leaves the module as it was.
     """
     ours = module.state_dict()
@@ -132,8 +132,8 @@ def describe_mismatch(
     if extra:
         parts.append(f"{len(extra)} keys only in {theirs_name} ({_first(extra, limit)})")
     if shapes:
-        told = [f"{n}: {list(ours[n])} in {ours_name}, {list(theirs[n])} in {theirs_name}" for n in shapes]
-        parts.append(f"{len(shapes)} of another shape ({_first(told, limit, '; ')})")
+        differing = [f"{n}: {list(ours[n])} in {ours_name}, {list(theirs[n])} in {theirs_name}" for n in shapes]
+        parts.append(f"{len(shapes)} of another shape ({_first(differing, limit, '; ')})")
     return "; ".join(parts)
 
 
@@ -147,9 +147,9 @@ def write_checkpoint(
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """`state` as safetensors, atomically; tensors that share memory are written apart.
+    """`state` as safetensors, atomically; tensors that share memory are written separately.
 
-    `config` ({"class", "kwargs"}) and `metadata` are JSON in the file's header; `read_checkpoint` gives them back.
+    `config` ({"class", "kwargs"}) and `metadata` are JSON in the file's header; `read_checkpoint` returns them.
     """
     for name, value in state.items():
         if value.dtype not in DTYPE_NAMES:
@@ -166,5 +166,5 @@ def pack_metadata(config: Mapping[str, Any] | None, metadata: Mapping[str, Any] 
 
 
 def _as_json(value: Any) -> Any:
-    """What JSON cannot hold, and a pickled network may: sets as lists, the rest by its type."""
+    """Values of pickled networks that JSON cannot hold: sets as lists, the rest by its type."""
     return sorted(value, key=str) if isinstance(value, set) else f"<{type(value).__name__}>"

@@ -1,7 +1,7 @@
-"""What is inside a weight file, told by its content: the name says nothing.
+"""Weight files, recognised by their content, not by their name.
 
-`open_weights` knows the published containers (torch zip and legacy, pickled networks, safetensors, folders of
-distributed checkpoints) and the ways in which training scripts nest a state dict, and gives its tensors one at a time.
+`open_weights` reads the published containers (torch zip and legacy, pickled networks, safetensors, folders of
+distributed checkpoints) and the ways in which training scripts nest a state dict, and loads tensors one at a time.
 Nothing in a file is executed.
 """
 
@@ -45,7 +45,7 @@ _RAW = (
     "weights",
 )
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|(^|_)opt(_|$)", re.IGNORECASE)
-_OTHERS = {  # first bytes, or those at 257, of what is kept beside weights or around them
+_OTHERS = {  # first bytes, or those at offset 257, of files that are no weights but kept beside or around them
     b"\x93NUMPY": "a NumPy array",
     b"\x89HDF": "an HDF5 file",
     b"GGUF": "a GGUF file",
@@ -66,9 +66,9 @@ class Weights:
     path: Path
     container: str  # torch | torch-legacy | pickle | safetensors | distributed
     tensors: dict[str, LazyTensor]  # described, not read
-    config: dict[str, Any] | None = None  # {"class": ..., "args": [...], "kwargs": {...}}: how the network was made
+    config: dict[str, Any] | None = None  # {"class": ..., "args": [...], "kwargs": {...}}: its constructor
     metadata: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # choices that the user should hear of
+    notes: list[str] = field(default_factory=list)  # choices to report to the user
     loaders: dict[str, Callable[[], Tensor]] = field(init=False)
 
     def __post_init__(self):
@@ -82,7 +82,7 @@ class Weights:
         return load
 
     def named_like(self, names: Iterable[str]) -> Weights:
-        """The same weights, under those of `names` that differ from theirs only by what wrappers add."""
+        """The same weights, under those of `names` that differ only by the parts that wrappers add."""
         with reading(self.path):
             pairs = match_names(names, self.tensors)
         return replace(self, tensors={pairs[name]: tensor for name, tensor in self.tensors.items()})
@@ -91,7 +91,7 @@ class Weights:
         return sha256_distributed(self.path) if self.container == "distributed" else sha256_file(self.path)
 
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Type and shape of every tensor; no numbers are read for it."""
+        """Dtype and shape of every tensor; reads no tensor data."""
         with reading(self.path):
             return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
 
@@ -137,7 +137,7 @@ def _foreign(start: bytes) -> str:
             return f"is {kind}, not weights that can be read; unpack or convert it"
     if not start.strip(b"\0"):
         return f"begins with zeros: an unfinished download; {AGAIN}"
-    return "is no weight file that we know (torch, safetensors, or a pickled network)"
+    return "is not a recognised weight file (torch, safetensors, or a pickled network)"
 
 
 def _chosen(path: Path, container: str, content: Any, entry: str | None) -> Weights:
@@ -149,13 +149,13 @@ def _chosen(path: Path, container: str, content: Any, entry: str | None) -> Weig
 
 @dataclass
 class _Choice:
-    """The state dict within what was saved. Small plain values beside it go to `metadata`."""
+    """Finds the state dict in a file's content. Small plain values beside it go to `metadata`."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    _parted: bool = False  # written by DeepSpeed, which may keep the numbers elsewhere
+    _parted: bool = False  # written by DeepSpeed, which may keep the numbers in other files
     _room: int = 1 << 20  # characters of metadata
-    _known: dict[int, bool] = field(default_factory=dict, repr=False)  # id of a value -> has it tensors
+    _contains: dict[int, bool] = field(default_factory=dict, repr=False)  # id of a value -> whether it contains tensors
 
     def state_dict(self, content: Any, entry: str | None = None, trail: str = "") -> dict[str, LazyTensor]:
         where = f"its entry {trail.rstrip('.')!r}" if trail else "it"
@@ -172,9 +172,9 @@ class _Choice:
             return self.state_dict(content[first], rest or None, f"{trail}{first}.")
         self._keep_plain(content)
         self._parted |= any(str(name).startswith("ds_") for name in content)
-        taken = self._taken(content, trail)
-        if taken is not None:
-            return self.state_dict(content[taken], None, f"{trail}{taken}.")
+        selected = self._selected(content, trail)
+        if selected is not None:
+            return self.state_dict(content[selected], None, f"{trail}{selected}.")
         return self._tensors(content, where)
 
     def _keep_plain(self, content: dict) -> None:
@@ -185,15 +185,15 @@ class _Choice:
                     return
                 self.metadata[str(name)] = value
 
-    def _taken(self, content: dict, trail: str) -> str | None:
-        """The entry that holds the weights; None: they lie in `content` itself. Says so where several would fit."""
+    def _selected(self, content: dict, trail: str) -> str | None:
+        """The entry that holds the weights; None: `content` itself. Adds a note where several would fit."""
         nests = [name for name, value in content.items() if isinstance(name, str) and self._is_nest(name, value)]
-        averaged, raw = _known_names(nests)
+        averaged, raw = _weight_entries(nests)
         direct = any(isinstance(value, LazyTensor | Unreadable) for value in content.values())
         if not averaged and not raw:
             if direct and nests:
                 raise Unfit(
-                    f"tensors both directly and in {_some(nests)}: which of them is meant is unclear; "
+                    f"tensors both directly and in {_some(nests)}, which is ambiguous; "
                     f"neon merge: --entry {trail}{nests[0]} takes those, --entry {_TOP} the direct ones"
                 )
             if len(nests) > 1:
@@ -201,7 +201,7 @@ class _Choice:
             return nests[0] if nests else None
         beside = [*(name for name in nests if name not in (*averaged, *raw)), *([_TOP] if direct else [])]
         fitting = [*averaged, *raw, *(beside if averaged else [])]
-        self.notes += _said([name if name == _TOP else trail + name for name in fitting])
+        self.notes += _selection_notes([name if name == _TOP else trail + name for name in fitting])
         return fitting[0]
 
     def _is_nest(self, name: str, value: Any) -> bool:
@@ -215,11 +215,11 @@ class _Choice:
             return True
         if not isinstance(value, dict | list | tuple):
             return False
-        if id(value) not in self._known:
-            self._known[id(value)] = False  # should it hold itself
+        if id(value) not in self._contains:
+            self._contains[id(value)] = False  # should it hold itself
             inner = value.values() if isinstance(value, dict) else value
-            self._known[id(value)] = any(self._holds_tensors(v) for v in inner)
-        return self._known[id(value)]
+            self._contains[id(value)] = any(self._holds_tensors(v) for v in inner)
+        return self._contains[id(value)]
 
     def _tensors(self, content: dict, where: str) -> dict[str, LazyTensor]:
         for name, value in content.items():
@@ -256,13 +256,13 @@ def _kind(value: Any) -> str:
     return f"holds a {'Tensor' if isinstance(value, LazyTensor) else type(value).__name__}, not a state dict"
 
 
-def _known_names(names: Collection[str]) -> tuple[list[str], list[str]]:
+def _weight_entries(names: Collection[str]) -> tuple[list[str], list[str]]:
     """Those of averaged weights and those of raw ones, the preferred first."""
     averaged = sorted(filter(_is_averaged, names), key=lambda name: name not in _AVERAGED)
     return averaged, [name for name in _RAW if name in names]
 
 
-def _said(fitting: list[str]) -> list[str]:
+def _selection_notes(fitting: list[str]) -> list[str]:
     """The note that the first of the entries was taken, where there are others."""
     if len(fitting) < 2:
         return []
@@ -302,25 +302,25 @@ def _maybe_json(text: str) -> Any:
 def _open_pickle(path: Path, entry: str | None) -> Weights:
     entries = read_pickle(path)
     networks = {name: value for name, value in entries.items() if isinstance(value, PickledObject)}
-    averaged, raw = _known_names([name for name, value in entries.items() if value is not None])
+    averaged, raw = _weight_entries([name for name, value in entries.items() if value is not None])
     fitting = [*averaged, *raw]
-    wanted = entry or next(iter(fitting), None)
-    if wanted not in networks:
-        raise Unfit(f"has no network {wanted or 'ema'!r}; its entries are {_some(entries)}")
-    network = networks[wanted]
-    metadata: dict[str, Any] = {"entry": wanted, "attributes": network.attributes}
+    selected = entry or next(iter(fitting), None)
+    if selected not in networks:
+        raise Unfit(f"has no network {selected or 'ema'!r}; its entries are {_some(entries)}")
+    network = networks[selected]
+    metadata: dict[str, Any] = {"entry": selected, "attributes": network.attributes}
     metadata["modules"] = {name: describe(child) for name, child in network.children.items()}
     for name, value in entries.items():
-        if name != wanted:
+        if name != selected:
             metadata[name] = describe(value) if isinstance(value, PickledObject) else value
     tensors = dict(network.lazy_state())
     if not tensors:
-        raise Unfit(f"its entry {wanted!r} ({network.class_name}) holds no tensors")
-    notes = [] if entry else _said(fitting)
+        raise Unfit(f"its entry {selected!r} ({network.class_name}) holds no tensors")
+    notes = [] if entry else _selection_notes(fitting)
     return Weights(path, "pickle", unwrapped(tensors), describe(network, with_attributes=False), metadata, notes)
 
 
 def describe(pickled: PickledObject, with_attributes: bool = True) -> dict[str, Any]:
     """{"class", "args", "kwargs"} and, if asked for, "attributes" of a pickled object."""
-    made_from = {"class": pickled.class_name, "args": pickled.init_args, "kwargs": pickled.init_kwargs}
-    return made_from | ({"attributes": pickled.attributes} if with_attributes else {})
+    constructor = {"class": pickled.class_name, "args": pickled.init_args, "kwargs": pickled.init_kwargs}
+    return constructor | ({"attributes": pickled.attributes} if with_attributes else {})

@@ -1,7 +1,7 @@
 """Folders of `torch.distributed.checkpoint`: `.metadata` and parts (`__0_0.distcp`), put together tensor by tensor.
 
-torch's own reader unpickles `.metadata` with all that this allows; here it is an inert tree like any other pickle, and
-each part of a tensor is a torch zip of its own, read as such.
+torch's reader unpickles `.metadata`, which can run code; here it is an inert tree like any other pickle, and
+each part of a tensor is a separate torch zip.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def sha256_distributed(folder: str | Path) -> str:
 
 @dataclass(frozen=True)
 class _Part:
-    """A box of a tensor, and where its numbers lie."""
+    """A box of a tensor, and the place of its numbers."""
 
     path: Path
     offset: int  # bytes
@@ -74,13 +74,13 @@ class PartedTensor(LazyTensor):
             if numbers.dtype != self._dtype:
                 raise Unfit(f"{part.path.name} holds {numbers.dtype}, {METADATA} says {self._dtype}")
             whole[box], filled[box] = numbers, True
-        if not filled.all():  # their sizes add up, so two of them lie over one another
+        if not filled.all():  # their sizes add up, so two of them overlap
             raise Unfit("its parts overlap; the folder is damaged")
         return whole
 
 
 def read_distributed(folder: Path) -> dict[str, Any]:
-    """What was saved, nested as it was: dicts of names to tensors. Values that are no tensors are left out.
+    """The saved content, nested as it was: dicts of names to tensors. Values that are no tensors are left out.
 
     Raises Unfit where parts are missing, overlap or do not fill their tensor.
     """
@@ -92,7 +92,7 @@ def read_distributed(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = {}
     files = {_file_in(folder, info) for info in places.values()}
     if sum(info["length"] for info in places.values()) > sum(path.stat().st_size for path in files):
-        raise Unfit("its parts lie over one another; it is damaged, or made to fill the memory")
+        raise Unfit("its parts overlap; it is damaged, or made to fill the memory")
     for name, entry in entries.items():
         if not _is(entry, "TensorStorageMetadata"):
             continue
@@ -166,5 +166,5 @@ def _place(index: Any) -> tuple[str, tuple[int, ...] | None]:
 
 def _sizes(value: Any) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
-        raise Unfit(f"{METADATA} holds a shape that makes no sense")
+        raise Unfit(f"{METADATA} holds an invalid shape")
     return value

@@ -1,7 +1,7 @@
 """Published files: fetched, checked, and then used without a network. `bash download_models.sh --help`.
 
-The hub is asked what a file's hash is (through its client: mirrors, tokens and offline mode work as everywhere), then
-`neon_files.transfer` brings the bytes. A file that passed is noted in `.NAME.verified`, so that later runs need neither
+The hub reports a file's hash (through its client: mirrors, tokens and offline mode work as usual), then
+`neon_files.transfer` downloads it. A verified file is recorded in `.NAME.verified`, so that later runs need neither
 network nor hashing.
 """
 
@@ -41,7 +41,7 @@ class State:
     """Of one file on the disk. `text` is "verified", "unverified" (nothing to compare with), "missing" or a defect."""
 
     text: str
-    usable: bool  # nothing speaks against it
+    usable: bool  # no defect detected
     settled: bool  # no request could change that
 
 
@@ -52,12 +52,12 @@ MISSING = State("missing", usable=False, settled=False)
 
 
 def known_source(entry: Entry) -> Source:
-    """What the manifest alone says, as far as it is certain."""
+    """The source as the manifest states it, with its hash only where it is confirmed."""
     return Source(entry.url, size=entry.size, sha256=entry.sha256 if entry.confirmed else "")
 
 
 def state_of(entry: Entry, path: Path, rehash: bool = False) -> State:
-    """Looks at the disk only. `rehash` does not believe the note of an earlier check. Raises UserError."""
+    """Reads the disk only. `rehash` ignores the record of an earlier check. Raises UserError."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder, where a file of this name belongs; move it away")
     if not path.is_file():
@@ -67,7 +67,7 @@ def state_of(entry: Entry, path: Path, rehash: bool = False) -> State:
             problem = stand_in(file.read(100))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); mend that or move it away") from error
-    if problem:  # noted or not: there was a time when pages were believed
+    if problem:  # recorded or not: web pages were once recorded as verified
         return State(problem, usable=False, settled=False)
     record = _read_record(path)
     facts = path.stat()
@@ -91,11 +91,10 @@ def state_of(entry: Entry, path: Path, rehash: bool = False) -> State:
 
 
 def ensure(entry: Entry, path: Path, force: bool = False, say: Say = lambda text: None, offline: str = "") -> None:
-    """`path` holds the published file when this returns. Makes no request where it is there and verified.
+    """`path` holds the published file when this returns. Makes no request where it is present and verified.
 
     A file there that is not the published one is kept as NAME.old. Raises UserError; a file that only cannot be
-    verified now (no network, a folder of somebody else) is accepted, and that is said.
-    `offline` is the reason why no request is to be made.
+    verified now (no network, a folder of another user) is accepted with a note. `offline`: why no request may be made.
     """
     state = state_of(entry, path)
     if state.settled and not force:
@@ -110,7 +109,7 @@ def ensure(entry: Entry, path: Path, force: bool = False, say: Say = lambda text
     with ExitStack() as lock:
         try:
             lock.enter_context(one_process(path))
-            state = state_of(entry, path)  # another process may have done it while we waited
+            state = state_of(entry, path)  # another process may have fetched it meanwhile
             if state.settled and not force:
                 return
             source = resolve(entry, say)
@@ -148,7 +147,7 @@ def _checked(source: Source) -> str:
 
 
 def resolve(entry: Entry, say: Say = lambda text: None) -> Source:
-    """Where to get an entry, with all that its publisher says of it. One request for files on the hub."""
+    """The source of an entry, with its publisher's size and hashes. One request for files on the hub."""
     if entry.url:
         return known_source(entry)
     hub = hub_client()
@@ -179,9 +178,9 @@ def resolve(entry: Entry, say: Say = lambda text: None) -> Source:
         say(f"{entry.name}: the hub's hash {sha256} differs from the one that others report; the hub's counts")
     size = facts.size if sha256 and sha256 != entry.sha256 else entry.size or facts.size
     headers = tuple(hub.utils.build_hf_headers().items())
-    known = known_source(entry).sha256
+    confirmed = known_source(entry).sha256
     version = f"{facts.commit_hash} {etag}"
-    return Source(url, headers, size, known or sha256, git_sha1, version, xet=getattr(facts, "xet_file_data", None))
+    return Source(url, headers, size, confirmed or sha256, git_sha1, version, xet=getattr(facts, "xet_file_data", None))
 
 
 def _read_record(path: Path) -> dict:
@@ -195,7 +194,7 @@ def _read_record(path: Path) -> dict:
 def _write_record(path: Path, digest: str, checked: str, version: str = "") -> None:
     facts = path.stat()
     record = {"sha256": digest, "size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "checked": checked}
-    with suppress(UserError):  # in a folder of somebody else: the next run hashes again
+    with suppress(UserError):  # in a folder of another user: the next run hashes again
         write_json(sidecar(path, "verified"), record | ({"version": version} if version else {}))
 
 
@@ -207,12 +206,12 @@ def is_url(text: str | Path) -> bool:
 
 
 def local_copy(url: str) -> tuple[Entry, Path]:
-    """The manifest's entry of a URL (one of its own for any other URL), and where its file is or will be."""
-    known = next((entry for entry in MANIFEST.entries if entry.url == url), None)
+    """The manifest's entry of a URL (a new one for any other URL), and the path of its file, present or not."""
+    published = next((entry for entry in MANIFEST.entries if entry.url == url), None)
     last = re.sub(r"[^\w.-]+", "_", url.split("?")[0].rstrip("/").rsplit("/", 1)[-1]) or "file"
-    entry = known or Entry(last[:60] + last[60:][-20:], "cache", url=url, licence="")  # its end says what kind it is
+    entry = published or Entry(last[:60] + last[60:][-20:], "cache", url=url, licence="")  # its ending names its kind
     cached = cache_dir() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{entry.name}"
-    if not known:
+    if not published:
         return entry, cached
     official = home() / entry.destination
     usable = [path for path in (official, cached) if state_of(entry, path).usable]
@@ -222,8 +221,8 @@ def local_copy(url: str) -> tuple[Entry, Path]:
 def fetch(path_or_url: str | Path) -> Path:
     """The local file of a path, or of a URL: fetched once, checked, then used without a network.
 
-    A URL of the manifest goes (or already is) where the download command puts it, any other into the cache. Every rank
-    may call it: one process of a node downloads, the others wait. Raises UserError.
+    A URL of the manifest goes where the download command puts it, any other into the cache. Every rank may call it:
+    one process of a node downloads, the others wait. Raises UserError.
     """
     if not is_url(path_or_url):
         return find_file(path_or_url)
@@ -258,10 +257,10 @@ HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
 
 @click.command("download", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("words", nargs=-1, metavar="[ROW | FILE]...")
-@click.option("--list", "list_", is_flag=True, help="What there is to fetch and what is here; makes no request.")
-@click.option("--dry_run", "--dry-run", is_flag=True, help="What would be fetched; makes no request.")
-@click.option("--verify", is_flag=True, help="Hash the files that are here again; makes no request.")
-@click.option("--force", is_flag=True, help="Fetch anew what is already here.")
+@click.option("--list", "list_", is_flag=True, help="List the published files and which are present; makes no request.")
+@click.option("--dry_run", "--dry-run", is_flag=True, help="List what would be fetched; makes no request.")
+@click.option("--verify", is_flag=True, help="Hash the present files again; makes no request.")
+@click.option("--force", is_flag=True, help="Fetch files again that are present.")
 @click.option(
     "--root",
     type=click.Path(file_okay=False, path_type=Path),
@@ -271,7 +270,7 @@ HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
     "--manifest",
     "manifest_path",
     type=click.Path(path_type=Path),
-    help="Another list of files (JSON), for a mirror of your own.",
+    help="Another list of files (JSON), for your own mirror.",
 )
 def main(
     words: Sequence[str],
@@ -295,24 +294,24 @@ def main(
         try:
             _fetch_all(entries, root, force)
         except KeyboardInterrupt:
-            _say("stopped; what has come is kept, and the same command goes on")
+            _say("stopped; received bytes are kept, and the same command continues")
             raise SystemExit(130) from None
 
 
 def _list(manifest: Manifest, entries: list[Entry], root: Path) -> None:
     _say(f"below {root}:")
     for entry in entries:
-        here = "here" if (root / entry.destination).is_file() else "-"
+        presence = "here" if (root / entry.destination).is_file() else "-"
         rows = ", ".join(row for row, names in manifest.rows.items() if entry.name in names) or "no row"
-        click.echo(f"{here:5} {_bytes(entry.size):>12}  {entry.destination}  <- {entry.source}")
+        click.echo(f"{presence:5} {_bytes(entry.size):>12}  {entry.destination}  <- {entry.source}")
         click.echo(f"{'':20}{rows}; {entry.licence}")
 
 
 def _dry_run(entries: list[Entry], root: Path, force: bool) -> None:
     for entry in entries:
         state = state_of(entry, root / entry.destination)
-        todo = "keep" if state.settled and not force else "check" if state.usable and not force else "fetch"
-        click.echo(f"{todo:5} {_bytes(entry.size):>12}  {entry.destination}  <- {entry.source}  ({state.text})")
+        action = "keep" if state.settled and not force else "check" if state.usable and not force else "fetch"
+        click.echo(f"{action:5} {_bytes(entry.size):>12}  {entry.destination}  <- {entry.source}  ({state.text})")
 
 
 def _verify(entries: list[Entry], root: Path, all_named: bool) -> None:
@@ -329,7 +328,7 @@ def _verify(entries: list[Entry], root: Path, all_named: bool) -> None:
 
 def _fetch_all(entries: list[Entry], root: Path, force: bool) -> None:
     failed: list[tuple[Entry, UserError]] = []
-    down: dict[str, str] = {}  # hosts without an answer: one time-out is enough
+    down: dict[str, str] = {}  # hosts that did not answer: one time-out is enough
     for entry in entries:
         path, host = root / entry.destination, urllib.parse.urlsplit(entry.url).netloc or "the hub"
         try:

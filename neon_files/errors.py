@@ -1,4 +1,4 @@
-"""The error a user can mend, and notes to the user."""
+"""The error that a user can fix, and notes to the user."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The folder of a fine-tune: whose it is, its snapshots, its log."""
+"""The folder of a fine-tune: its settings, snapshots and log."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def snapshot_path(out_dir: Path, images_seen: int) -> Path:
 
 def find_snapshots(out_dir: str | Path) -> dict[int, Path]:
     """Images seen -> file, of all snapshots in a run's folder, in order."""
-    found = sorted(Path(out_dir).glob("snapshot-*.safetensors"))
-    numbers = {path.stem.removeprefix("snapshot-"): path for path in found}
+    paths = sorted(Path(out_dir).glob("snapshot-*.safetensors"))
+    numbers = {path.stem.removeprefix("snapshot-"): path for path in paths}
     return {int(number): path for number, path in numbers.items() if number.isdecimal()}
 
 
 def claim(out_dir: Path, identity: dict) -> None:
-    """Record whose fine-tune this folder holds. UserError where it holds another one."""
+    """Record the identity of the fine-tune in this folder. UserError where it holds another one."""
     path = out_dir / "settings.json"
     if path.exists():
         earlier = read_record(path)

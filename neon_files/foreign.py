@@ -1,4 +1,4 @@
-"""Bytes that others made: JSON and .npy arrays, read within bounds. Nothing in them is executed."""
+"""Foreign bytes: JSON and .npy arrays, read within bounds. Nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 
 def parse_json(data: bytes, source: str) -> Any:
-    """The value of a JSON text. UserError naming `source` for text that is no JSON, or is nested too deeply."""
+    """The value of a JSON text. UserError naming `source` for other text, or too deep nesting."""
     try:
         return json.loads(data)
     except RecursionError as error:
@@ -26,8 +26,7 @@ def parse_json(data: bytes, source: str) -> Any:
 def npy_header(file: BinaryIO, num_bytes: int) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, whether the order is Fortran's, dtype) of an .npy `file` of `num_bytes`, which is then at its numbers.
 
-    A header is believed only where it fits the bytes: ValueError where they are fewer or more. ValueError too for
-    arrays of objects, whose numbers are a pickle.
+    ValueError where the header does not match the number of bytes, and for arrays of objects, whose data is a pickle.
     """
     version = np.lib.format.read_magic(file)
     if version not in _READERS:
@@ -35,15 +34,15 @@ def npy_header(file: BinaryIO, num_bytes: int) -> tuple[tuple[int, ...], bool, n
     shape, fortran, dtype = _READERS[version](file)
     if dtype.hasobject:
         raise ValueError("an array of objects, not of plain numbers")
-    wanted, there = math.prod(shape) * dtype.itemsize, num_bytes - file.tell()
-    if min(shape, default=1) < 0 or wanted != there:
-        raise ValueError(f"cut short or damaged: the shape {list(shape)} needs {wanted} bytes, {there} are there")
+    needed, available = math.prod(shape) * dtype.itemsize, num_bytes - file.tell()
+    if min(shape, default=1) < 0 or needed != available:
+        raise ValueError(f"cut short or damaged: the shape {list(shape)} needs {needed} bytes, {available} are there")
     return shape, fortran, dtype
 
 
 def npy_numbers(file: BinaryIO, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> np.ndarray:
-    """The array behind a header that `npy_header` gave."""
-    buffer = bytearray(math.prod(shape) * dtype.itemsize)  # which, unlike bytes, makes an array that can be written to
+    """The array behind a header that `npy_header` returned."""
+    buffer = bytearray(math.prod(shape) * dtype.itemsize)  # unlike bytes, it makes a writable array
     if file.readinto(buffer) != len(buffer):
         raise ValueError("cut short")
     return np.frombuffer(buffer, dtype).reshape(shape, order="F" if fortran else "C")

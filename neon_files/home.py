@@ -29,7 +29,7 @@ def cache_dir() -> Path:
 
 
 def user_cache() -> Path:
-    """The folder `neon` where this platform keeps what can be fetched again."""
+    """The folder `neon` in this platform's place for caches."""
     if sys.platform == "win32":
         folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -40,5 +40,5 @@ def user_cache() -> Path:
 
 
 def download_command(*words: str) -> str:
-    """The command that fetches rows or files, as it is spelled where this code lies."""
+    """The command that fetches rows or files: of the checkout, or of the installed package."""
     return shlex.join([*(("bash", SCRIPT) if is_checkout() else ("neon", "download")), *words])

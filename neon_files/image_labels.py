@@ -77,7 +77,7 @@ def labels_of_folders(names: Sequence[str], source: str) -> np.ndarray | None:
     """int64 [n]: the folder right above each image, numbered in the order of the folders' names as strings.
 
     None where there are fewer than two, and where folders only number the images (000000/000123.png). UserError where
-    some images lie deeper than others: then no folder says what the class is.
+    some images lie deeper than others: the class is then ambiguous.
     """
     depths = {}
     for name in names:
@@ -95,7 +95,7 @@ def labels_of_folders(names: Sequence[str], source: str) -> np.ndarray | None:
 
 
 def _is_numbering(folder: str, name: str) -> bool:
-    """Whether the folder is that of the thousand which the file's number falls into."""
+    """Whether the folder's name is the thousand of the file's number."""
     match = _NUMBERED.fullmatch(name.rpartition("/")[2])
     if not match or not folder.isascii() or not folder.isdigit() or len(match[1]) > 18:
         return False

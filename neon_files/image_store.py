@@ -1,4 +1,4 @@
-"""Where the files of an image set lie: a folder or a .zip, by relative names, without what systems leave there."""
+"""Storage of an image set, a folder or a .zip: files by relative name, without those that systems leave there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 
 from neon_files.errors import UserError, one_line
 
-MAX_FILE_BYTES = 1 << 28  # of one image: sixteen times what the largest decoded picture of a training set takes
+MAX_FILE_BYTES = 1 << 28  # of one image: sixteen times the largest decoded picture of a training set
 # Thumbnails, resource forks and waste bins of desktop systems and storage boxes, beside the hidden names.
 CLUTTER = {"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
 
@@ -27,7 +27,7 @@ class Store(Protocol):
     names: list[str]
 
     def read(self, name: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        """The bytes of a file. Raises OSError or ValueError where they cannot be had."""
+        """The bytes of a file. Raises OSError or ValueError where it cannot be read."""
         ...
 
     def stamps(self, names: Iterable[str]) -> Iterable[str]:
@@ -119,7 +119,7 @@ class _Zip:
 
 
 class Inside:
-    """A store of what lies in one folder of another store."""
+    """One folder of another store, as a store."""
 
     def __init__(self, store: Store, folder: str):
         self._store, self._prefix = store, f"{folder}/"

@@ -1,8 +1,8 @@
-"""Pickles as inert trees: what a file names is never imported, called or changed, whatever it is.
+"""Pickles as inert trees: nothing that a file names is imported, called or changed.
 
 Opening a pickle the usual way runs it. Here its opcodes are followed by hand: lists, dicts, tuples, text and numbers
-become themselves, names become `Name`, everything made from them becomes a `Record`. A table given by the caller
-turns the few things that matter (tensors, NumPy numbers) into values of ours. The work is bounded before it is done.
+become themselves, names become `Name`, objects built from them become a `Record`. A table given by the caller
+turns tensors and NumPy numbers into values of this package. The work is bounded in advance.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _INERT_PREFIXES = (
     *("torch.nn.modules.", "torch.nn.parameter", "torch.nn.functional", "torch._C._nn", "torch.optim.", "torch.amp."),
     *("torch.cuda.amp.", "torch.ao.", "torch.distributed.", "torch.utils.data.", "numpy.random."),
 )
-# Everything else in these is refused by name. Any other module is somebody's own code: inert, like the rest.
+# Everything else in these is refused by name. Any other module is user code: inert, like the rest.
 _GUARDED = {*sys.stdlib_module_names, "__builtin__", "copy_reg", "torch", "numpy"}
 
 
@@ -83,7 +83,7 @@ class Function:
 
 
 class Record:
-    """An object of the file: the name it is made by, with what arguments, and what was put into it afterwards."""
+    """An object of the file: the name of its constructor, the arguments, and the state and items set afterwards."""
 
     __slots__ = ("args", "items", "origin", "pairs", "state")
 
@@ -100,7 +100,7 @@ class Record:
 
 
 class _Bounded:
-    """A file whose reads are compared with what is left of it before memory is reserved for them."""
+    """A file whose reads are compared with its remaining length before memory is reserved for them."""
 
     def __init__(self, file: BinaryIO):
         start = file.tell()
@@ -121,11 +121,11 @@ class _Bounded:
 
 
 class InertUnpickler:
-    """Reads pickles from `file`, one a `load()`. Raises Refused; on damage, whatever Python's errors are.
+    """Reads pickles from `file`, one a `load()`. Raises Refused; on damage, any of Python's errors.
 
     `table` maps (module, name) to the value that stands for it, a Function mostly; objects that the table's functions
-    return take part in BUILD where they have a method `build(state)`. `persistent` resolves references to what lies
-    outside of the pickle.
+    return take part in BUILD where they have a method `build(state)`. `persistent` resolves references to data outside
+    of the pickle.
     """
 
     def __init__(self, file: BinaryIO, table: Mapping[tuple[str, str], Any], persistent: Callable | None = None):
@@ -156,7 +156,7 @@ class InertUnpickler:
             raise Refused(_TOO_LONG)
 
     def _marked(self) -> list[Any]:
-        """What was pushed since the last mark."""
+        """The values pushed since the last mark."""
         start = self._marks.pop()
         items = self._stack[start:]
         del self._stack[start:]
@@ -177,7 +177,7 @@ class InertUnpickler:
 
     def _name(self, module: Any, name: Any) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise Refused("names something by what is not text")
+            raise Refused("names an object by a value that is not text")
         if (module, name) in self._table:
             self._stack.append(self._table[module, name])
         elif _stays_inert(module, name):
@@ -191,7 +191,7 @@ class InertUnpickler:
 
     def _make(self, function: Any, args: Any, kwargs: Any = None) -> None:
         if not isinstance(args, tuple):
-            raise Refused("calls something with what is no tuple")
+            raise Refused("calls a function with arguments that are no tuple")
         if isinstance(function, Function):
             if kwargs:
                 raise Refused(f"calls {function} with named arguments")
@@ -221,8 +221,8 @@ class InertUnpickler:
         if isinstance(target, dict):
             return  # attributes of an OrderedDict: torch's versions of the modules
         if isinstance(target, Name | Function) or not hasattr(target, "build"):
-            what = target if isinstance(target, Name | Function) else type(target).__name__
-            raise Refused(f"tries to change {what}")
+            kind = target if isinstance(target, Name | Function) else type(target).__name__
+            raise Refused(f"tries to change {kind}")
         target.build(state)
 
     def _extend(self, items: list[Any]) -> None:
@@ -291,7 +291,7 @@ def as_key(value: Any) -> Any:
 
 
 def _is_plain_key(value: Any) -> bool:
-    if type(value) is int:  # hashes of larger ones can be made to collide
+    if type(value) is int:  # larger ones can be chosen to collide
         return value.bit_length() <= 64
     # The rest is hashed by identity: names, records, dtypes, tensors.
     plain = value is None or isinstance(value, bool | float | complex | str | bytes)

@@ -1,8 +1,8 @@
-"""What a file is that is not the expected one, known by its first bytes."""
+"""The kind of a file that is not the expected one, by its first bytes."""
 
 from __future__ import annotations
 
-_KINDS = (  # as files begin
+_KINDS = (  # first bytes -> kind
     (b"\x93NUMPY", "is a single array (.npy)"),
     (b"\x89HDF", "is an HDF5 file"),
     (b"\x89PNG", "is an image"),
@@ -17,7 +17,7 @@ _KINDS = (  # as files begin
 
 
 def stand_in(start: bytes) -> str:
-    """What a download or a copy left instead of the file that begins with `start`; "" where it may be the real one."""
+    """The placeholder (web page, LFS pointer) that begins with `start`; "" where it may be the real file."""
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"<"):
         return "is a web page, probably an error message saved by a download"
@@ -27,7 +27,7 @@ def stand_in(start: bytes) -> str:
 
 
 def other_kind(start: bytes) -> str:
-    """What the file that begins with `start` is, if it is of a well-known kind that is no zip archive; else ""."""
+    """The kind of the file that begins with `start`, if it is well known and no zip archive; else ""."""
     if not start:
         return "is empty"
     if start[8:10] == b'{"':

@@ -1,4 +1,4 @@
-"""The launcher that started this process, torchrun or one that sets the same variables: what it says, and its end."""
+"""The launcher that started this process (torchrun, or one that sets the same variables): its environment, its end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def is_launched() -> bool:
 
 
 def refuse(message: str) -> None:
-    """End a process that cannot ask the others who prints."""
+    """Print the error and exit; for a process that cannot agree with the other ranks on who prints."""
     UserError(message).show()
     sys.exit(UserError.exit_code)
 
@@ -60,7 +60,7 @@ def end_with_launcher() -> None:
 
 
 def command_line() -> str:
-    """What this process was started with, to be pasted into a shell."""
+    """The command that started this process, quoted for a shell."""
     program = Path(sys.argv[0])
     target = ["-m", program.parent.name] if program.name == "__main__.py" else [sys.argv[0]]
     if "RANK" in os.environ:

@@ -1,6 +1,6 @@
-"""Tensors and NumPy arrays of a pickle, described when it is read and decoded when asked for.
+"""Tensors and NumPy arrays of a pickle: described when it is read, decoded on demand.
 
-`TABLE` is what the inert reader of pickles needs to know of torch, NumPy and plain Python values.
+`TABLE` tells the inert reader of pickles how to represent values of torch, NumPy and plain Python.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _EXPANDED = 1 << 24  # elements of a tensor that shows the same memory again and
 
 
 class Storage:
-    """A run of numbers in a file. `read` gives its bytes; what it gave is kept, as tied tensors share it."""
+    """Consecutive numbers in a file. `read` returns their bytes, which are kept, as tied tensors share them."""
 
     __slots__ = ("_data", "_read", "dtype", "nbytes")
 
     def __init__(self, dtype: torch.dtype, nbytes: int, read: Callable[[], UntypedStorage]):
         self.dtype, self.nbytes = dtype, nbytes
-        self._read: Callable[[], UntypedStorage] | None = read  # None once read: what it holds is let go
+        self._read: Callable[[], UntypedStorage] | None = read  # None once read, which frees its buffer
         self._data: dict[frozenset[str], UntypedStorage] = {}
 
     def resolved(self) -> Storage:
@@ -75,7 +75,7 @@ class LazyTensor:
 
     def __init__(
         self,
-        storage: Any,  # Storage, or what `resolved()` makes one of
+        storage: Any,  # Storage, or an object whose `resolved()` returns one
         offset: int,
         size: tuple[int, ...],
         stride: tuple[int, ...],
@@ -84,10 +84,10 @@ class LazyTensor:
     ):
         sane = hasattr(storage, "resolved") and isinstance(size, tuple) and isinstance(stride, tuple)
         if not sane or not all(type(n) is int and 0 <= n < 1 << 62 for n in (offset, *size, *stride)):
-            raise Refused("holds a tensor whose description makes no sense")
+            raise Refused("holds a tensor with an invalid description")
         sane = len(size) == len(stride) <= _DIMENSIONS and isinstance(flags, dict | None)
         if not sane or not isinstance(dtype, torch.dtype | None) or (flags and not _FLAGS.issuperset(flags)):
-            raise Refused("holds a tensor whose description makes no sense")
+            raise Refused("holds a tensor with an invalid description")
         self._storage, self._offset, self.shape, self._stride = storage, offset, size, stride
         self._dtype, self._flags = dtype, frozenset(name for name, value in (flags or {}).items() if value)
 
@@ -117,11 +117,11 @@ class Unreadable:
         self.reason = reason
 
     def build(self, state: Any) -> None:
-        """What is put into it does not matter."""
+        """Its state is ignored."""
 
 
 class StorageType:
-    """What torch calls FloatStorage and the like."""
+    """The type of a storage: torch's FloatStorage and the like."""
 
     __slots__ = ("dtype",)
 
@@ -135,7 +135,7 @@ def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, flag
 
 def _typed_tensor(storage, offset, size, stride, requires_grad, hooks, dtype, flags=None) -> LazyTensor:
     if not isinstance(dtype, torch.dtype):
-        raise Refused("holds a tensor whose description makes no sense")
+        raise Refused("holds a tensor with an invalid description")
     return LazyTensor(storage, offset, size, stride, dtype, flags)
 
 
@@ -184,7 +184,7 @@ class NumpyType:
 
 
 class Array:
-    """A NumPy array, decoded when asked for."""
+    """A NumPy array, decoded on demand."""
 
     __slots__ = ("_data", "_dtype", "_fortran", "_shape")
 
@@ -193,7 +193,7 @@ class Array:
 
     def build(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
-            raise Refused("holds a NumPy array whose description makes no sense")
+            raise Refused("holds a NumPy array with an invalid description")
         _, self._shape, self._dtype, self._fortran, self._data = state
 
     def numpy(self) -> np.ndarray:
@@ -201,7 +201,7 @@ class Array:
         dtype, shape, data = self._dtype, self._shape, self._data
         sane = isinstance(dtype, NumpyType) and isinstance(shape, tuple) and isinstance(data, bytes | bytearray)
         if not sane or len(shape) > _DIMENSIONS or not all(type(n) is int and n >= 0 for n in shape):
-            raise Refused("holds a NumPy array of objects, or one whose description makes no sense")
+            raise Refused("holds a NumPy array of objects, or one with an invalid description")
         if math.prod(shape) * dtype.numpy().itemsize != len(data):
             raise Refused("holds a NumPy array whose numbers do not fill it")
         return np.frombuffer(data, dtype.numpy()).reshape(shape, order="F" if self._fortran else "C")
@@ -213,7 +213,7 @@ def _from_buffer(data, dtype, shape, order) -> Array:
 
 def _scalar(dtype, data=b"") -> Any:
     if not isinstance(dtype, NumpyType):
-        raise Refused("holds a NumPy number whose description makes no sense")
+        raise Refused("holds a NumPy number with an invalid description")
     return Array((), dtype, False, data).numpy()[()].item()
 
 
@@ -244,7 +244,7 @@ def _of(kind: type, allowed: tuple[type, ...]) -> Callable:
 
     def make(*args: Any) -> Any:
         if not all(type(arg) in allowed for arg in args):
-            raise Refused(f"makes a {kind.__name__} of something unknown")
+            raise Refused(f"builds a {kind.__name__} of unexpected values")
         return kind(*args)
 
     return make
@@ -252,20 +252,20 @@ def _of(kind: type, allowed: tuple[type, ...]) -> Callable:
 
 def _size(shape=()) -> tuple[int, ...]:
     if not isinstance(shape, tuple) or not all(type(n) is int for n in shape):
-        raise Refused("holds a shape that makes no sense")
+        raise Refused("holds an invalid shape")
     return shape
 
 
 def _attribute(owner, name) -> Name:
-    """Old protocols reach classes within classes by getattr; of names that stay inert it gives another such name."""
+    """getattr, by which old protocols reach classes within classes: an inert name within an inert name."""
     if not isinstance(owner, Name) or not isinstance(name, str) or not name.isidentifier() or name.startswith("__"):
-        raise Refused("asks for an attribute of something")
+        raise Refused("asks for an attribute of an object")
     return Name(owner.module, f"{owner.name}.{name}")
 
 
 def _object(kind, base=None, state=None) -> Record:
     if not isinstance(kind, Name):
-        raise Refused("makes an object of what is no class")
+        raise Refused("builds an object of a value that is no class")
     return Record(kind)
 
 
@@ -283,7 +283,7 @@ def _table() -> dict[tuple[str, str], Any]:
         ("torch._utils", "_rebuild_qtensor"): _unreadable("quantized (codes with a scale)"),
         ("torch._utils", "_rebuild_nested_tensor"): _unreadable("a nested tensor"),
         ("torch._utils", "_rebuild_meta_tensor_no_storage"): _unreadable("on the meta device: it has no numbers"),
-        ("torch._utils", "_rebuild_wrapper_subclass"): _unreadable("a tensor of a class of its own"),
+        ("torch._utils", "_rebuild_wrapper_subclass"): _unreadable("a tensor of a subclass"),
         ("torch._utils", "_rebuild_device_tensor_from_numpy"): _unreadable("a tensor of another kind of device"),
         ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _unreadable("a tensor of another kind of device"),
         ("torch", "Size"): _size,

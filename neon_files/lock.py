@@ -1,4 +1,4 @@
-"""One process at a time, on file systems without flock too."""
+"""Locks between processes, on file systems without flock too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WITHOUT_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 def locked(path: str | Path, timeout: float = -1) -> Iterator[None]:
     """Hold the lock file `path`; wait `timeout` seconds for it (-1: for ever). Raises Timeout and OSError.
 
-    Where the file system knows no flock (some Lustre, NFS and CIFS mounts) the existence of `path`.soft is the lock.
+    Where the file system has no flock (some Lustre, NFS and CIFS mounts) the existence of `path`.soft is the lock.
     flock ends with its process; the softer lock of a killed process is taken over by the next one of the same machine.
     """
     lock: FileLock | SoftFileLock = FileLock(path)
@@ -38,7 +38,7 @@ def locked(path: str | Path, timeout: float = -1) -> Iterator[None]:
         if isinstance(error, Timeout):
             raise
         if error.errno not in _WITHOUT_FLOCK:
-            raise OSError(error.errno, error.strerror, str(path)) from error  # flock's own does not name the file
+            raise OSError(error.errno, error.strerror, str(path)) from error  # flock's error does not name the file
         lock = SoftFileLock(f"{path}.soft")  # the native lock may have left its file
         lock.acquire(timeout=timeout)
     try:
@@ -48,14 +48,14 @@ def locked(path: str | Path, timeout: float = -1) -> Iterator[None]:
 
 
 def _try_flock(path: str | Path) -> None:
-    """The OSError of a file system that never knows flock: filelock's own way out lets two in, up to 4.0 at least."""
+    """Raises the OSError of a file system without flock: filelock's fallback, up to 4.0, admits two holders."""
     if fcntl is not None:
         with open(path, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
 class Unwritable(UserError):
-    """A folder in which no file can be made."""
+    """A folder in which no file can be created."""
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Every file that a row of the table needs: where it is published, where it goes here, what is known of its bytes.
+"""The files that the rows of the table need: where each is published, its local place, its size and hash.
 
 The list is data, `manifest.json` beside this file. Sizes and hashes in it are those of the publishers' pages;
-`"confirmed": false` marks a hash that only third parties state. It is a hint then: what the hub says of its own file
-counts. No hash: the hub's own is used where there is one.
+`"confirmed": false` marks a hash that only third parties state: the hub's hash takes precedence over it. Without a
+hash in the list the hub's is used, where there is one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SUFFIXES = (".pth", ".pkl", ".pt", ".ckpt", ".safetensors")
 class Entry:
     """One published file: on the hub (`repo` and `path`) or at a plain `url`."""
 
-    name: str  # what it is called on disk
+    name: str  # file name on disk
     folder: str  # under `home()`
     repo: str = ""  # hub repository
     path: str = ""  # in the repository; default: name
@@ -51,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Files, and the words that stand for groups of them."""
+    """The published files, and the words for groups of them."""
 
     entries: tuple[Entry, ...]
     rows: dict[str, tuple[str, ...]]
@@ -60,9 +60,9 @@ class Manifest:
 
     def entry(self, name: str) -> Entry | None:
         """By name or alias, whatever the case; a folder before it is ignored."""
-        wanted = name.replace("\\", "/").rsplit("/", 1)[-1].lower()
+        basename = name.replace("\\", "/").rsplit("/", 1)[-1].lower()
         for entry in self.entries:
-            if wanted in (entry.name.lower(), *(alias.lower() for alias in entry.aliases)):
+            if basename in (entry.name.lower(), *(alias.lower() for alias in entry.aliases)):
                 return entry
         return None
 
@@ -83,9 +83,9 @@ class Manifest:
         entries = [self.entry(name) for name in names]
         if None in entries:
             return None
-        wanted = {entry.name for entry in entries}
-        rows = [row for row, files in self.rows.items() if wanted <= set(files)]
-        whole = [row for row in rows if wanted == set(self.rows[row])]
+        required = {entry.name for entry in entries}
+        rows = [row for row, files in self.rows.items() if required <= set(files)]
+        whole = [row for row in rows if required == set(self.rows[row])]
         words = whole[:1] or (rows if len(rows) == 1 else list(dict.fromkeys(e.name for e in entries)))
         return download_command(*words)
 
@@ -123,7 +123,7 @@ MIT, NON_COMMERCIAL = (MANIFEST.licences[word] for word in ("MIT", "non-commerci
 
 
 class Missing(UserError):
-    """A file that is not here: `path` as the user wrote it, its manifest `entry` where it is published."""
+    """A file that does not exist: `path` as the user wrote it, its manifest `entry` where it is published."""
 
     def __init__(self, path: str | Path, reason: str, remedy: str, entry: Entry | None = None):
         super().__init__(f"{path}: {reason}; {remedy}")
@@ -131,11 +131,11 @@ class Missing(UserError):
 
 
 def find_file(path: str | Path) -> Path:
-    """`path`, or the file that is meant; this is said.
+    """`path`, or where it does not exist the one file that matches it, which is then reported.
 
-    That is one beside it with the same name but for case and a weight file's ending; else, for a bare name or the
-    place of a published file relative to `home()` (like `fid_stats/NAME`), the one there. Raises Missing, which names
-    the command to fetch the file, and UserError for a folder or several candidates.
+    A match is a file beside it with the same name but for case and a weight file's ending; else, for a bare name or
+    the place of a published file relative to `home()` (like `fid_stats/NAME`), the file there. Raises Missing, which
+    names the command to fetch the file, and UserError for a folder or several candidates.
     """
     path = Path(path)
     try:
@@ -145,21 +145,21 @@ def find_file(path: str | Path) -> Path:
             return path
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise UserError(f"{path}: cannot be looked for ({error.strerror}); name another file") from error
-    known = MANIFEST.entry(path.name)
-    names = {path.name, *((known.name, *known.aliases) if known else ())}
+    entry = MANIFEST.entry(path.name)
+    names = {path.name, *((entry.name, *entry.aliases) if entry else ())}
     alike = [other for other in _files_beside(path) if any(_same_file_name(other.name, name) for name in names)]
-    if not alike and known and path in (Path(path.name), Path(known.folder, path.name)):
-        alike = [place for place in (home() / known.destination,) if place.is_file()]
+    if not alike and entry and path in (Path(path.name), Path(entry.folder, path.name)):
+        alike = [place for place in (home() / entry.destination,) if place.is_file()]
     if len(alike) == 1:
         say(f"{path}: not there; using {alike[0]}")
         return alike[0]
     if alike:
         raise UserError(f"{path}: does not exist; name one of {', '.join(str(other) for other in alike)}")
-    if known is None:
+    if entry is None:
         remedy = f"nobody publishes a file of this name (`{download_command('--list')}`), so name another one"
         raise Missing(path, "does not exist", remedy)
-    remedy = f"`{MANIFEST.command(path.name)}` puts {known.name} into {home() / known.folder}"
-    raise Missing(path, "does not exist", remedy, known)
+    remedy = f"`{MANIFEST.command(path.name)}` puts {entry.name} into {home() / entry.folder}"
+    raise Missing(path, "does not exist", remedy, entry)
 
 
 def _files_beside(path: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Names of tensors: what wrappers put before or between them, and which names of two sides mean one tensor."""
+"""Names of tensors: removing the parts that wrappers add, and matching the names of two state dicts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from neon_files.guard import Unfit
 
-# torch.compile, FSDP and activation checkpointing; no module of anybody's is called so.
+# Of torch.compile, FSDP and activation checkpointing; ordinary modules have no such names.
 _ALWAYS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ def without_counter(state: dict[str, T]) -> dict[str, T]:
 
 
 def unwrapped(state: dict[str, T]) -> dict[str, T]:
-    """`state` without what wrappers add: their own parts wherever they stand, and DDP's `module.` where all have it.
+    """`state` without the parts that wrappers add: `_ALWAYS` in any position, DDP's `module.` where all names have it.
 
     Raises Unfit where two names become one.
     """
@@ -76,5 +76,5 @@ def _grouped(names: Iterable[str], bare: Callable[[str], str]) -> dict[str, list
 
 def _only(names: list[str], bare: str) -> str:
     if len(names) > 1:
-        raise Unfit(f"{names[0]} and {names[1]} both mean {bare}, without what wrappers add; which is unclear")
+        raise Unfit(f"{names[0]} and {names[1]} both mean {bare} without the parts that wrappers add; keep one")
     return names[0]

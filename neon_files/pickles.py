@@ -1,4 +1,4 @@
-"""EDM's and IMM's pickled networks, read without running anything in them.
+"""EDM's and IMM's pickled networks, read without executing anything.
 
 Such a file is a plain pickle of "persistent objects": records of a class name, the source text of its module and the
 object's `__dict__`. The usual way to open one executes that text. Here the inert reader builds records, from which
@@ -27,13 +27,13 @@ _TENSOR = 30  # values whose conversion takes as long as a tensor's
 
 
 class _Blob:
-    """The bytes of one nested torch.save; decoded on demand, after which the bytes are let go with the storage."""
+    """The bytes of one nested torch.save; decoded on demand, which frees these bytes."""
 
     __slots__ = ("_data", "_storage")
 
     def __init__(self, data: Any):
         if not isinstance(data, bytes):
-            raise Refused("holds a storage that is not made of bytes")
+            raise Refused("holds a storage whose content is not bytes")
         self._data, self._storage = data, None
 
     def resolved(self) -> Storage:
@@ -57,7 +57,7 @@ class _Persistent:
         if not isinstance(meta, dict) or meta.get("type") != "class" or type(meta.get("type")) is not str:
             raise Refused("holds a persistent object that is not of type 'class'")
         if type(meta.get("version")) is not int or meta["version"] != 6:
-            raise Refused(f"holds a persistent object of version {_short(meta.get('version'))}; version 6 is known")
+            raise Refused(f"holds a persistent object of version {_short(meta.get('version'))}; version 6 is read")
         class_name, state = meta.get("class_name"), meta.get("state")
         if not isinstance(class_name, str) or not isinstance(state, dict | None):
             raise Refused("holds a persistent object without class name or state")
@@ -81,13 +81,15 @@ _TABLE = TABLE | {
 
 @dataclass(frozen=True)
 class PickledObject:
-    """One object of the file: what it was made from and what it holds."""
+    """One object of the file: its constructor arguments and its content."""
 
     class_name: str
     init_args: list[Any]  # plain values; [] where the file records none
     init_kwargs: dict[str, Any]
-    attributes: dict[str, Any]  # its own plain attributes, module internals left out
-    tensors: dict[str, LazyTensor] = field(default_factory=dict)  # its own parameters, then persistent buffers
+    attributes: dict[str, Any]  # plain attributes, without module internals
+    tensors: dict[str, LazyTensor] = field(
+        default_factory=dict
+    )  # parameters, then persistent buffers, without submodules
     children: dict[str, PickledObject] = field(default_factory=dict)  # submodules
 
     def lazy_state(self, prefix: str = "") -> Iterator[tuple[str, LazyTensor]]:
@@ -104,7 +106,7 @@ class PickledObject:
 def read_pickle(path: str | Path) -> dict[str, Any]:
     """Top-level entries of a pickled snapshot: a PickledObject per network, loss or augmentation, plain values else.
 
-    What is neither (objects of other classes, beside the networks) becomes the text "<its class>". Raises UserError
+    Objects of other classes beside the networks become the text "<class>". Raises UserError
     for anything but such a file. Nothing in the file is executed or imported.
     """
     with open(path, "rb") as file:
@@ -175,12 +177,12 @@ class _Converter:
     def _attributes(self, state: dict, class_name: str) -> dict[str, Any]:
         attributes = {}
         for name, value in state.items():
-            if not name.startswith("_") and name != "training":  # torch's own entries, whose set varies by version
+            if not name.startswith("_") and name != "training":  # torch's entries, which vary by version
                 if isinstance(value, Function):
                     raise Refused(f"keeps a reference to {value} in {name!r} of {class_name}")
                 try:
                     attributes[name] = self.plain(value)
-                except Refused:  # a layer's own objects (activation functions, formats, ...) are of no interest
+                except Refused:  # objects of a layer (activation functions, formats, ...) are not needed
                     if self._left < 0:
                         raise
         return attributes

@@ -18,30 +18,30 @@ GREY = ("L", "I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def suffixes() -> set[str]:
-    """Of the files that are taken for pictures: ".png", ".jpg", ..."""
+    """Endings of the files that are read as pictures: ".png", ".jpg", ..."""
     PIL.Image.init()
     return {suffix for suffix, kind in PIL.Image.EXTENSION.items() if kind in FORMATS}
 
 
 def other_suffixes() -> set[str]:
-    """Of files that Pillow knows too, and that are not taken for pictures here: .pdf, .eps, .h5, .fits, ..."""
+    """Endings of Pillow's other formats, which are not read as pictures: .pdf, .eps, .h5, .fits, ..."""
     return PIL.Image.EXTENSION.keys() - suffixes()
 
 
 def open_picture(data: bytes) -> PIL.Image.Image:
-    """The header is read, no pixel yet. Raises ValueError, and whatever Pillow raises, where it cannot be used."""
+    """Reads the header, no pixel yet. Raises ValueError, and Pillow's errors, where the picture cannot be used."""
     PIL.Image.init()
-    known = [name for name in FORMATS if name in PIL.Image.OPEN]  # AVIF needs a new Pillow
+    formats = [name for name in FORMATS if name in PIL.Image.OPEN]  # AVIF needs a new Pillow
     try:
-        image = PIL.Image.open(io.BytesIO(data), formats=known)
+        image = PIL.Image.open(io.BytesIO(data), formats=formats)
     except PIL.UnidentifiedImageError as error:
         raise ValueError(f"it {_kind(data)}") from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} are read")
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        raise ValueError("it has several frames; one picture a file is wanted")
+        raise ValueError("it has several frames; save one picture per file")
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise ValueError(f"32 bits a pixel (mode {image.mode}), whose black and white nobody knows; save it in 8 or 16")
+        raise ValueError(f"32 bits a pixel (mode {image.mode}), whose range is undefined; save it in 8 or 16")
     return image
 
 
@@ -64,7 +64,7 @@ def pixels(image: PIL.Image.Image) -> np.ndarray:
 
 
 def _bits(image: PIL.Image.Image) -> int:
-    """Of grey pixels held in 16: a TIFF may use 12. ValueError where 0 is white, which Pillow leaves so."""
+    """Of grey pixels held in 16: a TIFF may use 12. ValueError where 0 is white, which Pillow does not invert."""
     if image.format != "TIFF":
         return 16
     if image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
@@ -73,6 +73,6 @@ def _bits(image: PIL.Image.Image) -> int:
 
 
 def _kind(data: bytes) -> str:
-    """What a file is that Pillow does not know."""
-    kind = other_kind(data[:512]) or "is of no kind that is read here"
+    """The kind of a file that Pillow cannot open."""
+    kind = other_kind(data[:512]) or "is of no format that is read"
     return "is a damaged image" if kind == "is an image" else kind

@@ -1,4 +1,4 @@
-"""Files that a command needs, wherever they are: here, where the download command puts them, or fetched now."""
+"""The files that a command needs: given paths, published files in their standard place, or fetched now."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from neon_files.home import home
 from neon_files.manifest import MANIFEST, Missing
 
 
-def find_all(wanted: Mapping[str, str | Path | None]) -> dict[str, Path]:
+def find_all(sources: Mapping[str, str | Path | None]) -> dict[str, Path]:
     """The local file of every flag: {"--vae_ckpt": path or URL, ...} -> {"--vae_ckpt": path}; None is left out.
 
-    Paths are sought as by `find_file`; URLs are fetched, unless a path is missing. Raises one UserError that names
-    every file that is not here with its flag, and one command that fetches all of them that are published.
+    Paths are resolved by `find_file`; URLs are fetched, unless a path is missing. Raises one UserError that names
+    every missing file with its flag, and one command that fetches all published ones.
     """
-    wanted = {flag: value for flag, value in wanted.items() if value is not None}
+    sources = {flag: value for flag, value in sources.items() if value is not None}
     files: dict[str, Path] = {}
     lacking: dict[str, UserError] = {}
-    for flag, value in sorted(wanted.items(), key=lambda item: is_url(item[1])):  # what needs no network comes first
+    for flag, value in sorted(sources.items(), key=lambda item: is_url(item[1])):  # local paths first
         try:
-            files[flag] = _already_here(str(value)) if is_url(value) and lacking else fetch(value)
+            files[flag] = _present(str(value)) if is_url(value) and lacking else fetch(value)
         except UserError as error:
             lacking[flag] = error
     if lacking:
-        raise UserError(_one_line({flag: lacking[flag] for flag in wanted if flag in lacking}))
-    return {flag: files[flag] for flag in wanted}
+        raise UserError(_one_line({flag: lacking[flag] for flag in sources if flag in lacking}))
+    return {flag: files[flag] for flag in sources}
 
 
-def _already_here(url: str) -> Path:
+def _present(url: str) -> Path:
     entry, path = local_copy(url)
     if entry in MANIFEST.entries and not path.is_file():
         raise Missing(url, "not fetched yet", "", entry)

@@ -1,6 +1,6 @@
-"""Quantized checkpoints, recognised by names and types: numbers stored as codes, with the scale that explains them.
+"""Quantized checkpoints, recognised by names and types: weights stored as codes with a scale.
 
-Arithmetic on codes and on scales apart is no arithmetic on the weights; whoever combines two files refuses these.
+Separate arithmetic on codes and scales is no arithmetic on the weights, so code that combines two files refuses these.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CODES = re.compile(
 def find_quantized(layout: Mapping[str, tuple[torch.dtype, Iterable[int]]]) -> tuple[str, str] | None:
     """The first (tensor of codes, its scale) in a table name -> (dtype, shape); None where the numbers are the weights.
 
-    Known by name are bitsandbytes int8 (SCB) and 4-bit (absmax, quant_map), GPTQ and AWQ (qweight, qzeros, scales),
+    Recognised by name: bitsandbytes int8 (SCB) and 4-bit (absmax, quant_map), GPTQ and AWQ (qweight, qzeros, scales),
     HQQ, AQLM, quanto, torchao, compressed-tensors; and every whole-number or float8 tensor whose scale lies beside it.
     Plain float8, and whole-number buffers, are not quantized.
     """
@@ -48,7 +48,7 @@ def find_quantized(layout: Mapping[str, tuple[torch.dtype, Iterable[int]]]) -> t
                 return marked, scale
         elif _SCALE.search(leaf):
             for name in codes[module]:
-                if name != scale and _speaks_of(leaf, name.rpartition(".")[2]):
+                if name != scale and _is_scale_of(leaf, name.rpartition(".")[2]):
                     return name, scale
     return None
 
@@ -63,7 +63,7 @@ def _tensor_above(name: str, layout: Mapping) -> str | None:
     return None
 
 
-def _speaks_of(scale: str, leaf: str) -> bool:
+def _is_scale_of(scale: str, leaf: str) -> bool:
     """Does the scale belong to `leaf` beside it: the module's only codes by a known name, or named after it?"""
     stem = re.sub(r"_(blocks|packed|quantized|codes|q)$", "", leaf)
     return bool(_CODES.fullmatch(leaf)) or scale.startswith(stem) or scale.endswith(f"_{stem}")

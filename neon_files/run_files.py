@@ -1,4 +1,4 @@
-"""Files that a run wrote and reads again: a damaged one is named, and set aside where it can be made again.
+"""Files that a run writes and reads again: a damaged one is reported, and set aside where it can be recomputed.
 
 A JSON record carries the digest of its content; the archive that torch writes has a check sum for each of its members.
 """
@@ -35,7 +35,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class DamagedFile(UserError):
-    """A file of the run that is not as it was written."""
+    """A file of the run whose content is not what was written."""
 
     def __init__(self, path: Path, problem: str):
         super().__init__(f"{path}: damaged ({problem}); put it back from a copy, or begin in another folder")
@@ -76,8 +76,8 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 
 def read_tensors(path: str | Path, use: Callable[[Any], T] = lambda value: value, mmap: bool = False) -> T:
-    """`use` of what `torch.save` wrote, on the CPU, after its check sums. Raises DamagedFile, FileNotFoundError, and
-    takes what `use` cannot handle for damaged."""
+    """`use(content)` of a file of `torch.save`, on the CPU, after its check sums. Raises FileNotFoundError, and
+    DamagedFile, also for content that `use` cannot handle."""
     path = Path(path)
     with _readable(path):
         try:
@@ -107,11 +107,11 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def unchanged(path: str | Path, known: Sequence[Any]) -> bool:
-    """Whether a file is as `identity` found it. Where size and time agree, only weights are read."""
+def unchanged(path: str | Path, recorded: Sequence[Any]) -> bool:
+    """Whether a file has the `recorded` identity. Where size and time agree, only weights are hashed."""
     path = Path(path)
     try:
-        size, mtime, sha256 = known
+        size, mtime, sha256 = recorded
         stat = path.stat()
         if stat.st_size == size and stat.st_mtime_ns == mtime and path.suffix not in WEIGHTS:
             return True
@@ -127,7 +127,7 @@ def identity(path: str | Path) -> list[Any]:
 
 
 def intact(path: str | Path, read: Callable[..., T], *args: Any, **options: Any) -> T | None:
-    """`read(path, ...)`; None where there is no file, or a damaged one, which is set aside and named."""
+    """`read(path, ...)`; None where the file is missing or damaged; a damaged one is set aside and reported."""
     try:
         return read(path, *args, **options)
     except FileNotFoundError:
@@ -138,7 +138,7 @@ def intact(path: str | Path, read: Callable[..., T], *args: Any, **options: Any)
 
 
 def set_aside(path: str | Path, problem: str) -> None:
-    """Rename to <name>.damaged, so that it is made again, and say so."""
+    """Rename to <name>.damaged, so that it is recomputed, and report it."""
     path = Path(path)
     aside = path.with_name(path.name + ".damaged")
     os.replace(path, aside)
@@ -174,7 +174,7 @@ def _lock(folder: Path, owner: Path) -> FileLock | SoftFileLock:
             if error.errno not in _NO_LOCKS:
                 raise
             path.unlink(missing_ok=True)
-            lock = SoftFileLock(path.with_suffix(".soft"), timeout=0)  # where the file system knows no locks
+            lock = SoftFileLock(path.with_suffix(".soft"), timeout=0)  # where the file system supports no locks
             lock.acquire()
     except Timeout as error:
         whose = "unknown"
@@ -187,7 +187,7 @@ def _lock(folder: Path, owner: Path) -> FileLock | SoftFileLock:
 
 
 def remove_temporaries(folder: str | Path) -> None:
-    """Delete what killed writes left anywhere below `folder`. Nobody may be writing there."""
+    """Delete the temporaries of killed writes anywhere below `folder`. Nobody may be writing there."""
     for place, _, names in os.walk(folder):
         for name in names:
             if _TEMPORARY.fullmatch(name):

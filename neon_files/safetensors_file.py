@@ -1,4 +1,4 @@
-"""Safetensors, tensor by tensor: merging 2.3 billion parameters takes the memory of the largest layer, no more."""
+"""Safetensors, tensor by tensor: merging 2.3 billion parameters takes only the memory of the largest layer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DTYPE_NAMES = {
 if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
     DTYPE_NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
 _TYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+_LONGEST_HEADER = 100_000_000  # bytes; the format's limit
 _BROKEN = f"not a whole safetensors file; {AGAIN}"
 _CHUNK = 1 << 24
 
@@ -78,7 +78,7 @@ def write_safetensors(
 
 
 def _append(file: BinaryIO, tensor: Tensor, name: str, layout: Layout) -> None:
-    """A function of its own, so that no tensor outlives its turn."""
+    """A separate function, so that each tensor is freed before the next is loaded."""
     assert (tensor.dtype, tuple(tensor.shape)) == layout[name], f"{name} is not as laid out"
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, flat.numel(), _CHUNK):
@@ -107,7 +107,7 @@ def open_tensors(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str
             or len(shape) > 64
             or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape)
         ):
-            raise Unfit(f"{_BROKEN} (the shape of {name} makes no sense)")
+            raise Unfit(f"{_BROKEN} (the shape of {name} is invalid)")
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         if [begin - start, end - start] != _offsets(name, entry):
             raise Unfit(f"{_BROKEN} (the place of {name} does not follow from the others' shapes)")
@@ -140,7 +140,7 @@ def _read_header(path: str | Path) -> tuple[dict[str, dict], dict[str, str], int
             raise Unfit(f"{_BROKEN} (a header of {length:,} bytes in a file of {size:,})")
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_without_twins)
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise Unfit(f"{_BROKEN} ({type(error).__name__} in its header)") from error
     if not isinstance(header, dict):
@@ -151,8 +151,8 @@ def _read_header(path: str | Path) -> tuple[dict[str, dict], dict[str, str], int
     return header, metadata, 8 + length
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError("one name stands twice")
+        raise ValueError("a name occurs twice")
     return table

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: work under way is written down first, then the process ends with 128 + the signal's number."""
+"""SIGTERM and Ctrl-C: work in progress is saved first, then the process ends with 128 + the signal's number."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def _receive(number: int, frame: object) -> None:
 
 @contextmanager
 def signals_wait() -> Iterator[Callable[[], int]]:
-    """Inside, the first signal is only noted: the body calls what it is given after each step, which returns the
-    signal or 0, writes what it has, and raises `Stopped`."""
+    """Inside, the first signal is only recorded. The body calls the yielded function after each step; where it returns
+    a signal instead of 0, the body saves its work and raises `Stopped`."""
     _State.loops += 1
     try:
         yield asked

@@ -1,6 +1,7 @@
 """The bytes of a file from any position on, through the hub's client.
 
-Its Xet library brings what the hub stores so, its HTTP session everything else, the files of other hosts too.
+Files that the hub stores in Xet come through its Xet library, all others (also of other hosts) through its HTTP
+session.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from neon_files.errors import UserError
 
 
 class Broken(Exception):
-    """A transfer that ended early; another try may help. `connected`: the server was there; `useless`: what is here
-    is not the beginning of its file."""
+    """A transfer that ended early; another try may help. `connected`: the server was reached; `useless`: the local
+    bytes are not the beginning of its file."""
 
     def __init__(self, reason: str | Exception, connected: bool = True, useless: bool = False):
         super().__init__((str(reason) or type(reason).__name__).splitlines()[0])
@@ -29,7 +30,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """Where the bytes are, and what is known of them."""
+    """The address of a file, and its published size and hashes."""
 
     url: str
     headers: tuple[tuple[str, str], ...] = ()  # Authorization is not passed on to other hosts
@@ -42,12 +43,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Stream:
-    """An open answer: its bytes begin at `start` of a file of `total` bytes (None: not stated)."""
+    """An open response: its bytes begin at `start` of a file of `total` bytes (None: not stated)."""
 
     chunks: Iterator[bytes]
     start: int
     total: int | None
-    validator: str = ""  # what If-Range may carry; "" where the server gives nothing
+    validator: str = ""  # the value for If-Range; "" where the server gives none
 
 
 def hub_client() -> ModuleType:
@@ -83,9 +84,9 @@ def _seconds(name: str, default: int) -> int:
 
 @contextmanager
 def open_stream(source: Source, have: int, validator: str, name: str) -> Iterator[Stream]:
-    """`source` from byte `have` on if that can be had, else from its beginning. Raises Broken and UserError.
+    """`source` from byte `have` on where the server supports it, else from its beginning. Raises Broken and UserError.
 
-    `validator` says which file the first `have` bytes are of, as an earlier Stream did.
+    `validator` of an earlier Stream identifies the file to which the first `have` bytes belong.
     """
     xet = _xet_library() if source.xet else None
     with _over_xet(xet, source, have) if xet else _over_http(source, have, validator, name) as stream:
@@ -106,7 +107,7 @@ def _over_http(source: Source, have: int, validator: str, name: str) -> Iterator
             )
         code = response.status_code
         if code == 416:  # nothing after `have`: not the file we have the beginning of
-            raise Broken("the server has fewer bytes than are here; starting over", useless=True)
+            raise Broken("the server's file is shorter than the local part; starting over", useless=True)
         if code >= 500 or code in (408, 429):
             raise Broken(f"it answers {code} {response.reason_phrase}")
         if code not in (200, 206):
@@ -137,7 +138,7 @@ def _over_xet(library: ModuleType, source: Source, have: int) -> Iterator[Stream
     stopped = threading.Event()
 
     def read() -> None:
-        """In a thread of its own, since the library hears neither Ctrl-C nor a time-out while it waits."""
+        """In a separate thread, since the library reacts to neither Ctrl-C nor a time-out while it waits."""
         try:
             group = library.XetSession().new_download_stream_group(
                 token_refresh_url=source.xet.refresh_route, token_refresh_headers=dict(source.headers)
@@ -174,7 +175,7 @@ def _over_xet(library: ModuleType, source: Source, have: int) -> Iterator[Stream
 
 @contextmanager
 def network() -> Iterator[None]:
-    """Broken for whatever the libraries raise: their classes differ by version, and nothing else runs here."""
+    """Turns every exception of the libraries into Broken: their classes differ by version."""
     try:
         yield
     except Exception as error:
@@ -193,12 +194,12 @@ def _position(code: int, headers: Mapping[str, str], have: int) -> tuple[int, in
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
         if match and int(match[1]) <= have:
             return int(match[1]), None if match[2] == "*" else int(match[2])
-        raise Broken("the server answers with another part of the file than was asked for")
+        raise Broken("the server answers with another part of the file than requested")
     length = headers.get("Content-Length")
     return 0, int(length) if length is not None else None
 
 
 def _validator(headers: Mapping[str, str]) -> str:
-    """What If-Range may carry: a strong ETag, else the date; "" where the server gives neither."""
+    """The value for If-Range: a strong ETag, else the date; "" where the server gives neither."""
     etag = headers.get("ETag", "")
     return etag if etag.startswith('"') else headers.get("Last-Modified", "")

@@ -1,6 +1,6 @@
 """Files of `torch.save`, zip and legacy, as inert trees with lazy tensors; nothing in them is executed.
 
-torch's own reader maps a file's members without asking whether they are compressed, and looks at no checksum.
+torch's reader maps members without checking that they are uncompressed, and verifies no checksum.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def part_of(whole: UntypedStorage, start: int, end: int, itemsize: int) -> Untyp
 
 
 def read_zip(file: BinaryIO, whole: Callable[[], UntypedStorage]) -> Any:
-    """What was saved. `whole()` is the archive as memory, called for the first uncompressed member that is loaded.
+    """The saved content. `whole()` is the archive as memory, called for the first uncompressed member that is loaded.
 
     Raises Unfit, Refused, or whatever error damage leads to.
     """
@@ -82,17 +82,17 @@ class _Archive:
         if any(member.flag_bits & 1 for member in members):
             raise Unfit("is encrypted; unpack it and save it without a password")
         if any(member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for member in members):
-            raise Unfit("is compressed in a way that we do not know; unpack it and zip it again")
+            raise Unfit("is compressed by an unsupported method; unpack it and zip it again")
         stored = [member.file_size for member in members if member.compress_type == zipfile.ZIP_STORED]
         if sum(stored) > self._size:
-            raise Unfit("its members lie over one another; it is damaged, or made to fill the memory")
+            raise Unfit("its members overlap; it is damaged, or made to fill the memory")
         grown = sum(member.file_size for member in members) - sum(stored)
         if grown > max(_ALWAYS_ALLOWED, _LARGEST_GROWTH * self._size):
             raise Unfit(f"would unpack to {grown:,} bytes, far more than weights compress to")
         self._checked = any(member.CRC for member in members)  # torch can save without: all are 0 then
         if not self._checked:
             for member in members:
-                del member.CRC  # zipfile compares only what is there
+                del member.CRC  # without it zipfile compares nothing
         if "byteorder" in self._suffixes() and self._read("byteorder", 16) != b"little":
             raise Unfit("was saved on a big-endian machine; load and save it there with the other byte order")
 
@@ -137,7 +137,7 @@ class _Archive:
         return memory.untyped_storage()
 
     def _start(self, member: zipfile.ZipInfo) -> int:
-        """Where the member's bytes begin: behind a header of its own, whose name and extra field vary in length."""
+        """Where the member's bytes begin: behind a local header, whose name and extra field vary in length."""
         self._file.seek(member.header_offset)
         header = self._file.read(30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
@@ -154,18 +154,18 @@ def memory_of(data: bytes) -> UntypedStorage:
 def _described(pid: Any, length: int = 5) -> tuple[str, torch.dtype, int]:
     """(key, dtype, number of elements) of a reference to a storage."""
     if not isinstance(pid, tuple) or len(pid) != length or pid[0] != "storage" or not isinstance(pid[1], StorageType):
-        raise Refused("refers to something else than numbers outside of it")
+        raise Refused("refers to an external object that is no storage")
     key, count = pid[2], pid[4]
     if not isinstance(key, str) or type(count) is not int or not 0 <= count < 1 << 48:
-        raise Refused("refers to numbers in a way that makes no sense")
+        raise Refused("refers to a storage with an invalid key or length")
     return key, pid[1].dtype, count
 
 
 def read_legacy(file: BinaryIO) -> Any:
-    """What was saved in the format before torch 1.6: pickles one after another, then the numbers."""
+    """The content of a file in the format before torch 1.6: pickles one after another, then the numbers."""
     size = file.seek(0, 2)
     file.seek(0)
-    places: dict[str, int] = {}  # where the numbers of a storage begin; known after its pickle is read
+    places: dict[str, int] = {}  # where the numbers of a storage begin; filled after the pickle is read
     storages: dict[str, Storage] = {}
 
     def persistent(pid: Any) -> Any:
@@ -206,7 +206,7 @@ def _read_part(file: BinaryIO, start: int, nbytes: int) -> UntypedStorage:
 
 
 def read_torch(path: Path, is_zip: bool) -> Any:
-    """What was saved in `path`. The file stays open as long as its tensors are of use."""
+    """The content of `path`. The file stays open while its lazy tensors exist."""
     if is_zip and not zipfile.is_zipfile(path):
         raise Unfit(f"cut short (a torch file without its end); {AGAIN}")
     file = open(path, "rb")  # noqa: SIM115  held by the lazy tensors

@@ -1,9 +1,9 @@
-"""The bytes of one file: gone on with where they broke off, checked by length and hash, whole or not there.
+"""Download of one file: resumed where it broke off, verified by length and hash, never left incomplete.
 
-The hub's client brings them (`neon_files.streams`). Here is what no library does: to go on after a killed process (the
-hub's client and pooch both start over), to hash what came before it gets its name, and to keep what came when the
-connection breaks again and again. The bytes go to `.NAME.part` beside the final file, with a note of what they belong
-to (`.NAME.part.json`).
+The bytes come through the hub's client (`neon_files.streams`). This module adds what the libraries lack: resuming
+after a killed process (the hub's client and pooch both start over), verifying a file before it gets its name, and
+keeping received bytes when the connection breaks repeatedly. The bytes go to `.NAME.part` beside the final file;
+`.NAME.part.json` records their source.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from neon_files.kinds import stand_in
 from neon_files.streams import Broken, Source, Stream, network, open_stream
 
 _CHUNK = 1 << 18
-ATTEMPTS = 5  # in a row that brought nothing new
+ATTEMPTS = 5  # in a row without a new byte
 BACKOFF = 1.0  # seconds before the second try, doubled for each further one
 
 
@@ -40,7 +40,7 @@ class Unreachable(UserError):
 
 
 def download(source: Source, part: Path, name: str) -> str:
-    """Bring all bytes of `source` to `part` and check them; gives their sha256. The caller holds `one_process`.
+    """Download `source` to `part` and verify it; returns its sha256. The caller holds `one_process`.
 
     Messages call the file `name`. Raises Unreachable where another try may help, and UserError where the file is
     missing, refused, of another length or hash (then `part` is removed), or cannot be written.
@@ -54,7 +54,7 @@ def download(source: Source, part: Path, name: str) -> str:
 
 
 def forget(part: Path) -> None:
-    """Remove what a download left of `part`, and the note on what it belongs to."""
+    """Remove a partial download and the note on its source."""
     for path in (part, _note(part)):
         path.unlink(missing_ok=True)
 
@@ -64,14 +64,14 @@ def _note(part: Path) -> Path:
 
 
 def compare(source: Source, path: Path, size: int | None = None) -> tuple[str, str]:
-    """(what is wrong with the bytes of `path` or "", their sha256)."""
+    """(the defect of the bytes of `path` or "", their sha256)."""
     present, expected = path.stat().st_size, source.size if source.size is not None else size
     if expected is not None and present != expected:
         return f"has {present:,} bytes instead of {expected:,}", ""
     sha256, sha1 = hashlib.sha256(), hashlib.sha1(f"blob {present}\0".encode(), usedforsecurity=False)
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
-            if file.tell() == len(chunk) and stand_in(chunk[:100]):  # where a hash is known, this says more
+            if file.tell() == len(chunk) and stand_in(chunk[:100]):  # a clearer message than a wrong hash
                 return stand_in(chunk[:100]), ""
             sha256.update(chunk)
             if source.git_sha1:
@@ -84,7 +84,7 @@ def compare(source: Source, path: Path, size: int | None = None) -> tuple[str, s
 
 
 def _receive_stubbornly(source: Source, part: Path, name: str) -> int | None:
-    """`_receive`, going on where the connection broke as long as every few tries bring new bytes."""
+    """`_receive`, repeated after broken connections as long as every few attempts bring new bytes."""
     failures = 0
     while True:
         before = _size(part)
@@ -97,34 +97,36 @@ def _receive_stubbornly(source: Source, part: Path, name: str) -> int | None:
             failures = 1 if kept > before else failures + 1
             if failures >= ATTEMPTS or not error.connected:
                 host = urllib.parse.urlsplit(source.url).netloc
-                have = f"; {kept:,} bytes are kept, and the next run goes on from there" if kept else ""
+                have = f"; {kept:,} bytes are kept, and the next run continues from there" if kept else ""
                 text = f"{name}: no {'lasting ' if error.connected else ''}connection to {host} ({error}){have}"
                 raise Unreachable(text, error.connected) from error
         time.sleep(min(BACKOFF * 2 ** (failures - 1), 10.0))
 
 
 def _receive(source: Source, part: Path, name: str) -> int | None:
-    """Bring `part` to its full length; gives that length where the server tells it. Raises Broken."""
-    known = _read_note(part)
+    """Download `part` to its full length; returns that length where the server states it. Raises Broken."""
+    note = _read_note(part)
     have = _size(part)
-    same = (known.get("url"), known.get("version")) == (source.url, source.version)
+    same = (note.get("url"), note.get("version")) == (source.url, source.version)
     if not same or (source.size is not None and have > source.size):
         have = 0
-    if have and have == known.get("total"):
+    if have and have == note.get("total"):
         return have
-    with open_stream(source, have, known.get("validator", ""), name) as stream:
+    with open_stream(source, have, note.get("validator", ""), name) as stream:
         expected = source.size if source.size is not None else stream.total
         if stream.total is not None and stream.total != expected:
             raise UserError(
                 f"{name}: {source.url} has {stream.total:,} bytes instead of {expected:,}; not the published file"
             )
         _check_space(part, name, expected, stream.start)
-        validator = stream.validator or (known.get("validator", "") if stream.start else "")
+        validator = stream.validator or (note.get("validator", "") if stream.start else "")
         identity = {"url": source.url, "version": source.version, "validator": validator, "total": expected}
         with _writing(part):
             if not stream.start:
-                part.unlink(missing_ok=True)  # before the note changes: what another file began must not go on as this
-            if identity != known:
+                part.unlink(
+                    missing_ok=True
+                )  # before the note changes: another file's bytes must not be continued as this one's
+            if identity != note:
                 write_json(_note(part), identity)
             _copy(stream, part, expected, name)
     if expected is not None and _size(part) != expected:
@@ -141,12 +143,12 @@ def _check_space(part: Path, name: str, expected: int | None, start: int) -> Non
 
 @contextmanager
 def _writing(part: Path) -> Iterator[None]:
-    """UserError for what goes wrong on the disk; errors of the network are no OSErrors any more."""
+    """UserError for errors of the disk; those of the network are no OSErrors by now."""
     try:
         yield
     except OSError as error:
-        kept = "what has come is kept" if error.errno == errno.ENOSPC else "mend the folder"
-        raise UserError(f"{part}: cannot be written ({error.strerror}); {kept}, and the next run goes on") from error
+        kept = "received bytes are kept" if error.errno == errno.ENOSPC else "mend the folder"
+        raise UserError(f"{part}: cannot be written ({error.strerror}); {kept}, and the next run continues") from error
 
 
 def _copy(stream: Stream, part: Path, total: int | None, name: str) -> None:

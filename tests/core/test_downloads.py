@@ -181,7 +181,7 @@ def test_stopped_by_ctrl_c_then_resumed(server, tmp_path):
         server.wait_for(lambda: part.exists() and part.stat().st_size > 200_000, 120)
         process.send_signal(signal.SIGINT)
         err = process.stderr.read()
-    assert process.returncode == 130 and "what has come is kept, and the same command goes on" in err
+    assert process.returncode == 130 and "received bytes are kept, and the same command continues" in err
     assert "Traceback" not in err
     assert place.run("a.pth")[0] == 0 and place.a.read_bytes() == A and server.gets()[-1]["Range"]
 

@@ -71,7 +71,7 @@ def test_files_of_other_kinds_are_left_out_with_a_word(tmp_path, capsys):
         "e.txt": b"",
     }
     assert levels(ImageSet(write(tmp_path, rgb("0.png") | others))) == [0]
-    assert "left out, since no kind that is read as an image:" in capsys.readouterr().err
+    assert "ignored, not in a readable image format:" in capsys.readouterr().err
 
 
 def test_folders_that_are_links_are_followed_once(tmp_path):
@@ -213,7 +213,7 @@ NO_IMAGES = {
     "empty": (b"", "it is empty"),
     "page": (b"<html>404</html>", "a web page"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
-    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n", "of no kind that is read"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n", "of no format that is read"),
     "cut": (picture((1, 2, 3), size=(64, 64))[:60], "truncated|cannot be read"),
     "animated": (animation(), "several frames"),
     "huge": (claiming(9000, 8000), "9000x8000 pixels, at most"),
