@@ -52,6 +52,7 @@ class Backbone(Protocol):
     prepared_key: str = ""  # not "": what `prepare` gives is kept on disk beside the set under this name, which must
     # change with the tokenizer and its weights
     micro_batch_multiple: int = 1  # the loss takes micro batches of a multiple of this
+    arrays: bool = False  # True: `sample` gives numbers [B, C, H, W], uint8 or float32, no pictures: kept as .npy
     unused_parameters: bool = False  # True: a loss may leave parameters of `net` out, which ranks must then search for
 
     @classmethod

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
@@ -31,9 +32,9 @@ from neon_files.image_set import ImageSet
 from neon_files.run_files import read_record
 
 
-def image_name(seed: int, label: int | None, subfolders: bool = True) -> str:
+def image_name(seed: int, label: int | None, subfolders: bool = True, suffix: str = ".png") -> str:
     """ "005000/005999_label7.png": the official naming."""
-    name = f"{seed:06d}.png" if label is None else f"{seed:06d}_label{label}.png"
+    name = f"{seed:06d}{suffix}" if label is None else f"{seed:06d}_label{label}{suffix}"
     return f"{seed - seed % 1000:06d}/{name}" if subfolders else name
 
 
@@ -82,7 +83,9 @@ def generate_set(
         remove_stale_below(out_dir)
     versions = broadcast_object(versions)
 
-    names = [image_name(seed, None if labels is None else int(labels[i]), subfolders) for i, seed in enumerate(seeds)]
+    suffix, write = (".npy", write_array) if backbone.arrays else (".png", write_png)
+    classes = [None] * len(seeds) if labels is None else labels.tolist()
+    names = [image_name(seed, k, subfolders, suffix) for seed, k in zip(seeds, classes, strict=True)]
     batches = global_batches(len(seeds), batch_size)
     digests = _whole_batches(out_dir, names, batches, backbone.img_size)
     left = len(batches) - len(digests)
@@ -109,7 +112,7 @@ def generate_set(
             part = list(batches[b])
             images = sample(backbone, [seeds[i] for i in part], None if labels is None else labels[part], settings)
             made |= _written(pending)
-            pending = {b: [writers.submit(write_png, out_dir / names[i], image)
+            pending = {b: [writers.submit(write, out_dir / names[i], image)
                            for i, image in zip(part, images.cpu(), strict=True)]}  # fmt: skip
             rest = len(seeds) - bar.n
             bar.update(min(rest, len(part) * world_size()) if number < len(share) - 1 else rest)
@@ -137,6 +140,9 @@ def _whole_batches(out_dir: Path, names: Sequence[str], batches: Sequence[range]
     def digest(name: str) -> int | None:
         try:
             data = (out_dir / name).read_bytes()
+            if name.endswith(".npy"):
+                np.load(io.BytesIO(data), allow_pickle=False)
+                return _digest(name.rpartition("/")[2], data)
             with PIL.Image.open(io.BytesIO(data), formats=["PNG"]) as image:
                 fits = image.size == (size, size)
                 image.verify()  # every chunk's check sum
@@ -218,6 +224,17 @@ def write_png(path: Path, image: Tensor) -> int:
     picture = PIL.Image.fromarray(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))
     buffer = io.BytesIO()
     picture.save(buffer, format="png", compress_level=3)
+    return _write(path, buffer)
+
+
+def write_array(path: Path, item: Tensor) -> int:
+    """As `write_png`, of any numbers [C, H, W], as .npy."""
+    buffer = io.BytesIO()
+    np.save(buffer, item.numpy(), allow_pickle=False)
+    return _write(path, buffer)
+
+
+def _write(path: Path, buffer: io.BytesIO) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path, sync=False) as temporary:
         temporary.write_bytes(buffer.getvalue())

@@ -28,6 +28,7 @@ from neon_files.image_set import ImageSet
 from neon_files.stopping import Stopped, signals_wait
 from neon_metrics.accumulator import MetricAccumulator, MetricSettings, check_sizes
 from neon_metrics.detector import Detector, load_inception
+from neon_metrics.image_statistics import check_images, take_in
 from neon_metrics.kept import KeptWork
 from neon_metrics.reference import Reference, load_reference
 from neon_metrics.scores import fid
@@ -76,17 +77,9 @@ class Evaluator:
 
     def _check_real_images(self) -> None:
         """UserError, on every rank alike, where they are too few, or one of them cannot be used."""
-        images, problem = self._real_images, None
+        images = self._real_images
         check_sizes({"kid", "prdc"} & set(self.metrics), len(images), MetricSettings(), f"are in {images.path}")
-        if images.dtype != np.uint8:
-            raise UserError(f"{images.path}: holds arrays of {images.dtype}; --real_images wants images")
-        try:
-            images.check(range(rank(), len(images), world_size()))
-        except UserError as error:
-            problem = error.message
-        problems = [text for text in gather_objects(problem) if text is not None]
-        if problems:
-            raise UserError(problems[0])
+        check_images(images)
 
     def new_accumulator(self, num_images: int, file_order: np.ndarray | None = None) -> MetricAccumulator:
         return MetricAccumulator(self.detector, num_images, self.metrics, file_order=file_order)
@@ -96,6 +89,10 @@ class Evaluator:
         values = total.compute(self.reference, self.real_features(batch_size))
         return {**values, **self.heldout_fid(total)}
 
+    def distance(self, total: MetricAccumulator) -> dict[str, float]:
+        """{"fid"}, and {"fid_heldout"} where there is a second reference, of the images seen so far."""
+        return {"fid": fid(total.feature_statistics, self.reference), **self.heldout_fid(total)}
+
     def heldout_fid(self, total: MetricAccumulator) -> dict[str, float]:
         """{"fid_heldout"} of the images seen so far; {} without a second reference."""
         return {} if self.heldout is None else {"fid_heldout": fid(total.feature_statistics, self.heldout)}
@@ -103,13 +100,8 @@ class Evaluator:
     def real_features(self, batch_size: int) -> Tensor | None:
         """float32 [n, D] of the real images, extracted once, shared out over ranks."""
         if self._real_images is not None and self._real_features is None:
-            images = self._real_images
-            part = MetricAccumulator(self.detector, len(images), (), keep_features=True)
-            batches = global_batches(len(images), batch_size)
-            for b in deal(len(batches), rank(), world_size()):
-                items = np.arange(batches[b].start, batches[b].stop)
-                part.update(images.images(items).to(self.device), torch.from_numpy(items))
-            self._real_features = part.reduced().features
+            part = MetricAccumulator(self.detector, len(self._real_images), (), keep_features=True)
+            self._real_features = take_in(part, self._real_images, self.device, batch_size).features
         return self._real_features
 
     def __call__(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, broadcast_object, is_main, print0
 from neon_files.atomic import atomic_path
 from neon_files.checkpoint import read_checkpoint, read_state, write_checkpoint
+from neon_metrics.accumulator import MetricAccumulator
+from neon_metrics.own_score import ScoreEvaluator
 from neon_run.reproduce.controls import random_direction
 from neon_run.row import Row
 from neon_run.search.find import SearchPlan, images_of, point_of
@@ -74,7 +77,8 @@ class Measurement:
             out["second_block"] = {name: _metrics(at(*end, fresh, len(seeds))) for name, end in ends.items()}
         # Samples, and the file against the network that was measured.
         settings = {**sweep.settings, **self._varied(best["guidance"])}
-        _write_samples(sweep, seeds[: math.prod(plan.samples)], best, settings, self.out_dir / "samples")
+        if math.prod(plan.samples):
+            _write_samples(sweep, seeds[: math.prod(plan.samples)], best, settings, self.out_dir / "samples")
         out["file_differs_by"] = _difference_of_file(sweep, best, self.out_dir / "neon.safetensors")
         # The cost: what the search has sampled is counted there.
         own = [{k: v for k, v in point.items() if k != "block"} for point in points if point["block"] == "first"]
@@ -92,15 +96,20 @@ class Measurement:
             total = self.sweep.statistics(snapshot, w, self.seeds, **self._varied(guidance))
             if total is not None:
                 print0(f"bootstrap: {name}, {self.plan.resamples} resamples")
-                blocks = block_statistics(total.features, self.sweep.batch_size)
-                drawn[name] = bootstrap_fids(
-                    blocks, self.sweep.evaluator.reference, resamples=self.plan.resamples, seed=self.plan.seed
-                )
+                drawn[name] = self._resampled(total)
         if is_main():
             out = {name: interval(whole[name]["fid"], values) for name, values in drawn.items()}
             gain = whole["base"]["fid"] - whole["neon"]["fid"]
             out["gain"] = interval(gain, drawn["base"] - drawn["neon"])
         return broadcast_object(out)
+
+    def _resampled(self, total: MetricAccumulator) -> np.ndarray:
+        """Distances whose spread is the standard error of that of all images."""
+        evaluator = self.sweep.evaluator
+        if isinstance(evaluator, ScoreEvaluator):
+            return evaluator.of_blocks(total)
+        blocks = block_statistics(total.features, self.sweep.batch_size)
+        return bootstrap_fids(blocks, evaluator.reference, resamples=self.plan.resamples, seed=self.plan.seed)
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -235,6 +235,8 @@ def _controls(results: Mapping[str, Any]) -> str:
 def _samples(folder: Path, results: Mapping[str, Any]) -> str:
     labels = {"base": "base", "self-trained": "self-trained, w = -1", "neon": f"Neon, w = {results['best']['w']:.4g}"}
     rows, columns = results["samples"]
+    if not rows * columns:
+        return ""
     grids = []
     for name, label in labels.items():
         pictures = sorted((folder / name).glob("*.png"))[: rows * columns]

@@ -60,6 +60,7 @@ class Plan:
     samples: tuple[int, int] = (4, 6)  # rows and columns of each grid of samples
     real_training: str | Path | None = None  # a training set: the control of as much more training on real data
     resamples: int = 30
+    evaluator: Evaluator | None = None  # in place of one made from reference, detector and real images
 
     def search_plan(self, whole: int) -> SearchPlan:
         """With the numbers of images per setting, at most `whole`. UserError where they decrease."""
@@ -126,7 +127,7 @@ class Reproduction:
         if prepare is None:
             wanted["base"] = plan.base or self.row.base
             wanted["reference"] = plan.reference or self.row.fid_stats
-            if plan.detector is None:
+            if plan.detector is None and plan.evaluator is None:
                 wanted["detector"] = WEIGHTS_NAME
         paths = {name: obtain(path).resolve() for name, path in wanted.items() if path}
         if prepare is None:
@@ -299,6 +300,8 @@ class Reproduction:
 
     @cached_property
     def evaluator(self) -> Evaluator:
+        if self.plan.evaluator is not None:
+            return self.plan.evaluator
         detector = self.files.get("detector", self.plan.detector)
         if self.row.detector and isinstance(detector, Path):
             detector = self.row.detector(detector, self.device)
@@ -320,7 +323,7 @@ class Reproduction:
     @property
     def measured_with(self) -> dict[str, Any]:
         """What every FID of this run depends on beside the network."""
-        detector = self.plan.detector
+        detector = self.plan.evaluator.detector if self.plan.evaluator else self.plan.detector
         return {
             "settings": self.row.evaluate,
             "seeds": self.row.evaluate_seeds,

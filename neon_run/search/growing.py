@@ -25,7 +25,6 @@ from neon_files.run_files import intact, read_tensors, write_record
 from neon_metrics.accumulator import MetricAccumulator
 from neon_metrics.evaluate import evaluate
 from neon_metrics.kept import KeptWork
-from neon_metrics.scores import fid
 from neon_run.search.sweep import BASE, Sweep
 
 
@@ -77,6 +76,11 @@ class GrowingSweep(Sweep):
                 }
             )
             found = json.loads(json.dumps(found, default=str))
+            if math.isnan(found["fid"]):
+                raise UserError(
+                    f"the distance of {count} images is not a number ({what['snapshot']}, w = {w:g}); see what "
+                    f"{self.evaluator.detector.name} makes of such images"
+                )
             if is_main():
                 write_record(path, found)
             barrier()
@@ -136,8 +140,11 @@ class GrowingSweep(Sweep):
         """The first `count` of the images in `total`, from their features: sums cannot be undone."""
         if total is None or total.num_seen == count:
             return total
-        few = MetricAccumulator(self.evaluator.detector, total.num_images, ("fid",), keep_features=True)
-        few.feature_statistics.update(total.features[:count])
+        metrics = {"fid"} & set(self.evaluator.metrics)
+        few = MetricAccumulator(self.evaluator.detector, total.num_images, metrics, keep_features=True)
+        if few.feature_statistics is not None:
+            few.feature_statistics.update(total.features[:count])
+        few.features[:count] = total.features[:count]
         few.seen[:count] = True
         return few
 
@@ -150,7 +157,7 @@ class GrowingSweep(Sweep):
             return {}
         if complete:
             return self.evaluator.compute(total, self.batch_size)
-        return {"fid": fid(total.feature_statistics, self.evaluator.reference), **self.evaluator.heldout_fid(total)}
+        return self.evaluator.distance(total)
 
     def _load(self, path: Path, whole: int) -> MetricAccumulator | None:
         if not is_main():
