@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
@@ -20,6 +22,7 @@ TRAIN = TrainSettings(
     ema=Ema(decay=0.9),
     snapshot_images=80,
 )
+RECIPE = SimpleNamespace(num_synthetic=NUM_SYNTHETIC, generate=SETTINGS, train=TRAIN, w=1.0, evaluate=SETTINGS)
 
 
 class PicoNet(nn.Module):
