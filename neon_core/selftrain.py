@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,33 +193,40 @@ def check_sizes(settings: TrainSettings) -> None:
         )
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a fine-tune is carried out; `TrainSettings` says what it computes."""
+
+    seed: int = 0  # of the order of the images and of all random numbers
+    mode: str = "ddp"  # ddp | fsdp: replicated or sharded over ranks
+    activation_checkpointing: bool = False  # less memory, more time
+    state_minutes: float = 10.0  # between two states to continue from
+    progress: bool = True
+
+
 def self_train(
     backbone: Backbone,
     data: TrainingData,
     settings: TrainSettings,
     out_dir: str | Path,
     *,
-    seed: int = 0,
     device: torch.device,
     provenance: dict | None = None,
-    state_minutes: float = 10.0,
-    mode: str = "ddp",
-    activation_checkpointing: bool = False,
-    progress: bool = True,
+    **options: Any,
 ) -> dict[int, Path]:
     """Fine-tune `backbone` in place and write its snapshots; continue what an earlier run left in `out_dir`.
 
     Returns images seen -> snapshot. Files: `settings.json`, `log.jsonl` (a line per step), `state.pt` (to continue
     from: at every snapshot and every `state_minutes`), `snapshot-<images>.safetensors`. Every rank calls it. Raises
     UserError where the folder holds a run with other settings, the sizes do not divide, or the loss or its gradient is
-    not finite; Stopped, with the state written, after a signal. `mode` (ddp or fsdp) and `activation_checkpointing`
-    trade memory for time. Afterwards the backbone holds the raw fine-tuned weights.
+    not finite; Stopped, with the state written, after a signal. `options` are the fields of `RunOptions`. Afterwards
+    the backbone holds the raw fine-tuned weights.
     """
-    out_dir = Path(out_dir)
+    out_dir, how = Path(out_dir), RunOptions(**options)
     check_sizes(settings)
     identity = {
         "settings": dataclasses.asdict(settings),
-        "seed": seed,
+        "seed": how.seed,
         "num_items": data.num_items,
         **(provenance or {}),
     }
@@ -230,10 +238,10 @@ def self_train(
         plan = snapshot_plan(settings)
         missing = broadcast_object([n for n in plan if not snapshot_path(out_dir, n).exists()])
         if missing:
-            run = FineTune(backbone, settings, device, mode=mode, activation_checkpointing=activation_checkpointing)
-            loop = _Loop(run, out_dir, identity, missing, state_minutes)
+            spread = {"mode": how.mode, "activation_checkpointing": how.activation_checkpointing}
+            loop = _Loop(FineTune(backbone, settings, device, **spread), out_dir, identity, missing, how.state_minutes)
             loop.resume()
-            loop.train(data, seed, progress)
+            loop.train(data, how.seed, how.progress)
             parallel.keep_activations(backbone.blocks())
             backbone.net.eval().requires_grad_(False)
         if is_main():

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,6 +165,15 @@ def _checked(reference: str | Path | Reference) -> Reference:
     return found
 
 
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What an evaluation leaves on disk and shows."""
+
+    save_images: str | Path | None = None  # folder of PNGs
+    save_seconds: float = 30.0  # between two savings of partial sums
+    progress: bool = True
+
+
 def evaluate(
     backbone: Backbone,
     seeds: Sequence[int],
@@ -171,16 +182,15 @@ def evaluate(
     settings: dict,
     batch_size: int,
     kept: KeptWork | None = None,
-    save_images: str | Path | None = None,
-    save_seconds: float = 30.0,
-    progress: bool = True,
+    **options: Any,
 ) -> MetricAccumulator:
     """Sample every seed once (repeats count as often as they stand) and return the statistics, reduced over ranks.
 
-    `settings` go to `backbone.sample`. `kept` is where what is done is saved, every `save_seconds` and at the end, and
-    what an earlier run saved is found; the caller clears it. `save_images` also writes PNGs. Every rank calls it; every
-    rank gets the reduced statistics. Raises NotFiniteImages, on every rank alike.
+    `settings` go to `backbone.sample`. `kept` is where partial sums are saved, from time to time and at the end, and
+    where those of an earlier run are found; the caller clears it. `options` are the fields of `EvaluateOptions`. Every
+    rank calls it; every rank gets the reduced statistics. Raises NotFiniteImages, on every rank alike.
     """
+    how = EvaluateOptions(**options)
     labels = backbone.assign_labels(seeds, **settings)
     batches = global_batches(len(seeds), batch_size)
     accumulator = new_accumulator()
@@ -188,7 +198,7 @@ def evaluate(
     if done:
         print0(f"continuing: {len(done)} of {len(batches)} batches were done in {kept.folder}")
     mine = deal(len(batches), rank(), world_size(), done)
-    show = {"desc": "evaluate", "unit": "img", "disable": not (progress and is_main())}
+    show = {"desc": "evaluate", "unit": "img", "disable": not (how.progress and is_main())}
     done_before = sum(len(batches[b]) for b in done)
     finished, saved_at, problem = list(done) if is_main() else [], time.monotonic(), None
     with tqdm(total=len(seeds), initial=done_before, **show) as bar, signals_wait() as stop_asked:
@@ -200,15 +210,15 @@ def evaluate(
                 problem = b, error.message
                 break
             accumulator.update(images, torch.tensor(part))
-            if save_images is not None:
+            if how.save_images is not None:
                 names = [image_name(i, None if labels is None else int(labels[i])) for i in part]
-                write_images(Path(save_images), names, images)
+                write_images(Path(how.save_images), names, images)
             finished.append(b)
             left = len(seeds) - bar.n
             bar.update(min(left, len(part) * world_size()) if number < len(mine) - 1 else left)
             stop = stop_asked()
             last = number == len(mine) - 1
-            if kept and (stop or last or time.monotonic() - saved_at >= save_seconds):
+            if kept and (stop or last or time.monotonic() - saved_at >= how.save_seconds):
                 kept.save(accumulator, finished)
                 saved_at = time.monotonic()
             if stop:

@@ -145,6 +145,17 @@ def test_no_backbone_is_named_below_the_backbones():
                 assert not found, f"{module}:{getattr(node, 'lineno', '')} names {text!r}"
 
 
+def test_functions_take_at_most_eight_parameters():
+    """Outside declared records: constructors and loaders (what checkpoints and rows say of a network), sampler settings."""
+    records = {"__init__", "load", "sample", "edm_sampler"}
+    for module, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name not in records:
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                count = len([name for name in names if name not in ("self", "cls")])
+                assert count <= 8, f"{module}:{node.lineno} {node.name} takes {count} parameters"
+
+
 def test_scripts_are_thin():
     scripts = [p for top in BACKBONES.values() for p in (*(ROOT / top).glob("*.py"), *(ROOT / top).glob("*/calc*.py"))]
     thin = [p for p in scripts if p.name in ("generate.py", "finetune.py", "sweep.py", "calculate_fid.py")]

@@ -6,7 +6,9 @@ neon merge base.pth synthetic.safetensors -w 1.5 -o neon.safetensors
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -79,6 +81,18 @@ def read_entries(given: Sequence[str]) -> tuple[str | None, str | None]:
     return base or None, syn or None
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What the flags of `neon merge` say of how to merge."""
+
+    w: Sequence[str]
+    keep: Sequence[str]
+    entry: Sequence[str]
+    scale: float | None
+    dense: bool
+    rule: str
+
+
 @click.command("merge")
 @click.argument("base", type=click.Path(path_type=Path), required=False)
 @click.argument("syn", type=click.Path(path_type=Path), required=False)
@@ -126,35 +140,25 @@ def read_entries(given: Sequence[str]) -> tuple[str | None, str | None]:
     show_default=True,
     help="neon, or official-NAME: what the official script of that backbone computes.",
 )
-def merge_command(
-    base: Path | None,
-    syn: Path | None,
-    lora: Path | None,
-    w: Sequence[str],
-    out: Path,
-    keep: Sequence[str],
-    entry: Sequence[str],
-    scale: float | None,
-    dense: bool,
-    rule: str,
-) -> None:
+def merge_command(base: Path | None, syn: Path | None, lora: Path | None, out: Path, **choices: Any) -> None:
     """BASE and SYN, checkpoints of one network -> base - w (syn - base).
 
     Files in any published container; folders (diffusers pipelines, sharded checkpoints): every weight file is merged,
     everything else copied; LoRA adapters: the products up @ down are merged.
     """
-    steps = read_steps(w, keep)
+    given = Choices(**choices)
+    steps = read_steps(given.w, given.keep)
     told = " | ".join([f"w={steps.w:g}", *(f"{pattern}={w:g}" for pattern, w in steps.blocks)])
     if lora is not None:
-        if base is not None or rule != NEON or entry or dense or scale is not None:
+        if base is not None or given.rule != NEON or given.entry or given.dense or given.scale is not None:
             raise UserError("--lora: takes the place of BASE and SYN, and knows no --rule, --entry, --scale, --dense")
         folders.reverse_adapter(lora, steps, out)
         click.echo(f"{out} | {told} | lora={lora.name}")
         return
     if base is None or syn is None:
         raise click.UsageError("BASE and SYN are needed, two files or two folders; or --lora ADAPTER")
-    merge_paths(base, syn, steps, out, rule, read_entries(entry), scale, dense)
-    click.echo(f"{out} | {told} | rule={rule} | base={base.name} | syn={syn.name}")
+    merge_paths(base, syn, steps, out, given.rule, read_entries(given.entry), given.scale, given.dense)
+    click.echo(f"{out} | {told} | rule={given.rule} | base={base.name} | syn={syn.name}")
 
 
 if __name__ == "__main__":

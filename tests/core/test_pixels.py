@@ -12,7 +12,7 @@ from neon_core.synthetic import generate_set
 from neon_edm.sampler import to_uint8 as edm_cast
 from neon_files.errors import UserError
 from neon_imm.latents import RgbCodec, to_pixels
-from neon_metrics.evaluate import Evaluator, evaluate
+from neon_metrics.evaluate import EvaluateOptions, Evaluator
 from neon_metrics.reference import Reference
 from neon_run.row import Grid
 from neon_run.search.find import _official
@@ -73,7 +73,7 @@ def test_an_evaluation_names_the_first_seed():
 @pytest.mark.parametrize("growing", [False, True])
 def test_a_sweep_records_infinity_and_goes_on(tmp_path, monkeypatch, growing):
     """The point is in its file: the next run does not sample it again. Nothing is kept of its other images."""
-    monkeypatch.setitem(evaluate.__kwdefaults__, "save_seconds", 0.0)
+    monkeypatch.setattr(EvaluateOptions, "save_seconds", 0.0)
     backbone = Failing.fresh()
     kind, make = (GrowingSweep if growing else Sweep), {"settings": {}, "batch_size": 4, "identity": {}}
 
