@@ -146,7 +146,7 @@ def test_no_backbone_is_named_below_the_backbones():
 
 
 def test_functions_take_at_most_eight_parameters():
-    """Outside declared records: constructors and loaders (what checkpoints and rows say of a network), sampler settings."""
+    """Outside declared records: constructors and loaders (what files and rows say of a network), sampler settings."""
     records = {"__init__", "load", "sample", "edm_sampler"}
     for module, file in MODULES.items():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
