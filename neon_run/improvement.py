@@ -127,7 +127,17 @@ def improve(
             )
         check_writable(out, "out")
         _claim(out, parts, score)
-        plan = _plan(parts, out, real, score, detector, where, ranking_images, images, controls, seed)
+        plan = Plan(
+            base=out / "base.safetensors",
+            detector=detector,
+            seed=seed,
+            snapshots=1,
+            ranking_images=min(ranking_images, images),
+            deciding_images=images,
+            controls=controls,
+            samples=(4, 6) if parts.pictures else (0, 0),
+            **_compared_with(parts, out, real, score, detector, where),
+        )
         scale = LR if lr is None else lr / _root_mean_square(net)
         train = TrainSettings(
             images=PROBE_STEPS * batch_size,
@@ -224,38 +234,21 @@ class Improvement(Reproduction):
             raise UserError(f"score: is {value} for the {len(rows)} images of S; a finite number is wanted")
 
 
-def _plan(
+def _compared_with(
     parts: Parts,
     out: Path,
     real: str | Path | None,
     score: Callable[[Tensor], float] | None,
     detector: Detector | str | Path | None,
     device: torch.device,
-    ranking_images: int,
-    images: int,
-    controls: bool,
-    seed: int,
-) -> Plan:
-    """What is measured, by what, with how many images."""
-    evaluator = reference = None
+) -> dict[str, Any]:
+    """What images are measured against: {"evaluator"} or {"reference"} of the plan."""
     if score is not None:
-        evaluator = ScoreEvaluator(score, parts.shape, parts.dtype, device=device, digest=fingerprint(score))
-    elif str(real).endswith(".npz"):
-        reference = Path(real)
-    else:
-        reference = _reference(Path(real), parts, detector, device, out)
-    return Plan(
-        base=out / "base.safetensors",
-        reference=reference,
-        detector=detector,
-        evaluator=evaluator,
-        seed=seed,
-        snapshots=1,
-        ranking_images=min(ranking_images, images),
-        deciding_images=images,
-        controls=controls,
-        samples=(4, 6) if parts.pictures else (0, 0),
-    )
+        digest = fingerprint(score)
+        return {"evaluator": ScoreEvaluator(score, parts.shape, parts.dtype, device=device, digest=digest)}
+    if str(real).endswith(".npz"):
+        return {"reference": Path(real)}
+    return {"reference": _reference(Path(real), parts, detector, device, out)}
 
 
 def _reference(real: Path, parts: Parts, detector: Any, device: torch.device, out: Path) -> Path:
