@@ -1,7 +1,7 @@
-"""`neon push`: merged weights on the hub, with a model card that says what they are and how they were measured.
+"""`neon push`: merged weights on the hub, with a model card of their origin and their metrics.
 
-What the card tells is read from the weights' own header (or a folder's neon_merge.json) and from a results.json;
-nothing is filled in by hand but what neither of them knows.
+The card is written from the weights' own header (or a folder's neon_merge.json) and from a results.json; only what
+neither of them holds is asked for.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def read_weights(path: Path) -> Weights:
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured: of a row's results.json, or of what a calculate_fid.py wrote with --json."""
+    """Metrics and their settings: of a row's results.json, or of the file that a calculate_fid.py wrote with --json."""
 
     neon: dict[str, Any] = field(default_factory=dict)  # metric -> value
     base: dict[str, Any] = field(default_factory=dict)
@@ -97,33 +97,33 @@ class Results:
 
 def read_results(path: Path, weights: Weights) -> Results:
     """The metrics in `path`. UserError where they are of other weights, or no results."""
-    told = _read_json(path)
-    hashes = {value for key, value in _walk(told) if key.endswith("sha256")}
+    results = _read_json(path)
+    hashes = {value for key, value in _walk(results) if key.endswith("sha256")}
     if weights.sha256 and hashes and weights.sha256 not in hashes:
         raise UserError(f"--results {path}: measured other weights than {weights.path}; evaluate these")
-    if "final" in told:
-        w, final = told["best"]["w"], told["final"]
+    if "final" in results:
+        w, final = results["best"]["w"], results["final"]
         if w != weights.w:
             raise UserError(f"--results {path}: is of w = {w:g}, {weights.path} of w = {weights.w:g}")
-        known = told.get("provenance", {})
-        measured = known.get("evaluate", {})
+        provenance = results.get("provenance", {})
+        measured = provenance.get("evaluate", {})
         return Results(
             neon=_metrics(final["neon"]),
             base=_metrics(final.get("base", {})),
-            interval=(told.get("intervals") or {}).get("neon"),
-            row=told.get("row", ""),
-            paper_fid=(told.get("paper") or {}).get("neon_fid"),
-            settings=dict(measured.get("settings", {})) | _guidance(told),
-            reference=Path(known.get("files", {}).get("reference", {}).get("path", "")).name,
+            interval=(results.get("intervals") or {}).get("neon"),
+            row=results.get("row", ""),
+            paper_fid=(results.get("paper") or {}).get("neon_fid"),
+            settings=dict(measured.get("settings", {})) | _guidance(results),
+            reference=Path(provenance.get("files", {}).get("reference", {}).get("path", "")).name,
             seeds=final["neon"].get("seeds", measured.get("seeds", "")),
         )
-    if not _metrics(told):
+    if not _metrics(results):
         raise UserError(f"--results {path}: holds no metric that we know ({', '.join(METRICS)})")
     return Results(
-        neon=_metrics(told),
-        settings=told.get("settings", {}),
-        reference=str(told.get("reference", "")),
-        seeds=told.get("seeds", ""),
+        neon=_metrics(results),
+        settings=results.get("settings", {}),
+        reference=str(results.get("reference", "")),
+        seeds=results.get("seeds", ""),
     )
 
 
@@ -131,26 +131,26 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: values[name] for name in METRICS if isinstance(values.get(name), int | float)}
 
 
-def _guidance(told: Mapping[str, Any]) -> dict[str, Any]:
-    found = told["best"].get("guidance")
-    return {} if found is None or not told.get("guidance") else {told["guidance"]: found}
+def _guidance(results: Mapping[str, Any]) -> dict[str, Any]:
+    guidance = results["best"].get("guidance")
+    return {} if guidance is None or not results.get("guidance") else {results["guidance"]: guidance}
 
 
 def choose_licence(weights: Weights, licence: str | None) -> str:
-    """The hub's name of the licence: what the published sources bind to, else what the user says.
+    """The hub's name of the licence: that of the published sources where they prescribe one, else the user's.
 
-    UserError where neither is known, and where the user's would free weights that are bound.
+    UserError where neither is given, and where the user's is less strict than the sources'.
     """
     entries = [entry for entry in map(MANIFEST.entry, sorted(weights.sources)) if entry] if weights.sha256 else []
     bound = [entry for entry in entries if NON_COMMERCIAL in entry.licence]
     if bound:
         if licence and not licence.startswith("cc-by-nc-sa"):
-            told = f"{bound[0].name}, from which these weights derive, is {NON_COMMERCIAL}"
-            raise UserError(f"--licence {licence}: {told}; leave the flag out")
+            reason = f"{bound[0].name}, from which these weights derive, is {NON_COMMERCIAL}"
+            raise UserError(f"--licence {licence}: {reason}; leave the flag out")
         return licence or SHARE_ALIKE
-    known = {_LICENCES[entry.licence] for entry in entries if entry.licence in _LICENCES}
-    if licence or len(known) == 1:
-        return licence or known.pop()
+    licences = {_LICENCES[entry.licence] for entry in entries if entry.licence in _LICENCES}
+    if licence or len(licences) == 1:
+        return licence or licences.pop()
     raise UserError("--licence: say under which licence the base allows these weights, like mit or openrail")
 
 
@@ -204,14 +204,14 @@ def _measured(measured: Results) -> str:
     for metric, value in measured.neon.items():
         cells = [METRICS[metric], *([f"{measured.base.get(metric, float('nan')):.4g}"] if measured.base else [])]
         lines.append(f"| {' | '.join([*cells, f'{value:.4g}'])} |")
-    told = f"Reference: `{measured.reference}`; seeds {measured.seeds}; sampler {_code(measured.settings)}."
+    text = f"Reference: `{measured.reference}`; seeds {measured.seeds}; sampler {_code(measured.settings)}."
     if measured.interval:
-        told += f" 95 % interval of Neon's FID: {measured.interval['low']:.4g} to {measured.interval['high']:.4g}."
+        text += f" 95 % interval of Neon's FID: {measured.interval['low']:.4g} to {measured.interval['high']:.4g}."
     if measured.paper_fid is not None:
-        told += (
+        text += (
             f" The paper reports {measured.paper_fid:g} for this row; the numbers above were measured on these weights."
         )
-    return "\n".join(["## Metrics", "", *lines, "", told])
+    return "\n".join(["## Metrics", "", *lines, "", text])
 
 
 def _provenance(weights: Weights, measured: Results) -> str:
@@ -259,14 +259,14 @@ def _walk(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name another file") from error
     except ValueError as error:
         raise UserError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path}: is not a table of results")
-    return found
+    return content
 
 
 def push(repo: str, files: Mapping[str, Path | bytes], message: str, private: bool, replace_card: bool) -> str:

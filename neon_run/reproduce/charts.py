@@ -13,7 +13,7 @@ import numpy as np
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 340, 62, 18, 16, 48
 SCALE = ((253, 231, 37), (94, 201, 98), (33, 145, 140), (59, 82, 139), (68, 1, 84))  # low FID bright, high FID dark
 CELLS = 48
-CAP = 2.5  # height of the plot of FID over w, in units of what lies between the best point and the base
+CAP = 2.5  # height of the plot of FID over w, in units of the distance between the best point and the base
 
 
 class Frame:
@@ -69,8 +69,8 @@ def curve_over_w(
     base: tuple[str, float],
     distance: str = "FID",
 ) -> str:
-    """`curve`: (w, FID) at Neon's guidance; `searched`: the search's points, at other n and guidance; `base`: what
-    to call the base, and its FID, which is drawn as a line."""
+    """`curve`: (w, FID) at Neon's guidance; `searched`: the search's points, at other n and guidance; `base`: its
+    label and its FID, which is drawn as a line."""
     curve, (base_name, base) = sorted(curve), base
     lowest = min(fid for _, fid in curve)
     near = [fid for w, fid in curve if w >= 0] + [base]
@@ -109,9 +109,9 @@ def surface(
     body = []
     for w, guidance, fid in xyz:
         x, y = frame.at(w, guidance)
-        told = escape(f"w {w:g}, {name} {guidance:g}: {distance} {fid:.4g}")
+        text = escape(f"w {w:g}, {name} {guidance:g}: {distance} {fid:.4g}")
         body.append(
-            f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour(fid)}"><title>{told}</title></circle>'
+            f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour(fid)}"><title>{text}</title></circle>'
         )
     x, y = frame.at(*best)
     body.append(f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="11"/>')
@@ -125,9 +125,9 @@ def colour_bar(low: float, high: float) -> str:
     return f'<div class="bar"><i style="background:linear-gradient(90deg,{stops})"></i><div>{marks}</div></div>'
 
 
-def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
-    """About `wanted` round numbers between low and high."""
-    raw = (high - low) / wanted
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
+    """About `count` round numbers between low and high."""
+    raw = (high - low) / count
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw)
     first = math.ceil(low / step - 1e-9)
@@ -153,9 +153,9 @@ def _fitted_cells(frame: Frame, xyz: np.ndarray, colour) -> list[str]:
     return [f'<g class="fit">{"".join(cells)}</g>']
 
 
-def _dot(frame: Frame, x: float, y: float, radius: float, kind: str, told: str) -> str:
+def _dot(frame: Frame, x: float, y: float, radius: float, kind: str, tooltip: str) -> str:
     px, py = frame.at(x, y)
-    return f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="{radius}"><title>{escape(told)}</title></circle>'
+    return f'<circle class="{kind}" cx="{px:.1f}" cy="{py:.1f}" r="{radius}"><title>{escape(tooltip)}</title></circle>'
 
 
 def _line(frame: Frame, start: tuple[float, float], end: tuple[float, float], kind: str) -> str:

@@ -49,7 +49,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 @click.command("status")
 @click.argument("out_dir", type=f.FOLDER)
 def status_command(out_dir: Path) -> None:
-    """What is done of the run in OUT_DIR, what it cost, and what is next."""
+    """The finished stages of the run in OUT_DIR, their cost, and the next stage."""
     print0(status(out_dir))
 
 
@@ -109,7 +109,7 @@ reproduce_command = click.Command(
 
 
 def changed(row: Row, given: dict[str, Any]) -> Row:
-    """The row with what the command line says; a shorter fine-tune keeps its snapshots as far as it goes."""
+    """The row with the settings of the command line; a shorter fine-tune has the same snapshots up to its end."""
     plain = {name: given.get(name) for name in ("num_synthetic", "synthetic_seed", "batch_size")}
     if "images" in given:
         plain["train"] = dataclasses.replace(row.train, images=given["images"])

@@ -1,4 +1,4 @@
-"""The folder of a run: which stages are done, with which settings, and what they cost.
+"""The folder of a run: its finished stages, their settings and their cost.
 
 <out>/run.json              the row and its stages, for `neon status`
 <out>/stages/<stage>.json   written last: a stage that has it is done, as long as its key is the same
@@ -54,8 +54,8 @@ class Ledger:
 
     @contextmanager
     def running(self, row: str, command: str) -> Iterator[None]:
-        """The body is the only run in the folder, which says whose run it is and how it is continued. Raises
-        UserError."""
+        """The body is the only run in the folder, whose run.json names the row and the command that continues it.
+        Raises UserError."""
         with one_run(self.out_dir) if is_main() else nullcontext():
             if is_main():
                 self._claim()
@@ -99,10 +99,10 @@ class Ledger:
         key = self.keys[stage] = self.key(stage, settings, inputs)
         self._write_about()
         self.on_stage(stage)
-        found = broadcast_object(self._found(stage, key) if is_main() else None)
-        if found is not None:
+        record = broadcast_object(self._valid_record(stage, key) if is_main() else None)
+        if record is not None:
             print0(f"{stage}: done")
-            return found["outputs"]
+            return record["outputs"]
         print0(f"{stage}: begins")
         with _Clock(self.out_dir / "stages" / f".{stage}.clock", key) as clock:
             done = json.loads(json.dumps(work(), default=str))
@@ -125,14 +125,14 @@ class Ledger:
         barrier()
         return record["outputs"]
 
-    def _found(self, stage: str, key: str) -> dict[str, Any] | None:
+    def _valid_record(self, stage: str, key: str) -> dict[str, Any] | None:
         """The record of a stage, if it was made with the same key and its files are as they were left."""
         record = intact(self._path(stage), read_record, RECORD)
         if record is None or record["key"] != key:
             return None
-        known = record.get("identities", {})
+        identities = record.get("identities", {})
         missing = [name for name in record["files"] if not (self.out_dir / name).exists()]
-        changed = [n for n in known if n not in missing and not unchanged(self.out_dir / n, known[n])]
+        changed = [n for n in identities if n not in missing and not unchanged(self.out_dir / n, identities[n])]
         for name in changed:
             set_aside(self.out_dir / name, f"not as {stage} left it")
         return None if missing or changed else record
@@ -182,7 +182,8 @@ class _Clock:
 
 
 def status(out_dir: str | Path) -> str:
-    """What is done, what it cost, what is next; damaged records are named. Raises UserError where there is no run."""
+    """The finished stages, their cost, the next stage; damaged records are named. Raises UserError where there is no
+    run."""
     out_dir = Path(out_dir)
     if not (out_dir / "run.json").exists():
         raise UserError(f"{out_dir}: no run.json there; name the --out folder of a `neon reproduce`")
@@ -212,7 +213,7 @@ def status(out_dir: str | Path) -> str:
 
 
 def _peek(path: Path, types: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """(the record, ""), or (None, what is wrong with it); nothing is moved."""
+    """(the record, ""), or (None, the problem with it); nothing is moved."""
     try:
         return read_record(path, types), ""
     except OSError:

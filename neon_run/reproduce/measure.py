@@ -1,4 +1,4 @@
-"""What the report shows beside the search: base and Neon on all seeds and on fresh ones, controls, samples."""
+"""The measurements of the report beside the search: base and Neon on all seeds and on others, controls, samples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_SAMPLE_SIDE = 192  # pixels in the report
 
 @dataclass(frozen=True)
 class Measurement:
-    """The last stage of a run: what it measures, and of what. `plan` is the run's `Plan`."""
+    """The last stage of a run, with all that it measures. `plan` is the run's `Plan`."""
 
     row: Row
     plan: Any
@@ -41,14 +41,14 @@ class Measurement:
     seeds: Sequence[int]
     out_dir: Path
 
-    def final(self, found: Mapping[str, Any]) -> dict[str, Any]:
+    def final(self, searched: Mapping[str, Any]) -> dict[str, Any]:
         """Everything the report shows: base and Neon on all seeds and on a second block, which no search has seen;
         there also the curve over w and the controls (on the first block where there is no second); and samples.
 
-        `found` is the result of the search. Every rank calls it; sampled images are added to, not sampled again.
+        `searched` is the result of the search. Every rank calls it; sampled images are added to, not sampled again.
         """
-        plan, sweep, seeds, best = self.plan, self.sweep, self.seeds, found["best"]
-        base_guidance, count, w_best = found["base_best"]["guidance"], self.search_plan.deciding_images, best["w"]
+        plan, sweep, seeds, best = self.plan, self.sweep, self.seeds, searched["best"]
+        base_guidance, count, w_best = searched["base_best"]["guidance"], self.search_plan.deciding_images, best["w"]
         points: list[dict[str, Any]] = []
 
         def at(snapshot: str, w: float, guidance: float | None, block: Sequence[int], count: int) -> dict[str, Any]:
@@ -80,10 +80,10 @@ class Measurement:
         if math.prod(plan.samples):
             _write_samples(sweep, seeds[: math.prod(plan.samples)], best, settings, self.out_dir / "samples")
         out["file_differs_by"] = _difference_of_file(sweep, best, self.out_dir / "neon.safetensors")
-        # The cost: what the search has sampled is counted there.
+        # The cost: images of the search are counted there.
         own = [{k: v for k, v in point.items() if k != "block"} for point in points if point["block"] == "first"]
         others = [point for point in points if point["block"] == "second"]
-        grown = images_of([*found["points"], *own]) - found["images"]
+        grown = images_of([*searched["points"], *own]) - searched["images"]
         return {**out, "points": points, "images": grown + images_of(others)}
 
     def _varied(self, guidance: float | None) -> dict[str, Any]:
@@ -132,8 +132,8 @@ def _write_random(sweep: GrowingSweep, snapshot: str, seed: int, folder: Path) -
     path = folder / f"{RANDOM}-{snapshot}-seed{seed}.safetensors"
     if is_main() and not path.exists():
         moved = random_direction(sweep.theta_base, read_state(sweep.snapshots[snapshot], sweep.theta_base), seed)
-        told = {"control": RANDOM, "seed": seed, "as_long_as": snapshot}
-        write_checkpoint(path, moved, config=sweep.backbone.network_config(), metadata=told)
+        metadata = {"control": RANDOM, "seed": seed, "as_long_as": snapshot}
+        write_checkpoint(path, moved, config=sweep.backbone.network_config(), metadata=metadata)
     barrier()
     return path
 
@@ -162,7 +162,7 @@ def _sample(backbone: Backbone, seeds: Sequence[int], settings: dict, batch_size
 
 
 def _picture(image: Tensor) -> PIL.Image.Image:
-    """uint8 [C, H, W], shrunk to what a report needs."""
+    """uint8 [C, H, W], shrunk to the size in a report."""
     array = image.numpy()
     picture = PIL.Image.fromarray(array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0))
     picture.thumbnail((MAX_SAMPLE_SIDE, MAX_SAMPLE_SIDE))

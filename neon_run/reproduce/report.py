@@ -1,4 +1,4 @@
-"""results.json and report.html of a run: one file that needs nothing else, made from the records of the stages."""
+"""results.json and report.html of a run: one file that needs no other, written from the records of the stages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from neon_run.reproduce.style import STYLE
 from neon_run.row import Row
 from neon_run.search.sweep import BASE
 
-LAYOUT = 3  # counts up when a report of the same records would look different
+LAYOUT = 4  # counts up when a report of the same records would look different
 METRICS = {
     "is_mean": ("IS", "{:.2f}"),
     "kid_mean": ("KID x 1000", "{:.3f}"),
@@ -29,7 +29,7 @@ METRICS = {
 
 
 def collect(row: Row, ledger: Ledger, versions: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that is known of a run, as JSON; read from the records, so that it is the same at every restart."""
+    """All results and settings of a run, as JSON; read from the records, so that it is the same at every restart."""
     records = {stage: ledger.record(stage) for stage in STAGES[:-1]}
     search, measured = records["search"]["outputs"], records["evaluate"]["outputs"]
     return {
@@ -99,11 +99,11 @@ def _headline(results: Mapping[str, Any]) -> str:
         if gain["low"] > 1e-9 * base["value"]  # more than rounding
         else f"No improvement is shown: the {results['distance']} falls by {difference}."
     )
-    told = results["second_block"] or results["final"]
+    ends = results["second_block"] or results["final"]
     if results["second_block"]:
-        verdict += f" On seeds that no search has seen: {_from_to(told, 'fid')}."
-    if "fid_heldout" in told["neon"]:
-        verdict += f" Against held-out images, on which nothing was chosen: {_from_to(told, 'fid_heldout')}."
+        verdict += f" On seeds that no search has seen: {_from_to(ends, 'fid')}."
+    if "fid_heldout" in ends["neon"]:
+        verdict += f" Against held-out images, on which nothing was chosen: {_from_to(ends, 'fid_heldout')}."
     stated = "" if paper["neon_fid"] is None else f" In the paper: {_or_dash(paper['base_fid'])} → {paper['neon_fid']}."
     guided = "" if best["guidance"] is None else f", {escape(results['guidance'])} = {best['guidance']:.4g}"
     tuned = ", at its own best guidance" if results["guidance"] else ""
@@ -137,16 +137,16 @@ def _final_table(results: Mapping[str, Any]) -> str:
             factor = 1000 if column == "kid_mean" else 1
             cells.append(METRICS[column][1].format(factor * values[column]))
         rows.append(cells)
-    told = f"All of seeds {escape(results['final']['neon']['seeds'])}"
-    told += f"; other seeds: {escape(second['neon']['seeds'])}, which no search has seen." if second else "."
+    caption = f"All of seeds {escape(results['final']['neon']['seeds'])}"
+    caption += f"; other seeds: {escape(second['neon']['seeds'])}, which no search has seen." if second else "."
     if heldout:
-        told += " Held out: the same distance to a second reference"
-        told += ", of the other seeds." if second else "."
+        caption += " Held out: the same distance to a second reference"
+        caption += ", of the other seeds." if second else "."
     note = (
         "The interval is 1.96 standard errors of a bootstrap over blocks of whole batches; base and Neon share seeds, "
         "and the interval of their difference uses that."
     )
-    return f"<section><h2>Result</h2>{_table(head, rows)}<p class=small>{told} {note}</p></section>"
+    return f"<section><h2>Result</h2>{_table(head, rows)}<p class=small>{caption} {note}</p></section>"
 
 
 def _plots(results: Mapping[str, Any]) -> str:
@@ -162,11 +162,11 @@ def _curves(results: Mapping[str, Any]) -> list[str]:
     if len(line) < 2:
         return []
     searched = [(p["w"], p["fid"]) for p in _searched(results)]
-    what = f"{results['distance']} of {_equal_count(results):,} {_whose(results)}"
+    measured_text = f"{results['distance']} of {_equal_count(results):,} {_kind_of_images(results)}"
     where = " at Neon's guidance" if results["guidance"] else ""
     figures = []
-    for name, dots, told in (
-        ("fid", searched, f"Over w{where}: {what}. Small grey dots: the search."),
+    for name, dots, caption in (
+        ("fid", searched, f"Over w{where}: {measured_text}. Small grey dots: the search."),
         ("fid_heldout", [], "The same images against held-out ones, on which nothing was chosen."),
     ):
         if name not in line[0]:
@@ -176,7 +176,7 @@ def _curves(results: Mapping[str, Any]) -> list[str]:
         base = _fid(measured, BASE, 0.0, results["base_best"]["guidance"], name)
         label = results["distance"] + (", held out" if name == "fid_heldout" else "")
         drawn = charts.curve_over_w(curve, dots, best["w"], (tuned, base), label)
-        figures.append(f"<figure>{drawn}<figcaption>{told}</figcaption></figure>")
+        figures.append(f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>")
     return figures
 
 
@@ -190,12 +190,12 @@ def _surface(results: Mapping[str, Any]) -> list[str]:
     drawn = charts.surface(ranked, (best["w"], best["guidance"]), results["guidance"], results["distance"])
     if not drawn:
         return []
-    told = (
+    caption = (
         f"The search's points, {results['distance']} of {fewest:,} images, over the quadratic that fits them; "
         "ring: chosen. Where the bright valley rises to the right, more w wants more guidance; where it falls, less."
     )
     bar = charts.colour_bar(min(p["fid"] for p in ranked), max(p["fid"] for p in ranked))
-    return [f"<figure>{drawn}{bar}<figcaption>{told}</figcaption></figure>"]
+    return [f"<figure>{drawn}{bar}<figcaption>{caption}</figcaption></figure>"]
 
 
 def _searched(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -206,7 +206,7 @@ def _searched(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _controls(results: Mapping[str, Any]) -> str:
     best, measured, count = results["best"], _equal(results), _equal_count(results)
     tuned = ", at its own best guidance" if results["guidance"] else ""
-    wanted = (
+    lines = (
         (f"base{tuned}", BASE, 0.0, results["base_best"]["guidance"]),
         ("base, at Neon's guidance", BASE, 0.0, best["guidance"]),
         ("self-trained (w = -1)", best["snapshot"], -1.0, best["guidance"]),
@@ -214,22 +214,22 @@ def _controls(results: Mapping[str, Any]) -> str:
         ("as much more training on real data", REAL, -1.0, best["guidance"]),
         (f"Neon (w = {best['w']:.4g})", best["snapshot"], best["w"], best["guidance"]),
     )
-    base = _fid(measured, *wanted[0][1:])
-    rows, told = [], set()
-    for label, *point in wanted:
+    base = _fid(measured, *lines[0][1:])
+    rows, listed = [], set()
+    for label, *point in lines:
         fid = _fid(measured, *point)
-        if fid is not None and tuple(point) not in told:
+        if fid is not None and tuple(point) not in listed:
             other = _fid(measured, *point, "fid_heldout")
             guided = [_or_dash(point[2])] if results["guidance"] else []
             heldout = [] if other is None else [_fid_text(other)]
             rows.append([label, *guided, _fid_text(fid), _signed(fid - base), *heldout])
-            told.add(tuple(point))
+            listed.add(tuple(point))
     if len(rows) < 3:
         return ""
     head = ["", *([results["guidance"]] if results["guidance"] else [])]
     head += [f"{results['distance']} of {count:,}", "against the base", *(["held out"] if heldout else [])]
-    told = f"All on the same {_whose(results)}, so that bias and noise are shared."
-    return f"<section><h2>Controls</h2>{_table(head, rows)}<p class=small>{told}</p></section>"
+    caption = f"All on the same {_kind_of_images(results)}, so that bias and noise are shared."
+    return f"<section><h2>Controls</h2>{_table(head, rows)}<p class=small>{caption}</p></section>"
 
 
 def _samples(folder: Path, results: Mapping[str, Any]) -> str:
@@ -244,8 +244,8 @@ def _samples(folder: Path, results: Mapping[str, Any]) -> str:
         across = f'style="grid-template-columns: repeat({columns}, 1fr)"'
         images = "".join(f'<img alt="" src="data:image/png;base64,{code}">' for code in coded)
         grids.append(f"<div><h3>{escape(label)}</h3><div class=grid-of-images {across}>{images}</div></div>")
-    told = "Equal places have equal seeds, labels and guidance. Not selected: the first seeds of the evaluation."
-    return f'<section><h2>Samples</h2><div class="samples">{"".join(grids)}</div><p class=small>{told}</p></section>'
+    caption = "Equal places have equal seeds, labels and guidance. Not selected: the first seeds of the evaluation."
+    return f'<section><h2>Samples</h2><div class="samples">{"".join(grids)}</div><p class=small>{caption}</p></section>'
 
 
 def _ledger(costs: Sequence[Mapping[str, Any]]) -> str:
@@ -260,22 +260,22 @@ def _ledger(costs: Sequence[Mapping[str, Any]]) -> str:
         rows.append([*cells, str(cost["world_size"]), str(cost["starts"])])
     rows.append(["all", f"{total['seconds']:,.0f}", "100 %", f"{total['images']:,}", _thousands(total), "", ""])
     head = ["stage", "seconds", "share", "images sampled", "network evaluations", "processes", "starts"]
-    told = "Network evaluations: passes per sampled image, guidance counted; training is told in images."
+    caption = "Network evaluations: passes per sampled image, guidance counted; training is counted in images."
     if any(cost["stage"] == "fetch" and "training_images" in cost for cost in costs):
-        told += " Nothing is published for this row, so the base was trained where others are fetched."
-    return f"<section><h2>Cost</h2>{_table(head, rows)}<p class=small>{told}</p></section>"
+        caption += " Nothing is published for this row: its base was trained in the stage fetch."
+    return f"<section><h2>Cost</h2>{_table(head, rows)}<p class=small>{caption}</p></section>"
 
 
 def _thousands(total: Mapping[str, int]) -> str:
     return f"{total['network_evaluations']:,}" if total["network_evaluations"] else "-"
 
 
-def _provenance(known: Mapping[str, Any]) -> str:
-    rows = [[name, Path(entry["path"]).name, entry["sha256"]] for name, entry in known["files"].items()]
-    rows += [["snapshot", Path(name).name, value] for name, value in known["snapshots"].items()]
-    rows.append(["Neon", known["neon"]["path"], known["neon"]["sha256"]])
+def _provenance(provenance: Mapping[str, Any]) -> str:
+    rows = [[name, Path(entry["path"]).name, entry["sha256"]] for name, entry in provenance["files"].items()]
+    rows += [["snapshot", Path(name).name, value] for name, value in provenance["snapshots"].items()]
+    rows.append(["Neon", provenance["neon"]["path"], provenance["neon"]["sha256"]])
     files = _table(["", "file", "sha256"], rows, "hashes")
-    rest = {name: known[name] for name in ("generate", "train", "evaluate", "versions", "keys")}
+    rest = {name: provenance[name] for name in ("generate", "train", "evaluate", "versions", "keys")}
     text = escape(json.dumps(rest, indent=1, sort_keys=True))
     return (
         f"<section><h2>Provenance</h2>{files}<details><summary>Settings</summary><pre>{text}</pre></details></section>"
@@ -299,7 +299,7 @@ def _equal(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [p for p in results["points"]["evaluate"] if p["num_images"] == count and p["block"] == block]
 
 
-def _whose(results: Mapping[str, Any]) -> str:
+def _kind_of_images(results: Mapping[str, Any]) -> str:
     return "images of seeds that no search has seen" if results["second_block"] else "images"
 
 
@@ -307,8 +307,8 @@ def _fid(
     points: Sequence[Mapping[str, Any]], snapshot: str, w: float, guidance: float | None, name: str = "fid"
 ) -> float | None:
     snapshot = BASE if w == 0 else snapshot
-    found = [p.get(name) for p in points if (p["snapshot"], p["w"], p["guidance"]) == (snapshot, w, guidance)]
-    return found[0] if found else None
+    values = [p.get(name) for p in points if (p["snapshot"], p["w"], p["guidance"]) == (snapshot, w, guidance)]
+    return values[0] if values else None
 
 
 def _from_to(ends: Mapping[str, Any], name: str) -> str:
@@ -316,7 +316,7 @@ def _from_to(ends: Mapping[str, Any], name: str) -> str:
 
 
 def _fid_text(value: float) -> str:
-    """Four decimals, as FIDs are told; three digits where that would show none."""
+    """Four decimals, as papers report FIDs; three digits where four decimals would show none."""
     return f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
 
 

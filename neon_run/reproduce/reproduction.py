@@ -107,9 +107,9 @@ class Reproduction:
             self.generate()
             trained = self.finetune()
             self.snapshots = agree(self.out_dir, self.find_snapshots, list)
-            found = self.search(trained)
-            self.merge(found)
-            self.evaluate(found)
+            searched = self.search(trained)
+            self.merge(searched)
+            self.evaluate(searched)
             return self.report()
 
     def find_snapshots(self) -> dict[str, Path]:
@@ -120,35 +120,37 @@ class Reproduction:
     # Files
 
     def fetch(self) -> dict[str, dict]:
-        """Base, references, frozen parts and detector, on this machine (or prepared here) and known by their hashes."""
+        """Base, references, frozen parts and detector, on this machine (or prepared here), each with its hash."""
         plan, prepare = self.plan, self.row.prepare
-        wanted = {"base": plan.base, "reference": plan.reference, "heldout": plan.heldout}
-        wanted["detector"] = plan.detector if isinstance(plan.detector, str | Path) else None
+        sources = {"base": plan.base, "reference": plan.reference, "heldout": plan.heldout}
+        sources["detector"] = plan.detector if isinstance(plan.detector, str | Path) else None
         if prepare is None:
-            wanted["base"] = plan.base or self.row.base
-            wanted["reference"] = plan.reference or self.row.fid_stats
+            sources["base"] = plan.base or self.row.base
+            sources["reference"] = plan.reference or self.row.fid_stats
             if plan.detector is None and plan.evaluator is None:
-                wanted["detector"] = WEIGHTS_NAME
-        paths = {name: obtain(path).resolve() for name, path in wanted.items() if path}
+                sources["detector"] = WEIGHTS_NAME
+        paths = {name: obtain(path).resolve() for name, path in sources.items() if path}
         if prepare is None:
             paths |= {name: obtain(path).resolve() for name, path in self.frozen_files(paths["base"]).items()}
-        known = {name: (str(p), p.stat().st_size, p.stat().st_mtime_ns) for name, p in paths.items()}
+        identity = {name: (str(p), p.stat().st_size, p.stat().st_mtime_ns) for name, p in paths.items()}
         if prepare is not None:
-            known |= {"prepare": dataclasses.asdict(prepare), "seed": plan.seed}
+            identity |= {"prepare": dataclasses.asdict(prepare), "seed": plan.seed}
 
         def work() -> dict:
             prepared = {} if prepare is None else prepare(self.row, self.out_dir / "prepared", plan.seed)
-            here = {name: Path(path) for name, path in (prepared | paths).items()}
-            hashes = broadcast_object({n: sha256_file(_vouching(p)) for n, p in here.items()} if is_main() else None)
+            files_here = {name: Path(path) for name, path in (prepared | paths).items()}
+            hashes = broadcast_object(
+                {n: sha256_file(_vouching(p)) for n, p in files_here.items()} if is_main() else None
+            )
             own = {n for n in prepared if n not in paths}
-            inside = {n: p.relative_to(self.out_dir) if n in own else p for n, p in here.items()}
+            inside = {n: p.relative_to(self.out_dir) if n in own else p for n, p in files_here.items()}
             return {
-                "outputs": {n: {"path": str(inside[n]), "sha256": hashes[n]} for n in here},
-                "files": [str(_vouching(here[n]).relative_to(self.out_dir)) for n in here if n in own],
+                "outputs": {n: {"path": str(inside[n]), "sha256": hashes[n]} for n in files_here},
+                "files": [str(_vouching(files_here[n]).relative_to(self.out_dir)) for n in files_here if n in own],
                 **({} if prepare is None else {"training_images": prepare.training_images}),
             }
 
-        files = self.ledger.run("fetch", broadcast_object(known), [], work)
+        files = self.ledger.run("fetch", broadcast_object(identity), [], work)
         for name, entry in files.items() if is_main() else ():
             path = self.out_dir / entry["path"]
             if sha256_file(_vouching(path)) != entry["sha256"]:
@@ -223,13 +225,13 @@ class Reproduction:
             settings["grid"] = row.grid
 
         def work() -> dict:
-            found = stages.search(self.model, self.sweep, plan, self.seeds)
-            return {"outputs": found, **self.cost(found["images"], row.evaluate)}
+            result = stages.search(self.model, self.sweep, plan, self.seeds)
+            return {"outputs": result, **self.cost(result["images"], row.evaluate)}
 
         return self.ledger.run("search", settings, ["finetune"], work)
 
-    def merge(self, found: Mapping[str, Any]) -> dict:
-        best, out = found["best"], self.out_dir / "neon.safetensors"
+    def merge(self, searched: Mapping[str, Any]) -> dict:
+        best, out = searched["best"], self.out_dir / "neon.safetensors"
 
         def work() -> dict:
             steps = steps_of(self.sweep.backbone.net, best["w"])  # on every rank: they load the network together
@@ -240,7 +242,7 @@ class Reproduction:
 
         return self.ledger.run("merge", {"snapshot": best["snapshot"], "w": best["w"]}, ["search"], work)
 
-    def evaluate(self, found: Mapping[str, Any]) -> dict:
+    def evaluate(self, searched: Mapping[str, Any]) -> dict:
         plan = self.plan
         real = plan.real_training or (plan.controls and self.files.get("real_training")) or None
         settings = {
@@ -257,12 +259,12 @@ class Reproduction:
         def work() -> dict:
             trained = {}
             if real:
-                path = self.train_on_real(found["best"]["snapshot"], Path(real))
+                path = self.train_on_real(searched["best"]["snapshot"], Path(real))
                 self.sweep.snapshots[measure.REAL] = path
                 trained["training_images"] = max(find_snapshots(path.parent))
             report_data = measure.Measurement(self.row, plan, self.search_plan, self.sweep, self.seeds, self.out_dir)
             with float32_precision(self.row.tf32):
-                measured = report_data.final(found)
+                measured = report_data.final(searched)
             return {"outputs": measured, **self.cost(measured["images"], self.row.evaluate), **trained}
 
         return self.ledger.run("evaluate", settings, ["search", "merge"], work)

@@ -184,7 +184,7 @@ def test_a_workers_error_reaches_the_user_in_one_line(tmp_path, monkeypatch):
     other = tmp_path / "seed-0" / "prepared" / "base" / "settings.json"
     other.parent.mkdir(parents=True)
     other.write_text('{"seed": "another"}')
-    with pytest.raises(UserError, match="name another --outdir"):
+    with pytest.raises(UserError, match="name another --out"):
         run_seeds(PICO, [0, 1], tmp_path, num_workers=1)
     assert not (tmp_path / "seed-1").exists()
 

@@ -51,7 +51,7 @@ def passes_per_image(settings: Mapping[str, Any]) -> int:
 
 
 class DigitsBackbone(EDMBackbone):
-    """As EDMBackbone; `on_passes` is told the number of network passes after each piece of work, a forward pass
+    """As EDMBackbone; `on_passes` is called with the number of network passes after each piece of work, a forward pass
     counting 1 and a training step 3 per image, so that one progress bar can follow a whole run."""
 
     guidance = 1.0  # of the sampler; 1: none

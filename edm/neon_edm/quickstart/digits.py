@@ -56,5 +56,5 @@ def grey_levels(images: Tensor) -> Tensor:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """uint8 -> float32 v / 8 - 1 in [-1, 1]: what networks and pixel distances see."""
+    """uint8 -> float32 v / 8 - 1 in [-1, 1], for networks and pixel distances."""
     return grey_levels(images) / 8 - 1

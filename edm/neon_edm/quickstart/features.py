@@ -1,4 +1,4 @@
-"""The yardstick: a small digit classifier, trained in the run on the training part, whose features measure distances.
+"""The detector: a small digit classifier, trained in the run on the training part, whose features measure distances.
 
 Distances in its features compare only within one run; they are not FID.
 """
@@ -67,7 +67,7 @@ def train_features(
 
 @torch.no_grad()
 def accuracy(network: FeatureNetwork, images: Tensor, labels: Tensor) -> float:
-    """Share of `images` whose class the network names."""
+    """Share of `images` that the network assigns to their class."""
     return (network(images)["logits"].argmax(1) == labels).float().mean().item()
 
 

@@ -25,7 +25,7 @@ FLOAT_TOLERANCE = 1e-5  # of w = -1 against theta_syn, absolute; the weights are
 def quickstart_run(
     *, fast: bool, seeds: Sequence[int], out_dir: Path, num_workers: int, base_steps: int | None = None
 ) -> int:
-    """Exit status: 0, or 1 where the run does not show what it should. Raises UserError."""
+    """Exit status: 0, or 1 where the results are not as expected. Raises UserError."""
     quickstart = FAST if fast else DEFAULT
     if base_steps is not None:
         quickstart = dataclasses.replace(quickstart, base=base_training(base_steps), judged=False)
@@ -38,8 +38,8 @@ def quickstart_run(
     records = {seed: find_result(quickstart, seed, seed_folder(out_dir, seed)) for seed in seeds}
     missing = [seed for seed, record in records.items() if record is None]
     if len(missing) < len(seeds):
-        found = ", ".join(str(seed) for seed in seeds if seed not in missing)
-        print(f"found finished, and kept: seed {found} (remove {out_dir} to begin anew)", flush=True)
+        finished = ", ".join(str(seed) for seed in seeds if seed not in missing)
+        print(f"already finished: seed {finished} (remove {out_dir} to begin anew)", flush=True)
     if missing:
         records |= run_seeds(quickstart, missing, out_dir, num_workers)
     results = [records[seed] for seed in seeds]
@@ -61,15 +61,15 @@ def quickstart_run(
 
 
 def broken(results: Sequence[dict]) -> list[str]:
-    """What must hold at any size: w = -1 is theta_syn, and theta_syn is not theta_base."""
-    found = []
+    """Problems that no run may have: w = -1 is not theta_syn, or theta_syn is theta_base."""
+    problems = []
     for result in results:
-        who, error = f"seed {result['seed']}", result["minus_one_error"]
+        name, error = f"seed {result['seed']}", result["minus_one_error"]
         if not error <= FLOAT_TOLERANCE:
-            found.append(f"{who}: w = -1 differs from the self-trained weights by {error:g}")
+            problems.append(f"{name}: w = -1 differs from the self-trained weights by {error:g}")
         if not result["step_length"] > 0:
-            found.append(f"{who}: the fine-tune changed nothing")
-    return found
+            problems.append(f"{name}: the fine-tune changed nothing")
+    return problems
 
 
 def draw(results: Sequence[dict], out_dir: Path) -> None:

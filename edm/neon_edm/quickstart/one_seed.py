@@ -1,7 +1,7 @@
-"""One seed of the quickstart: `neon reproduce` on the digits' row, and what the quickstart tells of it.
+"""One seed of the quickstart: `neon reproduce` on the digits' row, and the record of its results.
 
 The folder of a seed is that of a `neon reproduce`: report.html, results.json, neon.safetensors, all stages; and
-summary.json, which is this file's record.
+summary.json, the record.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from neon_run.reproduce.reproduction import Reproduction
 from neon_run.search.quick import Budget
 from neon_run.search.sweep import BASE
 
-PIXEL_IMAGES = 1000  # whose pixels are measured too
+PIXEL_IMAGES = 1000  # of the distances in pixels
 STAGES = {"fetch": "base", "generate": "synthetic set", "finetune": "fine-tune", "search": "choose w"}
 
 Progress = Callable[[str, int], None]  # (stage, network passes done since the last call)
@@ -53,10 +53,10 @@ def run_seed(quickstart: Quickstart, seed: int, out_dir: Path, progress: Progres
     run = Reproduction(row, out_dir, plan, CPU, shlex.join(["python", *sys.argv]), begin)
     results = run.run()
     begin("pixels")
-    record = {"identity": identity(quickstart, seed), **told(quickstart, seed, results), **weights(run, results)}
+    record = {"identity": identity(quickstart, seed), **distances(quickstart, seed, results), **weights(run, results)}
     record["seconds"] = {cost["stage"]: cost["seconds"] for cost in results["ledger"]}
     record["seconds"]["this start"] = round(time.monotonic() - began, 2)
-    write_json(out_dir / "summary.json", record)  # last: who finds it finds everything
+    write_json(out_dir / "summary.json", record)  # last: a folder that has it is finished
     return record
 
 
@@ -80,7 +80,7 @@ def passes_per_seed(quickstart: Quickstart) -> int:
     return 3 * trained + 35 * (quickstart.num_synthetic + searched + reported + shown)
 
 
-def told(quickstart: Quickstart, seed: int, results: dict) -> dict:
+def distances(quickstart: Quickstart, seed: int, results: dict) -> dict:
     """The distances of `results` by place, to training digits (on which w was chosen) and to held-out ones."""
     best = results["best"]
     fresh = {(p["snapshot"], p["w"]): p for p in results["points"]["evaluate"] if p["block"] == "second"}
@@ -93,7 +93,7 @@ def told(quickstart: Quickstart, seed: int, results: dict) -> dict:
         "real_data": (REAL, -1.0),
     }
 
-    def distances(snapshot: str, w: float) -> dict[str, float]:
+    def at(snapshot: str, w: float) -> dict[str, float]:
         point = fresh[BASE if w == 0 else snapshot, w]
         return {"train": point["fid"], "heldout": point["fid_heldout"]}
 
@@ -101,15 +101,15 @@ def told(quickstart: Quickstart, seed: int, results: dict) -> dict:
     return {
         "seed": seed,
         "w_star": best["w"],
-        "report": {name: distances(*place) for name, place in places.items()},
-        "curve": [{"w": w, **distances(best["snapshot"], w)} for w in line],
+        "report": {name: at(*place) for name, place in places.items()},
+        "curve": [{"w": w, **at(best["snapshot"], w)} for w in line],
         "images": sum(cost.get("images", 0) for cost in results["ledger"]),
     }
 
 
 def weights(run: Reproduction, results: dict) -> dict:
-    """What is seen in the weights and the pixels: the length of the step, w = -1 against theta_syn, and pixel distance
-    and variance of the first images of the report."""
+    """Measurements of weights and pixels: the length of the step, the error of w = -1 against theta_syn, and pixel
+    distance and variance of the first images of the report."""
     best = results["best"]
     backbone = run.model.load()
     theta_syn = read_checkpoint(run.snapshots[best["snapshot"]]).state
@@ -119,17 +119,17 @@ def weights(run: Reproduction, results: dict) -> dict:
     digits = load_digits_split(run.plan.seed)
     train, heldout = (_pixels([images]) for images in (digits.train_images, digits.heldout_images))
     seeds = range(run.seeds[-1] + 1, run.seeds[-1] + 1 + min(PIXEL_IMAGES, len(run.seeds)))
-    found = {}
+    pixels = {}
     for name, w in (("base", 0.0), ("self_trained", -1.0), ("neon_fixed", run.row.w), ("neon", best["w"])):
         line.set(w)
         parts = (seeds[i : i + SAMPLE_BATCH] for i in range(0, len(seeds), SAMPLE_BATCH))
         drawn = (backbone.sample(part, backbone.assign_labels(part), **run.row.evaluate) for part in parts)
-        found[name] = _against(_pixels(drawn), heldout)
+        pixels[name] = _against(_pixels(drawn), heldout)
     return {
         "heldout_accuracy": read_checkpoint(run.files["detector"]).metadata["heldout_accuracy"],
         "step_length": line.distance(),
         "minus_one_error": max(float((minus_one[name] - theta_syn[name]).abs().max()) for name in theta_syn),
-        "pixels": found,
+        "pixels": pixels,
         "real": _against(train, heldout) | {"heldout": _real_distance(run)},
     }
 
@@ -141,12 +141,12 @@ def _pixels(batches) -> FeatureStatistics:
     return statistics
 
 
-def _against(found: FeatureStatistics, heldout: FeatureStatistics) -> dict[str, float]:
-    ends = (found.mean, found.covariance(), heldout.mean, heldout.covariance())
-    return {"pixels": frechet_distance(*ends), "variance": float(found.covariance().trace())}
+def _against(measured: FeatureStatistics, heldout: FeatureStatistics) -> dict[str, float]:
+    ends = (measured.mean, measured.covariance(), heldout.mean, heldout.covariance())
+    return {"pixels": frechet_distance(*ends), "variance": float(measured.covariance().trace())}
 
 
 def _real_distance(run: Reproduction) -> float:
-    """Between the features of training and held-out digits: a yardstick."""
+    """Between the features of training and held-out digits, for comparison."""
     train, heldout = run.evaluator.reference, run.evaluator.heldout
     return frechet_distance(train.mu, train.sigma, heldout.mu, heldout.sigma)

@@ -39,7 +39,7 @@ def run_seeds(quickstart: Quickstart, seeds: Sequence[int], out_dir: Path, num_w
         ProcessPoolExecutor(num_workers, context, _start_worker, (messages,)) as pool,
     ):
         while len(futures) < len(seeds) or not all(future.done() for future in futures.values()):
-            # One seed per free worker: what the pool holds in its own queue would start even after a failure or Ctrl-C.
+            # One seed per free worker: seeds in the pool's own queue would start even after a failure or Ctrl-C.
             while len(futures) < len(seeds) and sum(not f.done() for f in futures.values()) < num_workers:
                 seed = seeds[len(futures)]
                 futures[seed] = pool.submit(_work, quickstart, seed, seed_folder(out_dir, seed))
@@ -62,7 +62,7 @@ def _start_worker(messages) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed has nobody to report to; it must not go on for minutes unseen."""
+    """End a worker whose parent was killed: it would go on for minutes unseen."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -116,7 +116,7 @@ class Bars:
             bar.close()
 
     def show(self, messages) -> None:
-        """Take in what the workers say within a fifth of a second."""
+        """Handle the messages of the workers for a fifth of a second."""
         end = time.monotonic() + 0.2
         while (left := end - time.monotonic()) > 0:
             try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, RED, GREEN = "#1d2733", "#74808c", "#b23b2e", "#217346"
-SEED_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by colour-blind readers
+SEED_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # distinct for colour-blind readers
 DPI = 160
 
 ZOOM, GAP = 6, 6  # picture pixels per image pixel, and between images
@@ -98,7 +98,7 @@ def _draw_seed(ax: Axes, result: dict, color: str) -> None:
 
 
 def read_samples(folder: Path, seed: int) -> dict[str, np.ndarray]:
-    """uint8 [ROWS * COLUMNS, 1, 8, 8] of every panel: what `neon reproduce` left in `folder`, and held-out digits."""
+    """uint8 [ROWS * COLUMNS, 1, 8, 8] of every panel: samples that `neon reproduce` wrote, and held-out digits."""
     digits, labels = load_digits_split(seed), torch.arange(ROWS * COLUMNS) % COLUMNS
     samples = {"real": in_label_order(digits.heldout_images, digits.heldout_labels, labels).numpy()}
     for key, name in (("self_trained", "self-trained"), ("base", "base"), ("neon", "neon")):
@@ -109,8 +109,8 @@ def read_samples(folder: Path, seed: int) -> dict[str, np.ndarray]:
 
 def in_label_order(images: torch.Tensor, labels: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """For each wanted label the next image that has it."""
-    waiting = {int(k): iter(torch.nonzero(labels == k).flatten().tolist()) for k in wanted.unique()}
-    return images[torch.tensor([next(waiting[int(k)]) for k in wanted])]
+    indices = {int(k): iter(torch.nonzero(labels == k).flatten().tolist()) for k in wanted.unique()}
+    return images[torch.tensor([next(indices[int(k)]) for k in wanted])]
 
 
 def tile(images: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What other rows fetch, made here: the network that measures, the statistics of the real digits, and theta_base."""
+"""Makes the files that other rows fetch: the detector, the statistics of the real digits, and theta_base."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class PrepareDigits:
                 num_steps=self.feature_steps,
                 on_step=lambda: row.backbone.on_passes(3 * BATCH),
             )
-            told = {"heldout_accuracy": accuracy(network, digits.heldout_images, digits.heldout_labels)}
-            write_checkpoint(files["detector"], network.state_dict(), metadata=told)
+            metadata = {"heldout_accuracy": accuracy(network, digits.heldout_images, digits.heldout_labels)}
+            write_checkpoint(files["detector"], network.state_dict(), metadata=metadata)
             detector = read_detector(files["detector"], CPU)
             for name, images in (("reference", digits.train_images), ("heldout", digits.heldout_images)):
                 statistics = FeatureStatistics(detector.num_features).update(detector(images)["features"])

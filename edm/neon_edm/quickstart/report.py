@@ -1,4 +1,4 @@
-"""What the run says: the table, one paragraph on why it works and what the numbers are not, and the acceptance rule.
+"""The text of a run: the table, a paragraph on why it works and on the limits of the numbers, the acceptance rule.
 
 Functions of the records that `one_seed.run_seed` makes, one per seed.
 """
@@ -14,7 +14,7 @@ NEON_AT_MOST = 0.8  # x base
 W_STAR_RANGE = (1.0, 3.0)
 RANDOM_WITHIN = 0.10  # of base
 
-ROWS = {  # place in a record's report (the first four: and pixels) -> what the table calls it
+ROWS = {  # place in a record's report (the first four: and pixels) -> its label in the table
     "base": "base (w = 0)",
     "self_trained": "self-trained (w = -1)",
     "neon_fixed": "Neon, w = 1",
@@ -40,8 +40,8 @@ def average(results: Sequence[dict], place: str, quantity: str) -> float:
 
 
 def failures(results: Sequence[dict]) -> list[str]:
-    """What the acceptance rule finds wrong, one sentence each; empty if the run shows the effect in every seed."""
-    found = []
+    """Violations of the acceptance rule, one sentence each; empty if the run shows the effect in every seed."""
+    problems = []
     for result in results:
         worse, better, moved = (ratio_to_base(result, place) for place in ("self_trained", "neon", "random_direction"))
         w_star, (low, high) = result["w_star"], W_STAR_RANGE
@@ -51,20 +51,20 @@ def failures(results: Sequence[dict]) -> list[str]:
             (low <= w_star <= high, f"w* is {w_star:g}, not within {low:g} to {high:g}"),
             (abs(moved - 1) <= RANDOM_WITHIN, f"a random direction is {moved:.2f} x base, not 0.9 to 1.1"),
         )
-        found += [f"seed {result['seed']}: {text}" for passed, text in checks if not passed]
-    return found
+        problems += [f"seed {result['seed']}: {text}" for passed, text in checks if not passed]
+    return problems
 
 
 def wrong_directions(results: Sequence[dict]) -> list[str]:
-    """What must hold at any size, the fast form included: self-training harms, and Neon at w = 1 helps."""
-    found = []
+    """Violations of the rule for any size, the fast form included: self-training harms, and Neon at w = 1 helps."""
+    problems = []
     for result in results:
         worse, better = (ratio_to_base(result, place) for place in ("self_trained", "neon_fixed"))
         if not worse > 1:
-            found.append(f"seed {result['seed']}: self-trained is {worse:.2f} x base, not worse than it")
+            problems.append(f"seed {result['seed']}: self-trained is {worse:.2f} x base, not worse than it")
         if not better < 1:
-            found.append(f"seed {result['seed']}: Neon at w = 1 is {better:.2f} x base, not better than it")
-    return found
+            problems.append(f"seed {result['seed']}: Neon at w = 1 is {better:.2f} x base, not better than it")
+    return problems
 
 
 def table(results: Sequence[dict]) -> str:
@@ -102,7 +102,7 @@ def _row(name: str, results: Sequence[dict], value: Callable[[dict], float]) -> 
 
 
 def explanation(results: Sequence[dict]) -> str:
-    """Why it works, with this run's numbers, and what they are not."""
+    """Why it works, with this run's numbers, and their limits."""
     base, worse, better = (average(results, place, "variance") for place in ("base", "self_trained", "neon_fixed"))
     real = mean(result["real"]["variance"] for result in results)
     text = f"""
