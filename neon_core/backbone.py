@@ -49,7 +49,7 @@ class Backbone(Protocol):
     net: nn.Module  # the only weights Neon trains and merges; keys as in the published checkpoint
     img_size: int  # output side, pixels
     num_classes: int  # 0: unconditional
-    prepared_key: str = ""  # not "": what `prepare` gives is kept on disk beside the set under this name, which must
+    prepared_key: str = ""  # not "": the output of `prepare` is kept on disk beside the set under this name, which must
     # change with the tokenizer and its weights
     micro_batch_multiple: int = 1  # the loss takes micro batches of a multiple of this
     arrays: bool = False  # True: `sample` gives numbers [B, C, H, W], uint8 or float32, no pictures: kept as .npy
@@ -59,8 +59,8 @@ class Backbone(Protocol):
     def load(cls, checkpoint: str | Path, device: torch.device, **options: Any) -> Backbone:
         """The backbone with the weights of `checkpoint`, in eval mode on `device`. Raises UserError.
 
-        `options` are the backbone's own: what a file does not say about its network, and files of frozen parts; `entry`
-        (optional) names the state dict to take where a file holds several.
+        `options` are the backbone's: properties of its network that a file does not record, and files of frozen parts;
+        `entry` (optional) names the state dict to take where a file holds several.
         """
         ...
 
@@ -80,7 +80,7 @@ class Backbone(Protocol):
         ...
 
     def self_training_loss(self, x: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Scalar, the mean over the micro batch, of what `encode` gave; all randomness from `generator`
+        """Scalar, the mean over the micro batch `x`, an output of `encode`; all randomness from `generator`
         (dropout masks aside, which come from the seeded default generator)."""
         ...
 
@@ -112,11 +112,11 @@ class Backbone(Protocol):
         return None
 
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] of the synthetic set -> what is kept per image: deterministic, done once per image."""
+        """uint8 [B, C, H, W] of the synthetic set -> the item kept per image: deterministic, computed once."""
         return images
 
     def encode(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
-        """`prepare`'s output [B, ...] -> what the loss eats: crops, flips, posterior samples, from `generator`."""
+        """`prepare`'s output [B, ...] -> the input of the loss: crops, flips, posterior samples, from `generator`."""
         return prepared
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""In which order a fine-tune visits the synthetic set. Endless, global (all ranks together), a function of the seed."""
+"""The order in which a fine-tune visits the set: endless, global (all ranks together), a function of the seed."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def windowed_shuffle(num_items: int, seed: int, window: float = 0.5) -> Iterator
     reach = int(np.rint(num_items * window))
     idx = 0
     while True:
-        here = idx % num_items
-        yield int(order[here])
+        position = idx % num_items
+        yield int(order[position])
         if reach >= 2:
-            other = (here - rng.randint(reach)) % num_items
-            order[here], order[other] = order[other], order[here]
+            other = (position - rng.randint(reach)) % num_items
+            order[position], order[other] = order[other], order[position]
         idx += 1
 
 

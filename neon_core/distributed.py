@@ -87,11 +87,11 @@ def largest(*numbers: int) -> list[int]:
 
 
 def agree(subject: str | Path, look: Callable[[], T], describe: Callable[[T], Any] = lambda value: value) -> T:
-    """What `look` gives, once it gives all ranks the same: shared file systems show some machines new files late.
+    """The value of `look` once it is the same on all ranks: shared file systems show some machines new files late.
 
-    `describe` gives what is compared, where that is not the value itself. Every rank calls it. Looks again for a minute
-    (NEON_SHARED_FILES_SECONDS), then raises UserError that names what differs; one that all ranks' `look` raises, at
-    once.
+    `describe` returns the part to compare, by default the value itself. Every rank calls it. Retries for a minute
+    (NEON_SHARED_FILES_SECONDS), then raises UserError that names the difference; an error that `look` raises on all
+    ranks is raised at once.
     """
     began, patience = time.monotonic(), float(os.environ.get("NEON_SHARED_FILES_SECONDS", 60))
     while True:
@@ -137,17 +137,17 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _gpu(name: str, wanted: int | None) -> int:
+def _gpu(name: str, requested: int | None) -> int:
     count, ranks = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1))
     if not count:
         raise UserError(f"--device {name}: no GPU is visible here; choose auto or cpu")
-    if wanted is None and count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):  # the launcher dealt the GPUs
+    if requested is None and count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):  # the launcher dealt the GPUs
         return 0
-    if wanted is None and "LOCAL_RANK" not in os.environ and ranks > 1 and count > 1:
-        raise UserError("RANK is set but LOCAL_RANK is not, which says whose GPU is whose; start with torchrun")
-    index = wanted if wanted is not None else int(os.environ.get("LOCAL_RANK", 0))
+    if requested is None and "LOCAL_RANK" not in os.environ and ranks > 1 and count > 1:
+        raise UserError("RANK is set but LOCAL_RANK is not, which assigns the GPUs; start with torchrun")
+    index = requested if requested is not None else int(os.environ.get("LOCAL_RANK", 0))
     if index >= count:
-        raise UserError(f"--device {name}: GPU {index} wanted, {count} present; start fewer processes or use cpu")
+        raise UserError(f"--device {name}: GPU {index} requested, {count} present; start fewer processes or use cpu")
     return index
 
 
@@ -157,7 +157,7 @@ def session(device_name: str = "auto") -> Iterator[torch.device]:
 
     nccl serves CUDA tensors and gloo CPU tensors; without a launcher there is one process and no group. Where a rank
     fails, the first to fail prints its error, all others leave silently, and every exit status is not 0. SIGTERM and
-    Ctrl-C end the process with 143 and 130, after one line that says how to go on.
+    Ctrl-C end the process with 143 and 130, after one line with the command that continues.
     """
     if not is_launched():
         with signals_raise():
@@ -185,7 +185,7 @@ def session(device_name: str = "auto") -> Iterator[torch.device]:
 
 
 def _meet() -> tuple[dist.Store, int, int]:
-    """(store, rank, number of ranks), when all have come."""
+    """(store, rank, number of ranks), once all ranks have started."""
     try:
         store, this_rank, ranks = next(iter(dist.rendezvous("env://", timeout=START_TIMEOUT)))
     except (RuntimeError, OSError) as error:

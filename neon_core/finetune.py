@@ -1,4 +1,4 @@
-"""A fine-tune from the files of a set to the snapshots: what every finetune.py ends in."""
+"""A fine-tune from the files of a set to the snapshots: the last call of every finetune.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def train_on(
     """Images seen -> snapshot of `backbone`, trained on `images` in place. Every rank calls it; an earlier run in
     `out_dir` is continued.
 
-    `provenance` (`synthetic.origin`, and what else the weights depend on) goes into the snapshots, with the digest of
+    `provenance` (everything else that the weights depend on) goes into the snapshots, with the digest of
     the set. `cache_dir`: see `training_data`; `options` (seed, mode, activation_checkpointing): see `self_train`.
     Raises UserError.
     """

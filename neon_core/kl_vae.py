@@ -264,7 +264,7 @@ _ATTENTION_KEY = re.compile(r"\.(?:attentions\.\d+|attn\.\d+|attn_1)\.(.+)\.(wei
 
 
 def weights_digest(module: nn.Module) -> str:
-    """12 hex digits of all weights, in their order: tells apart what different autoencoders made."""
+    """12 hex digits of all weights, in their order: identifies the autoencoder."""
     digest = hashlib.sha256()
     for value in module.state_dict().values():
         digest.update(value.detach().cpu().contiguous().numpy())

@@ -18,7 +18,7 @@ from neon_files.errors import UserError
 from neon_files.names import match_names
 from neon_files.quantized import find_quantized
 
-# Not trained but followed: a variance that is extrapolated becomes negative, and the directions of spectral norm (the
+# Measured, not trained: an extrapolated variance may become negative, and the directions of spectral norm (the
 # last pattern, of torch's parametrization) are no unit vectors any more.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "parametrizations.*._[uv]")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
@@ -28,7 +28,7 @@ _WHOLE += (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether one of the patterns (`*`, `?`, `[abc]`) fits `name` or what follows a dot or slash in it.
+    """Whether one of the patterns (`*`, `?`, `[abc]`) fits `name` or its part behind a dot or slash.
 
     `norm.*` fits `norm.weight` and `block.0.norm.weight`, not `prenorm.weight`.
     """
@@ -42,7 +42,7 @@ def extrapolate(base: Tensor, syn: Tensor, w: float) -> Tensor:
     exact = torch.float32 if base.dtype in _FLOAT8 else torch.promote_types(base.dtype, torch.float32)
     theta_base, theta_syn = base.to(exact), syn.to(base.device, exact)
     theta_neon = theta_base - w * (theta_syn - theta_base)
-    if base.dtype in _FLOAT8:  # which end at their largest number where others become infinite
+    if base.dtype in _FLOAT8:  # which saturate where other types overflow to infinity
         theta_neon = theta_neon.where(theta_neon.abs() <= torch.finfo(base.dtype).max, torch.nan)
     return theta_neon.to(base.dtype)
 
@@ -73,7 +73,7 @@ def neon_rule(name: str, base: Tensor, syn: Tensor, w: float) -> Tensor:
 
 
 def check_plain(name: str, tensor: Tensor, place: str) -> None:
-    """UserError where `tensor` is no dense tensor of numbers: what it holds may be codes, a part, or nothing."""
+    """UserError where `tensor` is no dense tensor of numbers, but codes, one rank's shard or without data."""
     if type(tensor) not in (Tensor, nn.Parameter):
         kind = f"a {type(tensor).__name__}"  # DTensor, and the classes in which libraries keep codes with their scales
     elif tensor.is_meta:
@@ -96,7 +96,7 @@ def check_quantized(layout: Mapping[str, tuple[torch.dtype, Iterable[int]]], pla
     if quantized:
         raise UserError(
             f"{place}: {quantized[0]} holds quantized numbers, whose scale is {quantized[1]}; codes and scales cannot "
-            "be merged apart: merge the network in full precision, then quantize"
+            "be merged separately: merge the network in full precision, then quantize"
         )
 
 
@@ -124,7 +124,7 @@ def neon_merge(
 
 
 def _named_like(names: Iterable[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` under those of `names` that differ from its own only by what DDP, FSDP or torch.compile add."""
+    """`state` under those of `names` that differ only by the parts that DDP, FSDP or torch.compile add."""
     pairs = match_names(names, state)
     return {pairs[name]: value for name, value in state.items()}
 
@@ -148,8 +148,8 @@ class NeonWeights:
 
     Every `set` starts from the two given ends, so moving back and forth does not drift, and `set(0)` is the base bit
     for bit. The ends are held by reference in their own dtype (mapped files stay mapped), or copied to `device` where
-    that is given. Buffers (running statistics, masks), whole numbers and what fits a pattern of `keep` come from the
-    base: `kept` names them, for whoever merges the files.
+    that is given. Buffers (running statistics, masks), whole numbers and names that match `keep` come from the
+    base: `kept` names them, for a merge of the files.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class NeonWeights:
         self.kept = tuple(self._fixed)
         _check_fit(module, "base", base, moving | self._fixed)
         _check_fit(module, "synthetic", syn, moving)
-        held = self._apart(base, entries), self._apart(syn, moving)
+        held = self._separate(base, entries), self._separate(syn, moving)
         if device is not None:
             held = tuple({name: value.to(device) for name, value in state.items()} for state in held)
         ends, self.syn = held
@@ -177,7 +177,7 @@ class NeonWeights:
         self._base_fixed = {name: ends[name] for name in self._fixed}
         self.w: float | None = None
 
-    def _apart(self, state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    def _separate(self, state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
         """The ends, none of them in the memory of the live tensors, which `set` overwrites."""
         live = {v.untyped_storage().data_ptr() for v in (*self.parameters.values(), *self._fixed.values())}
         ends = {name: state[name].detach() for name in names if name in state}
@@ -215,8 +215,8 @@ class NeonWeights:
 def _check_fit(module: nn.Module, side: str, state: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
     check_quantized({name: (value.dtype, value.shape) for name, value in state.items()}, f"the {side} checkpoint")
     shapes = {name: tuple(value.shape) for name, value in live.items()}
-    found = {name: tuple(state[name].shape) for name in shapes if name in state}
-    problems = describe_mismatch("the network", shapes, f"the {side} checkpoint", found)
+    present = {name: tuple(state[name].shape) for name in shapes if name in state}
+    problems = describe_mismatch("the network", shapes, f"the {side} checkpoint", present)
     if problems:
         raise UserError(f"{type(module).__name__} cannot be moved: {problems}")
 

@@ -22,7 +22,7 @@ MODES = ("ddp", "fsdp")
 
 def dealt(count: int) -> range:
     """Numbers of the micro batches that this rank computes, of `count` in a step. Every rank computes equally many,
-    since all take part in every collective: a number from `count` on is one of another rank's, of weight 0."""
+    since all take part in every collective: a number from `count` on repeats a micro batch with weight 0."""
     rounds = -(-count // world_size())
     return range(rank(), rounds * world_size(), world_size())
 
@@ -46,15 +46,15 @@ def replicate(loss: nn.Module, unused_parameters: bool) -> nn.Module:
     """`loss` with gradients averaged over ranks; itself where there is one process."""
     if not dist.is_initialized():
         return loss
-    known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # the older name
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # the older name
     return DistributedDataParallel(
         loss, gradient_as_bucket_view=True, find_unused_parameters=unused_parameters, **{buffers: False}
     )
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
-    """Recompute each block in the backward pass instead of keeping its inside. Raises UserError without blocks."""
+    """Recompute each block in the backward pass instead of keeping its activations. Raises UserError without blocks."""
     if not blocks:
         raise UserError("--activation_checkpointing: this network names no blocks to recompute; leave the flag out")
     for block in blocks:
@@ -99,7 +99,7 @@ def optimizer_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def load_optimizer_state(net: nn.Module, optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Put back what `optimizer_state` gave."""
+    """Restore the result of `optimizer_state`."""
     fused = optimizer.defaults.get("fused", False)
     for number, parameter in enumerate(net.parameters()):
         for name, value in saved.get(number, {}).items():
@@ -117,6 +117,6 @@ def network_state(net: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_network_state(net: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Put back what `network_state` gave."""
+    """Restore the result of `network_state`."""
     for name, value in net.state_dict().items():
         value.copy_(like(saved[name], value))

@@ -1,4 +1,4 @@
-"""The last check before images become uint8, where NaN would turn into black pixels without a word."""
+"""The last check before images become uint8, which would silently turn NaN into black pixels."""
 
 from __future__ import annotations
 

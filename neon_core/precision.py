@@ -1,4 +1,4 @@
-"""In which precision a network computes: float32 on a GPU, and weights in half precision."""
+"""The precision of a network's arithmetic: float32 on a GPU, and weights in half precision."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TF32 = ("none", "conv", "all")  # nowhere, in cuDNN's convolutions (PyTorch's de
 @contextmanager
 def float32_precision(tf32: str) -> Iterator[None]:
     """Inside the block float32 is rounded to TF32 in these places, one of `TF32`, and nowhere else."""
-    wanted = {"none": (False, False), "conv": (True, False), "all": (True, True)}[tf32]
+    flags = {"none": (False, False), "conv": (True, False), "all": (True, True)}[tf32]
     backends = torch.backends
     if hasattr(backends.cudnn, "conv"):  # torch >= 2.9, which objects where the older flags are mixed in
         places, name = (backends.cudnn.conv, backends.cuda.matmul), "fp32_precision"
-        values = ["tf32" if allowed else "ieee" for allowed in wanted]
+        values = ["tf32" if allowed else "ieee" for allowed in flags]
     else:
-        places, name, values = (backends.cudnn, backends.cuda.matmul), "allow_tf32", list(wanted)
+        places, name, values = (backends.cudnn, backends.cuda.matmul), "allow_tf32", list(flags)
     before = [getattr(place, name) for place in places]
     try:
         for place, value in zip(places, values, strict=True):
@@ -32,7 +32,7 @@ def float32_precision(tf32: str) -> Iterator[None]:
 
 
 def autocast_dtype(device: torch.device | str) -> torch.dtype | None:
-    """What autocast computes matrix products in on such a device; None where it is off."""
+    """The dtype of autocast's matrix products on such a device; None where it is off."""
     kind = torch.device(device).type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -44,8 +44,8 @@ def product_layers(net: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def weights_as(dtype: torch.dtype | None, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """The layers' own parameters and buffers are held in `dtype` inside the block (None: as they are), for a sampling
-    call: autocast keeps what it converts only where a gradient is wanted, and converts a frozen weight at every use."""
+    """The layers' direct parameters and buffers have `dtype` inside the block (None: unchanged), for a sampling call:
+    autocast keeps its conversions only where a gradient is required, and converts a frozen weight at every use."""
     tensors = [t for layer in layers for t in (*layer.parameters(False), *layer.buffers(False))] if dtype else []
     before = [tensor.data for tensor in tensors]
     try:

@@ -1,6 +1,6 @@
-"""What a fine-tune draws its batches from: the prepared items of a synthetic set, and their labels.
+"""The training data of a fine-tune: the prepared items of a synthetic set, and their labels.
 
-Where preparing is dear (a frozen tokenizer), it is done once per image and kept beside the set:
+Expensive preparation (a frozen tokenizer) is run once per image, and its output is kept beside the set:
     <set>.prepared/<key>-<digest of the set's content>/part-00012.npy      PART_ITEMS items each
 """
 
@@ -26,7 +26,7 @@ PART_ITEMS = 1024
 
 
 class TrainingData:
-    """`items(indices)` gives the backbone's `prepare` of those images [B, ...]; `labels` is int64 [n] or None."""
+    """`items(indices)` returns the backbone's `prepare` of those images [B, ...]; `labels` is int64 [n] or None."""
 
     def __init__(self, items: Callable[[np.ndarray], Tensor], labels: Tensor | None, num_items: int):
         self.items, self.labels, self.num_items = items, labels, num_items
@@ -39,7 +39,7 @@ class TrainingData:
 def training_data(
     backbone: Backbone, images: ImageSet, device: torch.device, *, batch_size: int = 64, cache_dir: Path | None = None
 ) -> TrainingData:
-    """The set as `backbone` wants it. Every rank calls it; a cache that a killed run left is completed.
+    """The set in the form that `backbone` trains on. Every rank calls it; the cache of a killed run is completed.
 
     `cache_dir` replaces the default place beside the set. Raises UserError where labels do not fit the network.
     """
@@ -54,8 +54,8 @@ def training_data(
     parts = global_batches(len(images), PART_ITEMS)
     paths = [folder / f"part-{number:05d}.npy" for number in range(len(parts))]
     folder.mkdir(parents=True, exist_ok=True)
-    done = gather_objects([number for number, path in enumerate(paths) if _is_whole(path, len(parts[number]))])[0]
-    for number in tqdm(deal(len(parts), rank(), world_size(), done), desc="prepare", disable=not is_main()):
+    finished = gather_objects([number for number, path in enumerate(paths) if _is_whole(path, len(parts[number]))])[0]
+    for number in tqdm(deal(len(parts), rank(), world_size(), finished), desc="prepare", disable=not is_main()):
         rows = []
         for start in range(parts[number].start, parts[number].stop, batch_size):
             items = np.arange(start, min(start + batch_size, parts[number].stop))
@@ -76,5 +76,5 @@ def training_data(
 def _is_whole(path: Path, num_items: int) -> bool:
     try:
         return len(np.load(path, mmap_mode="r", allow_pickle=False)) == num_items
-    except (OSError, ValueError, EOFError, TypeError):  # not there, or damaged: prepared again
+    except (OSError, ValueError, EOFError, TypeError):  # missing or damaged: prepared again
         return False

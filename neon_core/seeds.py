@@ -97,10 +97,10 @@ def global_batches(num_images: int, batch_size: int) -> list[range]:
     return [range(i, min(i + batch_size, num_images)) for i in range(0, num_images, batch_size)]
 
 
-def deal(num_batches: int, rank: int, world_size: int, done: Sequence[int] = ()) -> list[int]:
-    """Which batches this rank makes: every world_size-th of those not done yet."""
-    finished = set(done)
-    return [b for b in range(num_batches) if b not in finished][rank::world_size]
+def deal(num_batches: int, rank: int, world_size: int, finished: Sequence[int] = ()) -> list[int]:
+    """The batches of this rank: every world_size-th of those that are not finished."""
+    skipped = set(finished)
+    return [b for b in range(num_batches) if b not in skipped][rank::world_size]
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -2,7 +2,7 @@
 
 A step of `batch_size` images is cut into micro batches of fixed size, which are dealt to any number of ranks; each has
 its own random stream, derived from (seed, step, micro batch). So the number of ranks changes sums by rounding only, and
-a run that was killed continues as if it had not been.
+a run that was killed continues with the same numbers.
 """
 
 from __future__ import annotations
@@ -175,10 +175,10 @@ def snapshot_plan(settings: TrainSettings) -> list[int]:
     """Images seen at each snapshot: the first step end at or past every multiple (or listed count), and the end."""
     end = math.ceil(settings.images / settings.batch_size) * settings.batch_size
     if isinstance(settings.snapshot_images, int):
-        wanted = range(settings.snapshot_images, settings.images, settings.snapshot_images)
+        counts = range(settings.snapshot_images, settings.images, settings.snapshot_images)
     else:
-        wanted = settings.snapshot_images
-    ends = {math.ceil(n / settings.batch_size) * settings.batch_size for n in wanted}
+        counts = settings.snapshot_images
+    ends = {math.ceil(n / settings.batch_size) * settings.batch_size for n in counts}
     return sorted({n for n in ends if n <= end} | {end})
 
 
@@ -214,7 +214,7 @@ def self_train(
     provenance: dict | None = None,
     **options: Any,
 ) -> dict[int, Path]:
-    """Fine-tune `backbone` in place and write its snapshots; continue what an earlier run left in `out_dir`.
+    """Fine-tune `backbone` in place and write its snapshots; an earlier run in `out_dir` is continued.
 
     Returns images seen -> snapshot. Files: `settings.json`, `log.jsonl` (a line per step), `state.pt` (to continue
     from: at every snapshot and every `state_minutes`), `snapshot-<images>.safetensors`. Every rank calls it. Raises
@@ -252,7 +252,7 @@ def self_train(
 
 @dataclass
 class _Loop:
-    """The steps up to the last snapshot that is missing, and what they leave on disk."""
+    """The steps up to the last missing snapshot, and the files that they write."""
 
     run: FineTune
     out_dir: Path
@@ -261,7 +261,7 @@ class _Loop:
     state_minutes: float
 
     def resume(self) -> None:
-        """Take over the state of an earlier run, and its log up to there. A state past a missing snapshot is no use."""
+        """Continue from an earlier run's state and log. A state past a missing snapshot is not used."""
         path = self.out_dir / "state.pt"
         if is_main() and path.exists():
             state = intact(path, read_tensors, mmap=True)
@@ -286,12 +286,12 @@ class _Loop:
                 self.log.add(run.images_seen, lr, loss, run.gradient_norm)
                 bar.update(settings.batch_size)
 
-                # what all ranks do now: the hosts agree, waiting for no device
+                # the decisions of all ranks: the hosts agree, waiting for no device
                 stop, late = largest(stop_asked(), time.monotonic() - saved_at > 60 * self.state_minutes)
                 at_snapshot = run.images_seen in self.missing
                 write_state = (stop or late or at_snapshot) and run.images_seen < end
 
-                # what is written: the log first, which also refuses numbers that are not finite
+                # the files: the log first, which also refuses numbers that are not finite
                 if at_snapshot or write_state or step % 16 == 0:
                     bar.set_postfix(loss=f"{self.log.settle():.4g}", refresh=False)
                 if at_snapshot:
@@ -347,7 +347,7 @@ def _prefetched(run: FineTune, data: TrainingData, steps: range, seed: int) -> I
         parts = np.split(indices, count)
         return [(m % count, *map(to_pinned, data.batch(parts[m % count]))) for m in parallel.dealt(count)]
 
-    def to_pinned(tensor: Tensor | None) -> Tensor | None:  # what is not pinned is copied while the device waits
+    def to_pinned(tensor: Tensor | None) -> Tensor | None:  # unpinned memory is copied while the device waits
         return tensor.pin_memory() if tensor is not None and device.type == "cuda" else tensor
 
     with ThreadPoolExecutor(max_workers=1) as reader:
@@ -367,7 +367,7 @@ def _prefetched(run: FineTune, data: TrainingData, steps: range, seed: int) -> I
 
 class _deterministic_dropout:
     """Dropout draws from the default generator, which takes no generator argument: seed it from the micro batch's
-    stream, and put it back afterwards."""
+    stream, and restore its state afterwards."""
 
     def __init__(self, generator: torch.Generator):
         self.seed = derive_seed("dropout", generator.initial_seed())
@@ -391,7 +391,7 @@ class StepLog:
         self.open: list[tuple[int, float, Tensor, Tensor]] = []  # images seen, lr, loss, gradient norm
 
     def add(self, images: int, lr: float, loss: Tensor, norm: Tensor | None) -> None:
-        """A step: images seen after it, its learning rate, and what `settle` reads from the device."""
+        """A step: images seen after it, its learning rate, and the numbers that `settle` reads from the device."""
         self.open.append((images, lr, loss, loss.new_zeros([]) if norm is None else norm))
 
     def settle(self) -> float:

@@ -1,10 +1,10 @@
-"""The synthetic set S: lossless images and labels in EDM's layout, with a manifest that says how they were made.
+"""The synthetic set S: lossless images and labels in EDM's layout, with a manifest of all settings.
 
     <out>/manifest.json                       every setting, the base's hash, written first; at the end a digest of all
     <out>/000000/000123_label7.png            one image per seed (no label part where unconditional)
     <out>/dataset.json                        labels, written when the images are on the disk: the set is complete
 
-The same command continues a killed run, and mends a set of which images were lost or damaged, on any number of ranks.
+The same command continues a killed run, and repairs a set with lost or damaged images, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def generate_set(
     subfolders: bool = True,
     progress: bool = True,
 ) -> dict:
-    """Make, or finish making, the images of `seeds` under `out_dir`. Returns the manifest.
+    """Generate the images of `seeds` under `out_dir`, or the missing ones. Returns the manifest.
 
-    `settings` go to `backbone.sample`; `provenance` (`origin` and the like) is recorded. Every rank calls it. What is
-    there is read, and made again where it is damaged. Raises UserError where the folder holds another set, a seed
-    twice, or the network gives NaN (NotFiniteImages).
+    `settings` go to `backbone.sample`; `provenance` (`origin` and the like) is recorded. Every rank calls it. Existing
+    files are read, and generated again where they are damaged. Raises UserError where the folder holds another set, a
+    seed occurs twice, or the network gives NaN (NotFiniteImages).
     """
     out_dir = Path(out_dir)
     check_seeds(seeds)
@@ -101,27 +101,27 @@ def generate_set(
         manifest["torch"] = versions
     finished = broadcast_object((out_dir / "dataset.json").exists()) and not left
     if is_main() and not finished:
-        (out_dir / "dataset.json").unlink(missing_ok=True)  # it must not vouch for images that are not there
+        (out_dir / "dataset.json").unlink(missing_ok=True)  # it certifies that all images exist
     share = deal(len(batches), rank(), world_size(), list(digests))
     bar = tqdm(total=len(seeds), initial=sum(len(batches[b]) for b in digests), unit="img", desc="generate",
                disable=not (progress and is_main()))  # fmt: skip
-    made: dict[int, int] = {}
+    added: dict[int, int] = {}
     with ThreadPoolExecutor(max_workers=4) as writers:
         pending: dict[int, list[Future]] = {}
         for number, b in enumerate(share):
             part = list(batches[b])
             images = sample(backbone, [seeds[i] for i in part], None if labels is None else labels[part], settings)
-            made |= _written(pending)
+            added |= _written(pending)
             pending = {b: [writers.submit(write, out_dir / names[i], image)
                            for i, image in zip(part, images.cpu(), strict=True)]}  # fmt: skip
             rest = len(seeds) - bar.n
             bar.update(min(rest, len(part) * world_size()) if number < len(share) - 1 else rest)
-        made |= _written(pending)
+        added |= _written(pending)
     bar.close()
     if not finished:
         kept = deal(len(digests), rank(), world_size())
-        _flush(out_dir, [names[i] for b in [*made, *(sorted(digests)[k] for k in kept)] for i in batches[b]])
-    for part in gather_objects(made):
+        _flush(out_dir, [names[i] for b in [*added, *(sorted(digests)[k] for k in kept)] for i in batches[b]])
+    for part in gather_objects(added):
         digests |= part
     manifest["images_sha256"] = f"{sum(digests.values()) % (1 << 256):064x}"
     if is_main():
@@ -153,9 +153,9 @@ def _whole_batches(out_dir: Path, names: Sequence[str], batches: Sequence[range]
     whole = {}
     with ThreadPoolExecutor(max_workers=8) as readers:
         for b in deal(len(batches), rank(), world_size()):
-            found = list(readers.map(digest, [names[i] for i in batches[b]]))
-            if None not in found:
-                whole[b] = sum(found)
+            values = list(readers.map(digest, [names[i] for i in batches[b]]))
+            if None not in values:
+                whole[b] = sum(values)
     return {b: value for part in gather_objects(whole) for b, value in part.items()}
 
 
@@ -169,7 +169,7 @@ def _written(pending: dict[int, list[Future]]) -> dict[int, int]:
 
 
 def _flush(out_dir: Path, names: Sequence[str]) -> None:
-    """See that images, and the folders that name them, are on the disk."""
+    """Force images, and the folders that name them, to the disk."""
     folders = {(out_dir / name).parent for name in names} | {out_dir}
     with ThreadPoolExecutor(max_workers=8) as pool:
         for _ in pool.map(flush, [*(out_dir / name for name in names), *folders]):
@@ -177,12 +177,12 @@ def _flush(out_dir: Path, names: Sequence[str]) -> None:
 
 
 def read_manifest(path: str | Path) -> dict | None:
-    """The manifest of a set made here, None for a set from elsewhere; UserError where it is not whole."""
+    """The manifest of a generated set, None for any other set; UserError where images are missing."""
     return ImageSet(path, use_labels=False).manifest
 
 
 def withdraw_unless_whole(out_dir: str | Path) -> None:
-    """Take back the listing of a set of ours that is not whole any more, so that `generate_set` is called again."""
+    """Delete the listing of a generated set with missing images, so that `generate_set` is called again."""
     try:
         ImageSet(out_dir, use_labels=False)
     except UserError:
@@ -190,13 +190,13 @@ def withdraw_unless_whole(out_dir: str | Path) -> None:
 
 
 def _claim(out_dir: Path, manifest: dict) -> list[str]:
-    """Write the manifest of a new set, or check that the one found is ours to continue. Returns the versions of torch
+    """Write the manifest of a new set, or check the settings of the existing one. Returns the versions of torch
     that have made images of it: equal seeds give equal images only in one of them."""
-    found = out_dir / "manifest.json"
-    if found.exists():
-        earlier = read_record(found)
+    path = out_dir / "manifest.json"
+    if path.exists():
+        earlier = read_record(path)
         versions = earlier.pop("torch", [])
-        earlier.pop("images_sha256", None)  # known at the end
+        earlier.pop("images_sha256", None)  # added at the end
         if earlier != manifest:
             key = next(k for k in sorted({*earlier, *manifest}) if earlier.get(k) != manifest.get(k))
             raise UserError(
@@ -208,7 +208,7 @@ def _claim(out_dir: Path, manifest: dict) -> list[str]:
         if out_dir.exists() and any(out_dir.rglob("*.png")):
             raise UserError(f"{out_dir}: holds images but no manifest.json; name an empty or new --outdir")
         out_dir.mkdir(parents=True, exist_ok=True)
-        write_json(found, manifest)
+        write_json(path, manifest)
         return []
 
 

@@ -39,8 +39,8 @@ class MetricSettings:
 class MetricAccumulator:
     """Statistics of the images 0 .. num_images-1 of a run, each seen once, by one rank or shared out over many.
 
-    Images are seen and forgotten. Kept are: for FID the running mean and covariance, for IS the sums of the splits, for
-    KID and PRDC the features, float32 (`keep_features` asks for them without those two). The life of one:
+    Images are not kept. The state holds for FID the running mean and covariance, for IS the sums of the splits, for KID
+    and PRDC the features, float32 (`keep_features` keeps them without those two). Order of the calls:
     `update` for every batch, `state_dict` now and then, `reduced` at the end, `compute` on its result.
 
     `file_order` (see `InceptionScoreStatistics`) matters to IS only. Raises UserError where the images are too few for
@@ -59,24 +59,24 @@ class MetricAccumulator:
         device: torch.device | str | None = None,
     ):
         settings = settings or MetricSettings()
-        wanted = frozenset(metrics)
-        unknown = wanted - set(METRICS)
+        selected = frozenset(metrics)
+        unknown = selected - set(METRICS)
         if unknown:
             raise UserError(f"unknown metrics {', '.join(sorted(unknown))}; choose from {', '.join(METRICS)}")
         device = torch.device(device if device is not None else getattr(detector, "device", "cpu"))
         device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         num_classes = getattr(detector, "num_classes", 0)
-        if "is" in wanted and num_classes == 0:
+        if "is" in selected and num_classes == 0:
             raise UserError(f"the Inception Score needs class logits, which the detector {detector.name} does not give")
-        check_sizes(wanted, num_images, settings, "were asked for")
+        check_sizes(selected, num_images, settings, "were asked for")
         self.detector = detector
         self.num_images = num_images
-        self.metrics = wanted
+        self.metrics = selected
         self.settings = settings
         self.seen = torch.zeros(num_images, dtype=torch.bool)
-        self.feature_statistics = FeatureStatistics(detector.num_features, device) if "fid" in wanted else None
+        self.feature_statistics = FeatureStatistics(detector.num_features, device) if "fid" in selected else None
         self.inception_score = None
-        if "is" in wanted:
+        if "is" in selected:
             self.inception_score = InceptionScoreStatistics(
                 num_images,
                 num_classes,
@@ -87,14 +87,14 @@ class MetricAccumulator:
                 device=device,
             )
         self.features = None  # [num_images, D], rows that were not seen are 0
-        if keep_features or wanted & {"kid", "prdc"}:
+        if keep_features or selected & {"kid", "prdc"}:
             self.features = torch.zeros(num_images, detector.num_features)
         order = "" if file_order is None else hashlib.sha256(np.asarray(file_order, np.int64).tobytes()).hexdigest()
         self._file_order_digest = order
 
     @property
     def signature(self) -> dict[str, Any]:
-        """What must agree between accumulators that are merged, reduced or loaded. JSON."""
+        """The settings that must agree between accumulators that are merged, reduced or loaded. JSON."""
         return {
             "detector": self.detector.name,
             "num_features": self.detector.num_features,
@@ -123,14 +123,14 @@ class MetricAccumulator:
             raise ValueError(f"image indices must be 0 .. {self.num_images - 1}")
         if self.seen[indices].any() or len(indices.unique()) < len(indices):
             raise ValueError("an image may be counted only once")
-        found = self.detector(images)
-        features = found["features"]
+        outputs = self.detector(images)
+        features = outputs["features"]
         if features.shape != (len(images), self.detector.num_features) or not torch.isfinite(features).all():
             raise ValueError(f"{self.detector.name} gave features {tuple(features.shape)}, or some that are not finite")
         if self.feature_statistics is not None:
             self.feature_statistics.update(features)
         if self.inception_score is not None:
-            self.inception_score.update(found["logits"], indices)
+            self.inception_score.update(outputs["logits"], indices)
         if self.features is not None:
             self.features[indices] = features.detach().float().cpu()
         self.seen[indices] = True
@@ -180,7 +180,7 @@ class MetricAccumulator:
         self.num_images = num_images
 
     def compute(self, reference: Reference | None = None, real_features: Tensor | None = None) -> dict[str, float]:
-        """All wanted metrics: fid; is_mean, is_std; kid_mean, kid_std; precision, recall, density, coverage.
+        """All selected metrics: fid; is_mean, is_std; kid_mean, kid_std; precision, recall, density, coverage.
 
         FID needs `reference`, KID and PRDC `real_features` [n, D]. Precision and recall count open balls, as the
         paper's prdc. ValueError while images are missing; BiasedFidWarning where there are too few for FID.
@@ -223,7 +223,7 @@ class MetricAccumulator:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()` of the same evaluation. UserError where a setting differs."""
+        """Continue from `state_dict()` of the same evaluation. UserError where a setting differs."""
         saved = json.loads(state["signature"])
         if saved != self.signature:
             text = _difference(self.signature, saved)

@@ -11,7 +11,7 @@ EPS = float(np.finfo(np.float64).eps)
 
 
 def psd_factor(sigma: np.ndarray, max_rank: int | None = None) -> np.ndarray:
-    """L [D, r] with L L^T = sigma [D, D], r its numerical rank (or `max_rank`, where that is known to be less).
+    """L [D, r] with L L^T = sigma [D, D], r its numerical rank (or `max_rank`, where that is smaller).
 
     Pivoted Cholesky stops at the rank, so that null directions add no noise of the size sqrt(eps). A matrix that is
     not positive semi-definite by a little (statistics stored in float32) goes through its eigenvalues, negative ones

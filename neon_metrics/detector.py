@@ -1,4 +1,4 @@
-"""Feature networks for the metrics: what one must offer, the official Inception, and a wrapper for any other function.
+"""Feature networks for the metrics: their interface, the official Inception, and a wrapper for any other function.
 
 A detector maps uint8 images [B, C, H, W] to {"features": [B, D], "logits": [B, K] (only where it has classes)}.
 """
@@ -25,7 +25,7 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 
 
 class Detector(Protocol):
-    """What the accumulators ask of a feature network."""
+    """The interface of a feature network to the accumulators."""
 
     name: str  # statistics of detectors with different names are never mixed
     num_features: int  # D
@@ -83,8 +83,8 @@ class InceptionDetector:
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 [B, 3, H, W] of any size (or one grey channel) -> {"features", "logits"} float32, on `device`."""
-        found = self.extract(images, ("2048", "logits_unbiased"))
-        return {"features": found["2048"], "logits": found["logits_unbiased"]}
+        outputs = self.extract(images, ("2048", "logits_unbiased"))
+        return {"features": outputs["2048"], "logits": outputs["logits_unbiased"]}
 
     @torch.no_grad()
     def extract(self, images: Tensor, features: tuple[str, ...]) -> dict[str, Tensor]:
@@ -163,7 +163,7 @@ def load_inception(
 
 def _read_network(path: Path) -> InceptionV3:
     checkpoint = read_checkpoint(path)
-    with torch.device("meta"):  # no random weights to be thrown away
+    with torch.device("meta"):  # without random weights
         net = InceptionV3().eval()
     # Counters of training steps, without effect here, and not in every packaging of these weights.
     counters = {key: torch.tensor(0) for key in net.state_dict() if key.endswith("num_batches_tracked")}

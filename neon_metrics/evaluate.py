@@ -1,8 +1,8 @@
-"""Seeds -> images -> statistics -> one result. What every calculate_fid.py and every sweep calls.
+"""Seeds -> images -> statistics -> one result: the evaluation of every calculate_fid.py and every sweep.
 
 Images stay in memory: each rank samples its batches, extracts features and keeps sums; the sums meet at the end. With
-`work_dir`, what is done is kept there from time to time, so that a killed evaluation continues, on any number of ranks.
-It stays there until the caller, whose result is then on disk, clears it.
+`work_dir`, the sums are saved there regularly, so that a killed evaluation continues, on any number of ranks. They stay
+there until the caller has its result on disk and clears them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from neon_metrics.scores import fid
 
 
 class Evaluator:
-    """Reference, detector and wanted metrics, all checked before a model is built; then called once per setting.
+    """Reference, detector and metrics, all checked before a model is built; then called once per setting.
 
     `reference`: .npz path or URL, or a Reference. `detector`: None for the published Inception, a weight file, or any
     Detector. `metrics`: of fid, is, kid, prdc; the last two need `real_images`, a folder or .zip, of which every image
-    is decoded once to see that it can be. `heldout`: a second reference, for `fid_heldout`. Every rank makes one.
+    is decoded once as a check. `heldout`: a second reference, for `fid_heldout`. Every rank makes one.
     Raises UserError.
     """
 
@@ -62,10 +62,10 @@ class Evaluator:
         self.heldout = None if heldout is None else _checked(heldout)
         if detector is None or isinstance(detector, str | Path):
             detector = load_inception(detector, device)
-        for found in (self.reference, self.heldout):
-            if found is not None and len(found.mu) != detector.num_features:
+        for side in (self.reference, self.heldout):
+            if side is not None and len(side.mu) != detector.num_features:
                 raise UserError(
-                    f"{found.name}: made from {len(found.mu)} features, the detector gives {detector.num_features}"
+                    f"{side.name}: made from {len(side.mu)} features, the detector gives {detector.num_features}"
                 )
         self.detector, self.device = detector, device
         self._real_images = None
@@ -87,7 +87,7 @@ class Evaluator:
         return MetricAccumulator(self.detector, num_images, self.metrics, file_order=file_order)
 
     def compute(self, total: MetricAccumulator, batch_size: int) -> dict[str, float]:
-        """Every wanted metric of a complete accumulator. Every rank calls it."""
+        """Every selected metric of a complete accumulator. Every rank calls it."""
         values = total.compute(self.reference, self.real_features(batch_size))
         return {**values, **self.heldout_fid(total)}
 
@@ -119,17 +119,17 @@ class Evaluator:
         infinite: bool = False,
         **options,
     ) -> dict:
-        """Every wanted metric of the images of `seeds`, with what made them. `file_order`: see `MetricAccumulator`;
+        """Every selected metric of the images of `seeds`, with their settings. `file_order`: see `MetricAccumulator`;
         `options` go to `evaluate`.
 
-        `work_dir` keeps what is done, also after the end: call `clear` once the result is on disk. `identity` (weights'
-        hash and the like) tells whether what lies there is of this run. With `infinite`, images that are not finite
-        give {"fid": infinity, "not_finite": the reason} instead of an error.
+        `work_dir` keeps partial sums, also after the end: call `clear` once the result is on disk. `identity` (weights'
+        hash and the like) identifies the run that they belong to. With `infinite`, images that are not finite give
+        {"fid": infinity, "not_finite": the reason} instead of an error.
         """
         began = time.monotonic()
-        made_by = {"seeds": format_seeds(seeds), "settings": settings, "batch_size": batch_size}
+        sampling = {"seeds": format_seeds(seeds), "settings": settings, "batch_size": batch_size}
         measured = {"detector": self.detector.name, "metrics": sorted(self.metrics)}
-        self._kept = None if work_dir is None else KeptWork(work_dir, {**made_by, **measured, **(identity or {})})
+        self._kept = None if work_dir is None else KeptWork(work_dir, {**sampling, **measured, **(identity or {})})
         make = lambda: self.new_accumulator(len(seeds), file_order)  # noqa: E731
         try:
             total = evaluate(
@@ -143,7 +143,7 @@ class Evaluator:
         return {
             **values,
             "num_images": len(seeds),
-            **made_by,
+            **sampling,
             "reference": self.reference.name,
             "detector": self.detector.name,
             "detector_is_official": self.detector.official,
@@ -154,20 +154,20 @@ class Evaluator:
         }
 
     def clear(self) -> None:
-        """Remove what the last call kept in its `work_dir`."""
+        """Remove the partial sums of the last call from its `work_dir`."""
         if self._kept is not None:
             self._kept.clear()
 
 
 def _checked(reference: str | Path | Reference) -> Reference:
-    found = reference if isinstance(reference, Reference) else load_reference(fetch(reference))
-    _ = found.factor  # a sigma that is no covariance is refused now, not after the sampling
-    return found
+    loaded = reference if isinstance(reference, Reference) else load_reference(fetch(reference))
+    _ = loaded.factor  # a sigma that is no covariance is refused now, not after the sampling
+    return loaded
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What an evaluation leaves on disk and shows."""
+    """The output of an evaluation, on disk and in the terminal."""
 
     save_images: str | Path | None = None  # folder of PNGs
     save_seconds: float = 30.0  # between two savings of partial sums
@@ -190,18 +190,18 @@ def evaluate(
     where those of an earlier run are found; the caller clears it. `options` are the fields of `EvaluateOptions`. Every
     rank calls it; every rank gets the reduced statistics. Raises NotFiniteImages, on every rank alike.
     """
-    how = EvaluateOptions(**options)
+    output = EvaluateOptions(**options)
     labels = backbone.assign_labels(seeds, **settings)
     batches = global_batches(len(seeds), batch_size)
     accumulator = new_accumulator()
-    done = kept.resume(accumulator, new_accumulator) if kept else []
-    if done:
-        print0(f"continuing: {len(done)} of {len(batches)} batches were done in {kept.folder}")
-    mine = deal(len(batches), rank(), world_size(), done)
-    show = {"desc": "evaluate", "unit": "img", "disable": not (how.progress and is_main())}
-    done_before = sum(len(batches[b]) for b in done)
-    finished, saved_at, problem = list(done) if is_main() else [], time.monotonic(), None
-    with tqdm(total=len(seeds), initial=done_before, **show) as bar, signals_wait() as stop_asked:
+    resumed = kept.resume(accumulator, new_accumulator) if kept else []
+    if resumed:
+        print0(f"continuing: {len(resumed)} of {len(batches)} batches were done in {kept.folder}")
+    mine = deal(len(batches), rank(), world_size(), resumed)
+    show = {"desc": "evaluate", "unit": "img", "disable": not (output.progress and is_main())}
+    num_resumed = sum(len(batches[b]) for b in resumed)
+    finished, saved_at, problem = list(resumed) if is_main() else [], time.monotonic(), None
+    with tqdm(total=len(seeds), initial=num_resumed, **show) as bar, signals_wait() as stop_asked:
         for number, b in enumerate(mine):
             part = list(batches[b])
             try:
@@ -210,20 +210,20 @@ def evaluate(
                 problem = b, error.message
                 break
             accumulator.update(images, torch.tensor(part))
-            if how.save_images is not None:
+            if output.save_images is not None:
                 names = [image_name(i, None if labels is None else int(labels[i])) for i in part]
-                write_images(Path(how.save_images), names, images)
+                write_images(Path(output.save_images), names, images)
             finished.append(b)
             left = len(seeds) - bar.n
             bar.update(min(left, len(part) * world_size()) if number < len(mine) - 1 else left)
             stop = stop_asked()
             last = number == len(mine) - 1
-            if kept and (stop or last or time.monotonic() - saved_at >= how.save_seconds):
+            if kept and (stop or last or time.monotonic() - saved_at >= output.save_seconds):
                 kept.save(accumulator, finished)
                 saved_at = time.monotonic()
             if stop:
                 raise Stopped(stop)
-    problems = [found for found in gather_objects(problem) if found]
+    problems = [text for text in gather_objects(problem) if text]
     if problems:
         raise NotFiniteImages(min(problems)[1])
     return accumulator.reduced()

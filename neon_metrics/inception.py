@@ -238,18 +238,18 @@ class InceptionV3(nn.Module):
         unknown = set(features) - set(FEATURES)
         if unknown:
             raise ValueError(f"unknown features {sorted(unknown)}; choose from {FEATURES}")
-        found = {}
+        outputs = {}
         for name, layers in self._stages():
             for layer in layers:
                 x = layer(x)
             pooled = x.mean(dim=(2, 3))
-            found[name] = pooled
-            if set(features) <= set(found):
+            outputs[name] = pooled
+            if set(features) <= set(outputs):
                 break
         if "logits_unbiased" in features or "logits" in features:
-            found["logits_unbiased"] = F.linear(pooled, self.fc.weight)
-            found["logits"] = found["logits_unbiased"] + self.fc.bias
-        return {name: found[name] for name in features}
+            outputs["logits_unbiased"] = F.linear(pooled, self.fc.weight)
+            outputs["logits"] = outputs["logits_unbiased"] + self.fc.bias
+        return {name: outputs[name] for name in features}
 
 
 def folded(net: InceptionV3) -> InceptionV3:

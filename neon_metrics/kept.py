@@ -1,4 +1,4 @@
-"""What an evaluation keeps of its work: partial sums on disk, until the caller has its result there.
+"""Partial sums of an evaluation, kept on disk until the caller has saved its result.
 
 <work_dir>/partial-<key>/rank-003.pt      statistics of one rank, and the batches in them
 """
@@ -32,32 +32,32 @@ class KeptWork:
         return self.folder / f"rank-{number:03d}.pt"
 
     def resume(self, accumulator: MetricAccumulator, new_accumulator: Callable[[], MetricAccumulator]) -> list[int]:
-        """Batches done by an earlier run, on every rank; rank 0's accumulator takes their statistics over.
+        """Batches finished by an earlier run, on every rank; rank 0's accumulator takes over their statistics.
 
-        A damaged file is set aside, and what it counted is made again; so are batches that two files count (as two
+        A damaged file is set aside, and its batches are computed again; so are batches that two files hold (as two
         runs at once leave them), in the smaller one.
         """
-        done: list[int] = []
+        finished: list[int] = []
         if is_main():
             paths = sorted(self.folder.glob("rank-*.pt"))
-            found = [saved for path in paths if (saved := intact(path, read_tensors, _batches_and_statistics))]
-            for batches, statistics in sorted(found, key=lambda saved: -len(saved[0])):
-                if not set(batches) & set(done):
+            parts = [saved for path in paths if (saved := intact(path, read_tensors, _batches_and_statistics))]
+            for batches, statistics in sorted(parts, key=lambda saved: -len(saved[0])):
+                if not set(batches) & set(finished):
                     part = new_accumulator()
                     part.load_state_dict(statistics)
                     accumulator.merge(part)
-                    done += batches
-            if done:
-                self.save(accumulator, done)
+                    finished += batches
+            if finished:
+                self.save(accumulator, finished)
                 for path in paths:
                     if path != self._path(0):
                         path.unlink(missing_ok=True)
-        done = broadcast_object(done)
+        finished = broadcast_object(finished)
         barrier()
-        return done
+        return finished
 
     def save(self, accumulator: MetricAccumulator, batches: list[int]) -> None:
-        """This rank's part, in place of what it saved before."""
+        """Save this rank's part, in place of its earlier one."""
         state = {"batches": list(batches), "statistics": accumulator.state_dict()}
         for last in (False, True):
             try:
@@ -76,7 +76,7 @@ class KeptWork:
             for path in self.folder.iterdir():
                 path.unlink(missing_ok=True)
         for folder in (self.folder, self.folder.parent):
-            with suppress(OSError):  # not there, or another evaluation's work is in it
+            with suppress(OSError):  # missing, or another evaluation's work is in it
                 folder.rmdir()
 
 

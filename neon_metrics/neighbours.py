@@ -16,7 +16,7 @@ from torch import Tensor
 from neon_files.errors import UserError
 
 EPS = float(np.finfo(np.float64).eps)
-SPARE = 4  # neighbours looked at beyond the k nearest, against ties
+SPARE = 4  # neighbours considered beyond the k nearest, against ties
 CHUNK_ELEMENTS = 1 << 24  # of one block of distances, float64
 
 
@@ -79,7 +79,7 @@ def radii(features: Tensor, k: int) -> Tensor:
     pair = _Pair(features, features)
     n = len(features)
     candidates = min(k + SPARE, n - 1)
-    found = []
+    parts = []
     for rows in pair.chunks():
         squares = pair.squares(rows)
         me = torch.arange(len(rows), device=pair.device)
@@ -92,12 +92,12 @@ def radii(features: Tensor, k: int) -> Tensor:
             others = torch.arange(n, device=pair.device)
             others = others[others != rows[i]]
             radius[i] = pair.exact(rows[i].expand_as(others), others).kthvalue(k).values
-        found.append(radius)
-    return torch.cat(found)
+        parts.append(radius)
+    return torch.cat(parts)
 
 
 class _Pair:
-    """Distances between the rows of two sets: fast ones with a known error, and exact ones for single pairs."""
+    """Distances between the rows of two sets: fast ones with a bounded error, and exact ones for single pairs."""
 
     def __init__(self, a: Tensor, b: Tensor):
         self.a, self.b = a.detach().double(), b.detach().double().to(a.device)

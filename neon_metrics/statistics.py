@@ -1,6 +1,6 @@
 """Running statistics of a set of images: mergeable, summable over ranks, and savable in the middle.
 
-`FeatureStatistics` holds what FID needs, `InceptionScoreStatistics` what IS needs. Both keep a few float64 arrays whose
+`FeatureStatistics` serves FID, `InceptionScoreStatistics` IS. Both keep a few float64 arrays whose
 size does not depend on the number of images; neither keeps features or logits.
 Shapes: B batch, D features, K classes, S splits.
 """
@@ -82,7 +82,7 @@ class FeatureStatistics:
         return {"count": torch.tensor(self.count), "mean": self.mean.clone(), "scatter": self.scatter.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state_dict()`, on any device. ValueError where shapes differ."""
+        """Continue from `state_dict()`, on any device. ValueError where shapes differ."""
         _copy_in(self, state, "mean", "scatter")
         self.count = int(state["count"])
 
@@ -90,7 +90,7 @@ class FeatureStatistics:
 class InceptionScoreStatistics:
     """Per split: number of rows, sum of p [K] and sum of p log p, where p is the softmax of one image's logits.
 
-    How many images there will be is known beforehand, and so is the split of each: torch-fidelity permutes the rows by
+    The number of images is known beforehand, and so is the split of each: torch-fidelity permutes the rows by
     `RandomState(seed).permutation(n)` and cuts them into `splits` parts, part i from floor(i n / s) to
     floor((i + 1) n / s). So no logits are kept, and the images may come in any order.
 
@@ -169,7 +169,7 @@ class InceptionScoreStatistics:
         return {name: getattr(self, name).clone() for name in ("rows", "sum_p", "sum_p_log_p")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state_dict()` of the same set. ValueError where shapes differ."""
+        """Continue from `state_dict()` of the same set. ValueError where shapes differ."""
         _copy_in(self, state, "rows", "sum_p", "sum_p_log_p")
 
 

@@ -99,7 +99,7 @@ def test_each_rank_takes_its_own_gpu(environment, gpus, monkeypatch, count, vari
 @pytest.mark.parametrize(
     "count, variables, name, problem",
     [
-        (1, {"LOCAL_RANK": "1"}, "auto", "GPU 1 wanted, 1 present"),
+        (1, {"LOCAL_RANK": "1"}, "auto", "GPU 1 requested, 1 present"),
         (8, {"RANK": "1", "WORLD_SIZE": "2"}, "auto", "LOCAL_RANK is not"),
         (0, {}, "cuda", "--device cuda: no GPU is visible here"),
         (0, {}, "mps", "--device mps: not supported; choose auto, cpu or cuda"),

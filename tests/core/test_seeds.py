@@ -62,7 +62,7 @@ def test_every_image_is_dealt_exactly_once(num_images, batch_size, ranks):
 
 
 def test_batches_done_are_not_dealt_again():
-    assert sorted(deal(6, 0, 2, done=[1, 4]) + deal(6, 1, 2, done=[1, 4])) == [0, 2, 3, 5]
+    assert sorted(deal(6, 0, 2, finished=[1, 4]) + deal(6, 1, 2, finished=[1, 4])) == [0, 2, 3, 5]
 
 
 def test_derived_seeds_differ_in_every_part():
