@@ -71,7 +71,7 @@ def test_the_script_takes_the_command_and_names_what_is_missing(command, run_off
 
 # The page for users of the official repository: tables of two columns, the official command and ours
 
-PAGE = (ROOT / "docs" / "from_the_official_repository.md").read_text()
+PAGE = (ROOT / "docs" / "from_the_official_repository.md").read_text(encoding="utf-8")
 PAIRS = [
     (official, ours)
     for official, ours in re.findall(r"^\| (.+) \| `((?:VAR|xAR|edm|imm)/\S+\.py .+)` \|$", PAGE, flags=re.M)
@@ -135,6 +135,17 @@ def test_links_of_the_documents_lead_somewhere():
             target = next(part for part in target if part)
             if "://" not in target:
                 assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
+
+
+def test_files_that_the_documents_name_exist():
+    """`neon_core/merge.py` and the like; packages of backbones lie in their folders."""
+    places = [ROOT, *(ROOT / folder for folder in ("VAR", "xAR", "edm", "imm"))]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    written = re.compile(r"`((?:neon_\w+|tests|benchmarks|docs|VAR|xAR|edm|imm)/[\w/]+\.(?:py|md))`")
+    named = [(page.name, path) for page in pages for path in written.findall(page.read_text(encoding="utf-8"))]
+    assert len(named) > 60
+    missing = [(page, path) for page, path in named if not any((place / path).exists() for place in places)]
+    assert not missing
 
 
 def test_the_api_example_runs():
