@@ -29,9 +29,10 @@ test: $(READY)  ## all tests
 notebook: $(READY)  ## execute toy_appendix.ipynb, fast setting, under half a minute
 	$(BIN)/python tests/toy/run_notebook.py
 
-lint: $(READY)  ## style and formatting
+lint: $(READY)  ## style, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:  ## remove the environment and what the quickstart wrote
 	rm -rf $(VENV) runs/quickstart runs/quickstart-fast

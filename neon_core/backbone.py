@@ -64,14 +64,14 @@ class Backbone(Protocol):
         """
         ...
 
-    def assign_labels(self, seeds: Sequence[int], **settings) -> Tensor | None:
+    def assign_labels(self, seeds: Sequence[int], **settings: Any) -> Tensor | None:
         """int64 [N] on the CPU, one class for each image of the whole run, or None if unconditional.
 
         A pure function of (seeds, settings): every rank calls it with the whole list.
         """
         ...
 
-    def sample(self, seeds: Sequence[int], labels: Tensor | None, **settings) -> Tensor:
+    def sample(self, seeds: Sequence[int], labels: Tensor | None, **settings: Any) -> Tensor:
         """Images for `seeds` [B] and `labels` [B] (or None): uint8 [B, C, img_size, img_size] on the device.
 
         An image is a function of (weights, settings, its seed, its label): each draws from its own generator. Raises

@@ -95,7 +95,7 @@ def agree(subject: str | Path, look: Callable[[], T], describe: Callable[[T], An
     """
     began, patience = time.monotonic(), float(os.environ.get("NEON_SHARED_FILES_SECONDS", 60))
     while True:
-        value = error = None
+        error: UserError | None = None
         try:
             value = look()
             view = describe(value)
@@ -103,9 +103,9 @@ def agree(subject: str | Path, look: Callable[[], T], describe: Callable[[T], An
             error, view = raised, raised.message
         views = gather_objects((view, error is not None, time.monotonic() - began > patience))
         others = [number for number, other in enumerate(views) if other[:2] != views[0][:2]]
-        if not others and error is None:
-            return value
         if not others:
+            if error is None:
+                return value
             raise error
         if views[0][2]:
             seen = [str(views[number][0])[:200] for number in (0, others[0])]

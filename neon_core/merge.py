@@ -23,8 +23,8 @@ from neon_files.quantized import find_quantized
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "parametrizations.*._[uv]")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 _FRACTIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *_FLOAT8, torch.complex64, torch.complex128)
-_WHOLE = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-_WHOLE += (torch.int8, torch.int16, torch.int32, torch.int64)
+_SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+_WHOLE = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, *_SIGNED)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -134,7 +134,7 @@ def check_w(w: float) -> None:
         raise UserError(f"w = {w}: must be a finite number; the paper's rows use 0.1 to 3")
 
 
-def check_names(rule: Rule, base: Mapping[str, tuple], syn: Mapping[str, tuple]) -> None:
+def check_names(rule: Rule, base: Mapping[str, tuple[int, ...]], syn: Mapping[str, tuple[int, ...]]) -> None:
     """UserError where the two tables name -> shape do not belong to one network."""
     if rule is not neon_rule:
         base, syn = ({name: side[name] for name in base if name in syn} for side in (base, syn))
@@ -160,7 +160,8 @@ class NeonWeights:
         device: torch.device | str | None = None,
         keep: Iterable[str] = (),
     ):
-        keep, entries = tuple(keep), dict(module.named_parameters())
+        keep = tuple(keep)
+        entries: dict[str, Tensor] = dict(module.named_parameters())
         moving = {k: v for k, v in entries.items() if v.dtype in _FRACTIONS and not matches(k, keep)}
         entries |= dict(module.named_buffers())
         base, syn = (_named_like(entries, state) for state in (base, syn))
@@ -169,10 +170,9 @@ class NeonWeights:
         self.kept = tuple(self._fixed)
         _check_fit(module, "base", base, moving | self._fixed)
         _check_fit(module, "synthetic", syn, moving)
-        held = self._separate(base, entries), self._separate(syn, moving)
+        ends, self.syn = self._separate(base, entries), self._separate(syn, moving)
         if device is not None:
-            held = tuple({name: value.to(device) for name, value in state.items()} for state in held)
-        ends, self.syn = held
+            ends, self.syn = ({name: value.to(device) for name, value in state.items()} for state in (ends, self.syn))
         self.base = {name: ends[name] for name in moving}
         self._base_fixed = {name: ends[name] for name in self._fixed}
         self.w: float | None = None
@@ -191,8 +191,8 @@ class NeonWeights:
             tensor.copy_(self._base_fixed[name])
         try:
             for name, parameter in self.parameters.items():
-                ends = (state[name].to(parameter.device) for state in (self.base, self.syn))
-                parameter.copy_(neon_rule(name, *ends, w))
+                device = parameter.device
+                parameter.copy_(neon_rule(name, self.base[name].to(device), self.syn[name].to(device), w))
         except UserError:
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.base[name])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,9 +49,8 @@ def replicate(loss: nn.Module, unused_parameters: bool) -> nn.Module:
         return loss
     parameters = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # the older name
-    return DistributedDataParallel(
-        loss, gradient_as_bucket_view=True, find_unused_parameters=unused_parameters, **{buffers: False}
-    )
+    options: dict[str, Any] = {"find_unused_parameters": unused_parameters, buffers: False}
+    return DistributedDataParallel(loss, gradient_as_bucket_view=True, **options)
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
@@ -72,7 +72,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def on_rank_0(tensor: Tensor) -> Tensor | None:
+def on_rank_0(tensor: Tensor) -> Any:
     """`whole` in the host's memory on rank 0, None elsewhere: no rank holds more than one full tensor at a time."""
     full = whole(tensor.detach())
     return full.cpu() if is_main() else None
@@ -83,8 +83,9 @@ def like(tensor: Tensor, reference: Tensor) -> Tensor:
     """A copy of a full tensor, laid out as `reference` is: device, strides, shards. Fused optimizers read memory in
     the order of the parameter's, whatever the strides."""
     if hasattr(reference, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(reference, DTensor)
         tensor = distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
     return torch.empty_like(reference, dtype=tensor.dtype).copy_(tensor)
 

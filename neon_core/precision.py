@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +16,13 @@ TF32 = ("none", "conv", "all")  # nowhere, in cuDNN's convolutions (PyTorch's de
 def float32_precision(tf32: str) -> Iterator[None]:
     """Inside the block float32 is rounded to TF32 in these places, one of `TF32`, and nowhere else."""
     flags = {"none": (False, False), "conv": (True, False), "all": (True, True)}[tf32]
-    backends = torch.backends
+    backends: Any = torch.backends  # whose flags have other names in other versions
+    values: Sequence[bool | str] = flags
     if hasattr(backends.cudnn, "conv"):  # torch >= 2.9, which objects where the older flags are mixed in
         places, name = (backends.cudnn.conv, backends.cuda.matmul), "fp32_precision"
         values = ["tf32" if allowed else "ieee" for allowed in flags]
     else:
-        places, name, values = (backends.cudnn, backends.cuda.matmul), "allow_tf32", list(flags)
+        places, name = (backends.cudnn, backends.cuda.matmul), "allow_tf32"
     before = [getattr(place, name) for place in places]
     try:
         for place, value in zip(places, values, strict=True):

@@ -67,10 +67,10 @@ def training_data(
     agree(folder, lambda: {path.name: path.stat().st_size for path in paths if path.exists()})
     opened = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
 
-    def items(indices: np.ndarray) -> Tensor:
+    def read(indices: np.ndarray) -> Tensor:
         return torch.from_numpy(np.stack([opened[i // PART_ITEMS][i % PART_ITEMS] for i in indices]))
 
-    return TrainingData(items, labels, len(images))
+    return TrainingData(read, labels, len(images))
 
 
 def _is_whole(path: Path, num_items: int) -> bool:

@@ -54,17 +54,19 @@ class Ema:
     rampup_ratio: float | None = None
     warmup_steps: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.decay is None) == (self.halflife_images is None):
             raise ValueError("Ema needs exactly one of decay and halflife_images")
 
     def beta(self, images_seen: int, batch_size: int) -> float:
         """The factor after the step that began at `images_seen`."""
-        if self.decay is None:
+        if self.halflife_images is not None:
             halflife = self.halflife_images
             if self.rampup_ratio is not None:
                 halflife = min(halflife, images_seen * self.rampup_ratio)
-            return 0.5 ** (batch_size / max(halflife, 1e-8))
+            beta: float = 0.5 ** (batch_size / max(halflife, 1e-8))
+            return beta
+        assert self.decay is not None
         if self.warmup_steps is None:
             return self.decay
         step = images_seen // batch_size

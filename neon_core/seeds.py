@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from neon_files.errors import UserError
 
 END = 1 << 32  # of the seeds: random streams repeat from there
 MOST = 1 << 24  # seeds in one list, which is held in memory
+Draw = Callable[[Tensor, torch.Generator], object]  # fills the tensor
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -69,7 +70,9 @@ class PerImageRandom:
         self.device = torch.device(device)
         self.generators = [torch.Generator(self.device).manual_seed(int(seed) % (1 << 32)) for seed in seeds]
 
-    def _stack(self, draw, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _stack(
+        self, draw: Callable[[Tensor, torch.Generator], object], shape: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
         out = torch.empty((len(self.generators), *shape), dtype=dtype, device=self.device)
         for row, generator in zip(out, self.generators, strict=True):
             draw(row, generator)

@@ -11,8 +11,8 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -108,8 +108,8 @@ class FineTune:
         total = torch.zeros([], device=self.device)
         numbers = parallel.dealt(count)
         for number, (x, labels, generator) in zip(numbers, micro_batches, strict=True):
-            wait = number != numbers[-1] and isinstance(self._loss, DistributedDataParallel)
-            with self._loss.no_sync() if wait else nullcontext(), _deterministic_dropout(generator):
+            ddp = self._loss if isinstance(self._loss, DistributedDataParallel) else None
+            with ddp.no_sync() if ddp and number != numbers[-1] else nullcontext(), _deterministic_dropout(generator):
                 # the gradient is averaged over ranks, so the sum over all ranks is the mean over the batch
                 loss = self._loss(x, labels, generator, settings.precision) / (count / world_size()) * (number < count)
                 self.scaler.scale(loss).backward()
@@ -127,15 +127,15 @@ class FineTune:
         parameters = [p for p in self.backbone.net.parameters() if p.grad is not None]
         self.scaler.unscale_(self.optimizer)
         if settings.nonfinite_gradients == "zero":
-            for parameter in parameters:
-                parameter.grad.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
+            for gradient in [p.grad for p in parameters if p.grad is not None]:
+                gradient.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
         if settings.clip_norm is not None or self.must_be_finite:
             norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
             self.gradient_norm = parallel.whole(norm)
 
     @torch.no_grad()
     def _average(self) -> None:
-        if self.ema is None:
+        if self.ema is None or self.settings.ema is None:
             return
         beta = self.settings.ema.beta(self.images_seen, self.settings.batch_size)
         parameters = [p.detach() for p in self.backbone.net.parameters()]
@@ -175,7 +175,7 @@ def snapshot_plan(settings: TrainSettings) -> list[int]:
     """Images seen at each snapshot: the first step end at or past every multiple (or listed count), and the end."""
     end = math.ceil(settings.images / settings.batch_size) * settings.batch_size
     if isinstance(settings.snapshot_images, int):
-        counts = range(settings.snapshot_images, settings.images, settings.snapshot_images)
+        counts: Iterable[int] = range(settings.snapshot_images, settings.images, settings.snapshot_images)
     else:
         counts = settings.snapshot_images
     ends = {math.ceil(n / settings.batch_size) * settings.batch_size for n in counts}
@@ -238,8 +238,10 @@ def self_train(
         plan = snapshot_plan(settings)
         missing = broadcast_object([n for n in plan if not snapshot_path(out_dir, n).exists()])
         if missing:
-            spread = {"mode": how.mode, "activation_checkpointing": how.activation_checkpointing}
-            loop = _Loop(FineTune(backbone, settings, device, **spread), out_dir, identity, missing, how.state_minutes)
+            run = FineTune(
+                backbone, settings, device, mode=how.mode, activation_checkpointing=how.activation_checkpointing
+            )
+            loop = _Loop(run, out_dir, identity, missing, how.state_minutes)
             loop.resume()
             loop.train(data, how.seed, how.progress)
             parallel.keep_activations(backbone.blocks())
@@ -343,7 +345,7 @@ def _prefetched(run: FineTune, data: TrainingData, steps: range, seed: int) -> I
     count = settings.batch_size // settings.micro_batch_size
     batches = islice(backbone.data_order(data.num_items, settings.batch_size, seed), steps.start, None)
 
-    def read(indices: np.ndarray) -> list[tuple[int, Tensor, Tensor | None]]:
+    def read(indices: np.ndarray) -> list[tuple[Any, ...]]:  # number, images, labels or None
         parts = np.split(indices, count)
         return [(m % count, *map(to_pinned, data.batch(parts[m % count]))) for m in parallel.dealt(count)]
 
@@ -351,8 +353,9 @@ def _prefetched(run: FineTune, data: TrainingData, steps: range, seed: int) -> I
         return tensor.pin_memory() if tensor is not None and device.type == "cuda" else tensor
 
     with ThreadPoolExecutor(max_workers=1) as reader:
-        upcoming: Future | None = reader.submit(read, next(batches)) if len(steps) else None
+        upcoming = reader.submit(read, next(batches)) if len(steps) else None
         for step in steps:
+            assert upcoming is not None
             parts = upcoming.result()
             upcoming = reader.submit(read, next(batches)) if step + 1 < steps.stop else None
             micro_batches = []

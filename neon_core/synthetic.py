@@ -153,8 +153,8 @@ def _whole_batches(out_dir: Path, names: Sequence[str], batches: Sequence[range]
     whole = {}
     with ThreadPoolExecutor(max_workers=8) as readers:
         for b in deal(len(batches), rank(), world_size()):
-            values = list(readers.map(digest, [names[i] for i in batches[b]]))
-            if None not in values:
+            values = [value for value in readers.map(digest, [names[i] for i in batches[b]]) if value is not None]
+            if len(values) == len(batches[b]):
                 whole[b] = sum(values)
     return {b: value for part in gather_objects(whole) for b, value in part.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def parse_json(data: bytes, source: str) -> Any:
         raise UserError(f"{source} is not a JSON text ({error}); make it again") from error
 
 
-def npy_header(file: BinaryIO, num_bytes: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+def npy_header(file: IO[bytes], num_bytes: int) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, whether the order is Fortran's, dtype) of an .npy `file` of `num_bytes`, which is then at its numbers.
 
     ValueError where the header does not match the number of bytes, and for arrays of objects, whose data is a pickle.
@@ -40,9 +40,9 @@ def npy_header(file: BinaryIO, num_bytes: int) -> tuple[tuple[int, ...], bool, n
     return shape, fortran, dtype
 
 
-def npy_numbers(file: BinaryIO, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> np.ndarray:
+def npy_numbers(file: IO[bytes], shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> np.ndarray:
     """The array behind a header that `npy_header` returned."""
     buffer = bytearray(math.prod(shape) * dtype.itemsize)  # unlike bytes, it makes a writable array
-    if file.readinto(buffer) != len(buffer):
+    if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]  # as every binary file has
         raise ValueError("cut short")
     return np.frombuffer(buffer, dtype).reshape(shape, order="F" if fortran else "C")

@@ -79,7 +79,7 @@ def labels_of_folders(names: Sequence[str], source: str) -> np.ndarray | None:
     None where there are fewer than two, and where folders only number the images (000000/000123.png). UserError where
     some images lie deeper than others: the class is then ambiguous.
     """
-    depths = {}
+    depths: dict[int, str] = {}
     for name in names:
         depths.setdefault(name.count("/"), name)
     if len(depths) > 1:

@@ -112,7 +112,7 @@ class ImageSet:
         listing = "\n".join(self.names).encode() + self.indices.tobytes() + self.flipped.tobytes()
         return hashlib.sha256(b"\n".join([listing, *content])).hexdigest()[:12]
 
-    def arrays(self, items: Sequence[int]) -> np.ndarray:
+    def arrays(self, items: Sequence[int] | np.ndarray) -> np.ndarray:
         """[B, C, H, W] of the named items: uint8 images, or float32 latents; mirrored where the item is a flip."""
         if self._all is not None:
             raw = self._all[self.indices[items]]
@@ -123,7 +123,7 @@ class ImageSet:
             raw[flips] = raw[flips][..., ::-1]
         return raw
 
-    def images(self, items: Sequence[int]) -> Tensor:
+    def images(self, items: Sequence[int] | np.ndarray) -> Tensor:
         """`arrays` as a tensor on the CPU."""
         return torch.from_numpy(self.arrays(np.asarray(items)))
 

@@ -65,7 +65,7 @@ class _Folder:
 
     def _list(self, inside: str) -> list[str]:
         """The folders in a folder; its files are added to `names`."""
-        folders = []
+        folders: list[str] = []
         with os.scandir(self.path / inside) as entries:
             for entry in entries:
                 if not is_clutter(entry.name):

@@ -136,7 +136,7 @@ class InertUnpickler:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
-        for opcode, argument, _ in pickletools.genops(self._file):
+        for opcode, argument, _ in pickletools.genops(self._file):  # type: ignore[arg-type]  # it reads, readlines, tells
             self._steps += 1
             if self._steps > MAX_STEPS:
                 raise Refused(_TOO_LONG)
@@ -317,7 +317,7 @@ def _recall(self: InertUnpickler, index: int) -> None:
     self._stack.append(self._memo[index])
 
 
-_STEPS: dict[str, Callable[[InertUnpickler, Any], None]] = {
+_STEPS: dict[str, Callable[[InertUnpickler, Any], object]] = {
     **{name: lambda self, _: None for name in ("PROTO", "FRAME", "STOP")},
     "NONE": _push(lambda: None),
     "NEWTRUE": _push(lambda: True),
@@ -328,7 +328,7 @@ _STEPS: dict[str, Callable[[InertUnpickler, Any], None]] = {
     "EMPTY_TUPLE": _push(tuple),
     "MARK": lambda self, _: self._marks.append(len(self._stack)),
     "POP": InertUnpickler._pop,
-    "POP_MARK": lambda self, _: self._marked() and None,
+    "POP_MARK": lambda self, _: self._marked(),
     "DUP": lambda self, _: self._stack.append(self._stack[-1]),
     "MEMOIZE": lambda self, _: _remember(self, len(self._memo)),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _remember),

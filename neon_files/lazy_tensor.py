@@ -59,6 +59,7 @@ class Storage:
         """The bytes; those of the conjugate ("conj") or negative ("neg") numbers, if asked for."""
         if flags not in self._data:
             if not flags:
+                assert self._read is not None
                 self._data[flags], self._read = self._read(), None
             else:
                 numbers = torch.empty(0, dtype=self.dtype).set_(self.load())
@@ -239,7 +240,7 @@ def _set(items=()) -> set:
     return set(map(as_key, items))
 
 
-def _of(kind: type, allowed: tuple[type, ...]) -> Callable:
+def _of(kind: Callable, allowed: tuple[type, ...]) -> Callable:
     """`kind` called with arguments of these types only."""
 
     def make(*args: Any) -> Any:

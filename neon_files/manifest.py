@@ -76,12 +76,12 @@ class Manifest:
                 names.append(word)
             else:
                 raise UserError(f"{word}: neither a row nor a file; rows: {', '.join(self.rows)}; files: see --list")
-        return list(dict.fromkeys(self.entry(name) for name in names))
+        return list(dict.fromkeys(entry for name in names if (entry := self.entry(name))))
 
     def command(self, *names: str) -> str | None:
         """The shortest command that fetches the files of these names; None where one of them is not published."""
-        entries = [self.entry(name) for name in names]
-        if None in entries:
+        entries = [entry for name in names if (entry := self.entry(name))]
+        if len(entries) < len(names):
             return None
         required = {entry.name for entry in entries}
         rows = [row for row, files in self.rows.items() if required <= set(files)]

@@ -34,7 +34,8 @@ class _Blob:
     def __init__(self, data: Any):
         if not isinstance(data, bytes):
             raise Refused("holds a storage whose content is not bytes")
-        self._data, self._storage = data, None
+        self._data = data
+        self._storage: Storage | None = None
 
     def resolved(self) -> Storage:
         if self._storage is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -53,7 +54,7 @@ def channels(image: PIL.Image.Image) -> int:
 def pixels(image: PIL.Image.Image) -> np.ndarray:
     """uint8 [C, H, W]. 16-bit grey v becomes round(255 v / 65535). ValueError where pixels are transparent."""
     has_alpha = "A" in image.getbands() or "transparency" in image.info
-    if has_alpha and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+    if has_alpha and np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
         raise ValueError("some pixels are transparent; put the picture on a background first")
     if image.mode in GREY and image.mode != "L":
         top = (1 << _bits(image)) - 1
@@ -63,7 +64,7 @@ def pixels(image: PIL.Image.Image) -> np.ndarray:
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def _bits(image: PIL.Image.Image) -> int:
+def _bits(image: Any) -> int:
     """Of grey pixels held in 16: a TIFF may use 12. ValueError where 0 is white, which Pillow does not invert."""
     if image.format != "TIFF":
         return 16

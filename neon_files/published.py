@@ -17,17 +17,17 @@ def find_all(sources: Mapping[str, str | Path | None]) -> dict[str, Path]:
     Paths are resolved by `find_file`; URLs are fetched, unless a path is missing. Raises one UserError that names
     every missing file with its flag, and one command that fetches all published ones.
     """
-    sources = {flag: value for flag, value in sources.items() if value is not None}
+    given = {flag: value for flag, value in sources.items() if value is not None}
     files: dict[str, Path] = {}
     lacking: dict[str, UserError] = {}
-    for flag, value in sorted(sources.items(), key=lambda item: is_url(item[1])):  # local paths first
+    for flag, value in sorted(given.items(), key=lambda item: is_url(item[1])):  # local paths first
         try:
             files[flag] = _present(str(value)) if is_url(value) and lacking else fetch(value)
         except UserError as error:
             lacking[flag] = error
     if lacking:
-        raise UserError(_one_line({flag: lacking[flag] for flag in sources if flag in lacking}))
-    return {flag: files[flag] for flag in sources}
+        raise UserError(_one_line({flag: lacking[flag] for flag in given if flag in lacking}))
+    return {flag: files[flag] for flag in given}
 
 
 def _present(url: str) -> Path:
@@ -42,7 +42,7 @@ def _one_line(lacking: Mapping[str, UserError]) -> str:
     clauses = [f"{flag} {error.message}" for flag, error in lacking.items() if flag not in published]
     if published:
         names = [f"{flag} {e.path}" + (f" ({e.reason})" if is_url(e.path) else "") for flag, e in published.items()]
-        command = MANIFEST.command(*(e.entry.name for e in published.values()))
+        command = MANIFEST.command(*(e.entry.name for e in published.values() if e.entry))
         it = "it" if len(published) == 1 else "them"
         clauses.insert(0, f"not here: {', '.join(names)}; `{command}` fetches {it}")
     return "; ".join(clauses)

@@ -99,7 +99,7 @@ def open_tensors(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str
     whole = cache(lambda: map_file(path))
     tensors, end = {}, start
     for name, entry in sorted(header.items(), key=lambda item: _offsets(*item)):
-        dtype, shape = _TYPES.get(entry.get("dtype")), entry.get("shape")
+        dtype, shape = _TYPES.get(str(entry.get("dtype"))), entry.get("shape")
         if dtype is None:
             raise Unfit(f"{name} has the type {str(entry.get('dtype'))[:40]!r}, which cannot be read")
         if (

@@ -32,7 +32,8 @@ _CHUNK = 1 << 20
 
 def map_file(path: str | Path) -> UntypedStorage:
     """The whole file as memory that is read when touched; writing to it does not change the file."""
-    return UntypedStorage.from_file(os.fspath(path), False, os.path.getsize(path))
+    mapped: Any = UntypedStorage.from_file(os.fspath(path), False, os.path.getsize(path))
+    return mapped
 
 
 def part_of(whole: UntypedStorage, start: int, end: int, itemsize: int) -> UntypedStorage:
@@ -64,7 +65,8 @@ class _Archive:
     """The members of a torch zip, each read with its checksum."""
 
     def __init__(self, file: BinaryIO, whole: Callable[[], UntypedStorage]):
-        self._file, self._whole, self._mapped = file, whole, None
+        self._file, self._whole = file, whole
+        self._mapped: UntypedStorage | None = None
         self._zip = zipfile.ZipFile(file)
         self._size = file.seek(0, 2)
         members = self._zip.infolist()
@@ -200,7 +202,7 @@ def read_legacy(file: BinaryIO) -> Any:
 def _read_part(file: BinaryIO, start: int, nbytes: int) -> UntypedStorage:
     memory = torch.empty(nbytes, dtype=torch.uint8)
     file.seek(start)
-    if file.readinto(memory.numpy()) != nbytes:
+    if file.readinto(memory.numpy()) != nbytes:  # type: ignore[attr-defined]  # as every binary file of Python has
         raise EOFError("ends within its numbers")
     return memory.untyped_storage()
 

@@ -86,7 +86,7 @@ class MetricAccumulator:
                 file_order=file_order,
                 device=device,
             )
-        self.features = None  # [num_images, D], rows that were not seen are 0
+        self.features: Tensor | None = None  # [num_images, D], rows that were not seen are 0
         if keep_features or selected & {"kid", "prdc"}:
             self.features = torch.zeros(num_images, detector.num_features)
         order = "" if file_order is None else hashlib.sha256(np.asarray(file_order, np.int64).tobytes()).hexdigest()
@@ -104,6 +104,13 @@ class MetricAccumulator:
             "settings": dataclasses.asdict(self.settings),
             "file_order": self._file_order_digest,
         }
+
+    @property
+    def rows(self) -> Tensor:
+        """float32 [num_images, D]: the features, 0 of images not seen. ValueError where they are not kept."""
+        if self.features is None:
+            raise ValueError("this evaluation keeps no features")
+        return self.features
 
     @property
     def num_seen(self) -> int:
@@ -143,7 +150,7 @@ class MetricAccumulator:
             raise ValueError("cannot merge: some images were seen by both")
         for mine, theirs in zip(self._parts(), other._parts(), strict=True):
             mine.merge(theirs)
-        if self.features is not None:
+        if self.features is not None and other.features is not None:
             self.features[other.seen] = other.features[other.seen]
         self.seen |= other.seen
 
@@ -191,22 +198,25 @@ class MetricAccumulator:
             raise ValueError("FID cannot be computed without a reference")
         if self.metrics & {"kid", "prdc"} and real_features is None:
             raise ValueError("KID and PRDC cannot be computed without real_features")
-        values = {}
-        if "fid" in self.metrics:
+        values: dict[str, float] = {}
+        if self.feature_statistics is not None and reference is not None:
             values["fid"] = fid(self.feature_statistics, reference)
-        if "is" in self.metrics:
+        if self.inception_score is not None:
             values["is_mean"], values["is_std"] = self.inception_score.score()
+        if self.features is not None and real_features is not None:
+            values |= self._compared(self.features, real_features)
+        return values
+
+    def _compared(self, generated: Tensor, real: Tensor) -> dict[str, float]:
+        """What is computed from the features of both sides: KID, PRDC."""
+        values: dict[str, float] = {}
         s = self.settings
         if "kid" in self.metrics:
             values["kid_mean"], values["kid_std"] = kid(
-                generated=self.features,
-                real=real_features,
-                subsets=s.kid_subsets,
-                subset_size=s.kid_subset_size,
-                seed=s.seed,
+                generated=generated, real=real, subsets=s.kid_subsets, subset_size=s.kid_subset_size, seed=s.seed
             )
         if "prdc" in self.metrics:
-            scores = prdc(real=real_features, generated=self.features, k=s.nearest_k)
+            scores = prdc(real=real, generated=generated, k=s.nearest_k)
             values["precision"], values["recall"] = scores.precision_strict, scores.recall_strict
             values["density"], values["coverage"] = scores.density, scores.coverage
         return values

@@ -27,10 +27,25 @@ WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129
 class Detector(Protocol):
     """The interface of a feature network to the accumulators."""
 
-    name: str  # statistics of detectors with different names are never mixed
-    num_features: int  # D
-    num_classes: int  # K; 0: no logits, hence no Inception Score
-    official: bool  # True only for the published Inception weights: other distances are no FIDs to compare
+    @property
+    def name(self) -> str:
+        """Statistics of detectors with different names are never mixed."""
+        ...
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """K; 0: no logits, hence no Inception Score."""
+        ...
+
+    @property
+    def official(self) -> bool:
+        """True only for the published Inception weights: other distances are no FIDs to compare."""
+        ...
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 [B, C, H, W], any device -> {"features": [B, D], "logits": [B, K] if K > 0}, float, same order."""
@@ -50,7 +65,9 @@ class FunctionDetector:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         result = self.function(images)
-        return {"features": result} if self.num_classes == 0 else dict(zip(("features", "logits"), result, strict=True))
+        outputs = (result,) if isinstance(result, Tensor) else result
+        names = ("features", "logits") if self.num_classes else ("features",)
+        return dict(zip(names, outputs, strict=True))
 
 
 class InceptionDetector:

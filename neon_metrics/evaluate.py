@@ -68,20 +68,10 @@ class Evaluator:
                     f"{side.name}: made from {len(side.mu)} features, the detector gives {detector.num_features}"
                 )
         self.detector, self.device = detector, device
-        self._real_images = None
-        if {"kid", "prdc"} & set(metrics):
-            self._real_images = agree(
-                real_images, lambda: ImageSet(real_images, use_labels=False), lambda images: f"{len(images)} images"
-            )
-            self._check_real_images()
+        compared = {"kid", "prdc"} & set(metrics)
+        self._real_images = _open_real_images(real_images, compared) if compared and real_images is not None else None
         self._real_features: Tensor | None = None
         self._kept: KeptWork | None = None
-
-    def _check_real_images(self) -> None:
-        """UserError, on every rank alike, where they are too few, or one of them cannot be used."""
-        images = self._real_images
-        check_sizes({"kid", "prdc"} & set(self.metrics), len(images), MetricSettings(), f"are in {images.path}")
-        check_images(images)
 
     def new_accumulator(self, num_images: int, file_order: np.ndarray | None = None) -> MetricAccumulator:
         return MetricAccumulator(self.detector, num_images, self.metrics, file_order=file_order)
@@ -93,11 +83,14 @@ class Evaluator:
 
     def distance(self, total: MetricAccumulator) -> dict[str, float]:
         """{"fid"}, and {"fid_heldout"} where there is a second reference, of the images seen so far."""
+        assert total.feature_statistics is not None  # asked for by whoever goes by the distance
         return {"fid": fid(total.feature_statistics, self.reference), **self.heldout_fid(total)}
 
     def heldout_fid(self, total: MetricAccumulator) -> dict[str, float]:
         """{"fid_heldout"} of the images seen so far; {} without a second reference."""
-        return {} if self.heldout is None else {"fid_heldout": fid(total.feature_statistics, self.heldout)}
+        if self.heldout is None or total.feature_statistics is None:
+            return {}
+        return {"fid_heldout": fid(total.feature_statistics, self.heldout)}
 
     def real_features(self, batch_size: int) -> Tensor | None:
         """float32 [n, D] of the real images, extracted once, shared out over ranks."""
@@ -135,7 +128,7 @@ class Evaluator:
             total = evaluate(
                 backbone, seeds, make, settings=settings, batch_size=batch_size, kept=self._kept, **options
             )
-            values = self.compute(total, batch_size)
+            values: dict[str, Any] = dict(self.compute(total, batch_size))
         except NotFiniteImages as error:
             if not infinite:
                 raise
@@ -157,6 +150,14 @@ class Evaluator:
         """Remove the partial sums of the last call from its `work_dir`."""
         if self._kept is not None:
             self._kept.clear()
+
+
+def _open_real_images(path: str | Path, metrics: set[str]) -> ImageSet:
+    """Raises UserError, on every rank alike, where they are too few for `metrics`, or one of them cannot be used."""
+    images = agree(path, lambda: ImageSet(path, use_labels=False), lambda found: f"{len(found)} images")
+    check_sizes(metrics, len(images), MetricSettings(), f"are in {images.path}")
+    check_images(images)
+    return images
 
 
 def _checked(reference: str | Path | Reference) -> Reference:
@@ -195,7 +196,7 @@ def evaluate(
     batches = global_batches(len(seeds), batch_size)
     accumulator = new_accumulator()
     resumed = kept.resume(accumulator, new_accumulator) if kept else []
-    if resumed:
+    if kept and resumed:
         print0(f"continuing: {len(resumed)} of {len(batches)} batches were done in {kept.folder}")
     mine = deal(len(batches), rank(), world_size(), resumed)
     show = {"desc": "evaluate", "unit": "img", "disable": not (output.progress and is_main())}

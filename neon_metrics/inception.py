@@ -47,7 +47,11 @@ def _source_samples(source: int, target: int, device: torch.device) -> tuple[Ten
     high = np.minimum(low + 1, source - 1)
     fraction = position - low.astype(np.float32)
     with torch.inference_mode(False):  # whatever mode the first caller is in
-        return tuple(torch.from_numpy(a).to(device) for a in (low, high, fraction))
+        return (
+            torch.from_numpy(low).to(device),
+            torch.from_numpy(high).to(device),
+            torch.from_numpy(fraction).to(device),
+        )
 
 
 def _between(a: Tensor, b: Tensor, fraction: Tensor) -> Tensor:
@@ -68,7 +72,7 @@ class ConvUnit(nn.Module):
     def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1, padding=0):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
+        self.bn: nn.Module = nn.BatchNorm2d(c_out, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
@@ -77,6 +81,7 @@ class ConvUnit(nn.Module):
     def fold(self) -> None:
         """conv <- bn(conv(.)) with the running statistics; the product is formed in float64."""
         conv, bn = self.conv, self.bn
+        assert isinstance(bn, nn.BatchNorm2d) and bn.running_var is not None and bn.running_mean is not None
         scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
         shift = bn.bias.double() - bn.running_mean.double() * scale
         conv.weight.copy_(conv.weight.double() * scale[:, None, None, None])
@@ -103,7 +108,7 @@ average_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_i
 max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 max_pool_half = partial(F.max_pool2d, kernel_size=3, stride=2)
 
-Step = Conv | tuple[Conv, ...] | Callable[[Tensor], Tensor]  # a tuple: siblings on one input, outputs concatenated
+Step = Conv | list[Conv] | Callable[[Tensor], Tensor]  # a list: siblings on one input, outputs concatenated
 
 
 class Mixed(nn.Module):
@@ -127,16 +132,18 @@ class Mixed(nn.Module):
         for branch in self.branches:
             y = [x]
             for step in branch:
-                convs = _siblings(step)
-                y = [getattr(self, conv.name)(y[0]) for conv in convs] if convs else [step(y[0])]
+                if isinstance(step, Conv | list):
+                    y = [getattr(self, conv.name)(y[0]) for conv in _siblings(step)]
+                else:
+                    y = [step(y[0])]
             outputs += y
         return torch.cat(outputs, dim=1)
 
 
-def _siblings(step: Step) -> tuple[Conv, ...]:
+def _siblings(step: Step) -> list[Conv]:
     if isinstance(step, Conv):
-        return (step,)
-    return step if isinstance(step, tuple) else ()
+        return [step]
+    return step if isinstance(step, list) else []
 
 
 def block_a(pool_channels: int) -> list[list[Step]]:
@@ -158,7 +165,7 @@ def block_b() -> list[list[Step]]:
 
 def block_c(c: int) -> list[list[Step]]:
     row, column = (1, 7), (7, 1)
-    double = [(1, c), (column, c), (row, c), (column, c), (row, 192)]
+    double: list[tuple[int | tuple[int, int], int]] = [(1, c), (column, c), (row, c), (column, c), (row, 192)]
     return [
         [Conv("branch1x1", 1, 192)],
         [Conv("branch7x7_1", 1, c), Conv("branch7x7_2", row, c), Conv("branch7x7_3", column, 192)],
@@ -168,7 +175,7 @@ def block_c(c: int) -> list[list[Step]]:
 
 
 def block_d() -> list[list[Step]]:
-    wide = [(1, 1), ((1, 7), 1), ((7, 1), 1), (3, 2)]
+    wide: list[tuple[int | tuple[int, int], int]] = [(1, 1), ((1, 7), 1), ((7, 1), 1), (3, 2)]
     return [
         [Conv("branch3x3_1", 1, 192), Conv("branch3x3_2", 3, 320, stride=2)],
         [Conv(f"branch7x7x3_{i}", kernel, 192, stride) for i, (kernel, stride) in enumerate(wide, start=1)],
@@ -177,8 +184,8 @@ def block_d() -> list[list[Step]]:
 
 
 def block_e(pool: Callable[[Tensor], Tensor]) -> list[list[Step]]:
-    def cross(name: str) -> tuple[Conv, Conv]:
-        return Conv(f"{name}a", (1, 3), 384), Conv(f"{name}b", (3, 1), 384)
+    def cross(name: str) -> list[Conv]:
+        return [Conv(f"{name}a", (1, 3), 384), Conv(f"{name}b", (3, 1), 384)]
 
     return [
         [Conv("branch1x1", 1, 320)],

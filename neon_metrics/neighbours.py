@@ -46,8 +46,11 @@ def prdc(*, real: Tensor, generated: Tensor, k: int = 5) -> NeighbourScores:
             raise UserError(f"precision and recall with k = {k} need more than {k} images; {name} has {len(features)}")
     pair = _Pair(generated, real)
     radii_generated, radii_real = radii(generated, k), radii(real, k)
-    inside_real = {"closed": [], "open": []}  # per generated point: inside some real ball
-    reached = {"closed": [], "open": []}  # per chunk and real point: inside some generated ball
+    inside_real: dict[str, list[Tensor]] = {"closed": [], "open": []}  # per generated point: inside some real ball
+    reached: dict[str, list[Tensor]] = {
+        "closed": [],
+        "open": [],
+    }  # per chunk and real point: in some generated ball
     balls, covered = 0, torch.zeros(len(real), dtype=torch.bool, device=pair.device)
     for rows in pair.chunks():
         squares = pair.squares(rows)

@@ -45,11 +45,12 @@ class ScoreEvaluator(Evaluator):
     ):
         self.score, self.shape, self.dtype, self.device = score, tuple(shape), dtype, device
         self.detector = score_detector(self.shape)
-        self.reference, self.heldout, self.metrics = ScoreName("score", digest), None, ()
+        self.reference = ScoreName("score", digest)  # type: ignore[assignment]  # there is nothing to compare with
+        self.heldout, self.metrics = None, ()
         self._real_images = self._real_features = self._kept = None
 
     def distance(self, total: MetricAccumulator) -> dict[str, float]:
-        return {"fid": self.of(total.features[total.seen])}
+        return {"fid": self.of(total.rows[total.seen])}
 
     def compute(self, total: MetricAccumulator, batch_size: int) -> dict[str, float]:
         return self.distance(total)
@@ -60,7 +61,7 @@ class ScoreEvaluator(Evaluator):
 
     def of_blocks(self, total: MetricAccumulator) -> np.ndarray:
         """[BLOCKS] numbers whose standard deviation is the standard error of the mean of the blocks' scores."""
-        parts = np.array([self.of(rows) for rows in total.features.tensor_split(min(BLOCKS, len(total.features) // 2))])
+        parts = np.array([self.of(rows) for rows in total.rows.tensor_split(min(BLOCKS, len(total.rows) // 2))])
         return parts / math.sqrt(len(parts))
 
 

@@ -94,7 +94,7 @@ def _read(path: Path, num_features: int | None) -> list[np.ndarray]:
             infos = [archive.getinfo(f"{name}.npy") for name in ("mu", "sigma")]
             files = [opened.enter_context(archive.open(info)) for info in infos]
             headers = [npy_header(file, info.file_size) for file, info in zip(files, infos, strict=True)]
-            _check_headers(path, *headers, num_features)
+            _check_headers(path, headers[0], headers[1], num_features)
             return [npy_numbers(file, *header) for file, header in zip(files, headers, strict=True)]
     except UserError:
         raise

@@ -70,11 +70,12 @@ class BackboneCommands:
     def find_row(self, name: str | None, default: str | None, training: bool = False) -> Row:
         """The row that --preset names. Raises UserError, also for `training` without a row: no settings fit any
         network."""
-        if name is None and default is None:
+        chosen = name or default
+        if chosen is None:
             if self.without_row is not None and not training:
                 return self.without_row
             raise UserError(f"--preset is missing; choose one of {', '.join(row.name for row in self.rows)}")
-        return self.more_presets.get(name or default) or choose_row(self.rows, name or default, "--preset ")
+        return self.more_presets.get(chosen) or choose_row(self.rows, chosen, "--preset ")
 
 
 def find_backbones() -> list[BackboneCommands]:

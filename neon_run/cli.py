@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,7 +30,7 @@ def run(command: click.Command, words: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def measured_line(result: dict, settings: Sequence[str], digits: int = 4) -> str:
+def measured_line(result: Mapping[str, Any], settings: Sequence[str], digits: int = 4) -> str:
     """`FID=1.7800 | IS=300.5000±2.2500 | <settings>` as the official scripts print it, and behind it what else was
     measured, and the detector where it is not the official one."""
     parts = [f"FID={result['fid']:.{digits}f}"] if "fid" in result else []

@@ -221,7 +221,7 @@ class Improvement(Reproduction):
     def travelled(self, snapshot: Path) -> float:
         """|theta_syn - theta_base| / |theta_base| over the trained parameters."""
         base, syn = (read_checkpoint(path).state for path in (self.files["base"], snapshot))
-        names = self.model.backbone.trained
+        names = self.model.backbone.trained  # type: ignore[attr-defined]  # of an improvement's own backbone
         length = sum((syn[name].double() - base[name].double()).square().sum().item() for name in names)
         return math.sqrt(length / sum(base[name].double().square().sum().item() for name in names))
 
@@ -229,6 +229,7 @@ class Improvement(Reproduction):
         """UserError, before any training, where the score of S is not a number."""
         images = ImageSet(self.out_dir / "synthetic", use_labels=False)
         rows = images.images(range(len(images))).flatten(1).float()
+        assert isinstance(self.plan.evaluator, ScoreEvaluator)
         value = self.plan.evaluator.of(rows)
         if not math.isfinite(value):
             raise UserError(f"score: is {value} for the {len(rows)} images of S; a finite number is wanted")
@@ -246,6 +247,7 @@ def _compared_with(
     if score is not None:
         digest = fingerprint(score)
         return {"evaluator": ScoreEvaluator(score, parts.shape, parts.dtype, device=device, digest=digest)}
+    assert real is not None  # one of the two is given
     if str(real).endswith(".npz"):
         return {"reference": Path(real)}
     return {"reference": _reference(Path(real), parts, detector, device, out)}
@@ -273,7 +275,9 @@ def _reference(real: Path, parts: Parts, detector: Any, device: torch.device, ou
 
 def _claim(out: Path, parts: Parts, score: Callable | None) -> None:
     """Write theta_base and what the run is of; UserError where `out` holds a run of something else."""
-    about = {name: fingerprint(f) for name, f in (("sample", parts.sample), ("loss", parts.loss), ("score", score))}
+    about: dict[str, Any] = {
+        name: fingerprint(f) for name, f in (("sample", parts.sample), ("loss", parts.loss), ("score", score))
+    }
     about |= {"num_classes": parts.num_classes, "shape": list(parts.shape)}
     state = {name: value.detach().cpu().contiguous() for name, value in parts.net.state_dict().items()}
     if is_main():

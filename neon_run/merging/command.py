@@ -45,7 +45,8 @@ def merge_paths(
     ends = tuple(zip((find_checkpoint(base), find_checkpoint(syn)), entries, strict=True))
     if not dense and any(looks_like_adapter(path, open_weights(path, entry).loaders) for path, entry in ends):
         _refuse(rule != NEON, f"--rule {rule}")
-        folders.merge_adapter_files(*(WeightFile(path, entry) for path, entry in ends), steps, out, scale)
+        ours, theirs = (WeightFile(path, entry) for path, entry in ends)
+        folders.merge_adapter_files(ours, theirs, steps, out, scale)
         return
     if scale is not None:
         raise UserError("--scale: is of LoRA adapters, these are networks")

@@ -65,7 +65,8 @@ def merge_files(
     def merged_dtype(name: str) -> torch.dtype:
         if name not in theta_syn.loaders or steps.keeps(name):
             return layouts[0][name][0]
-        return apply(name, *(torch.empty(0, dtype=layout[name][0]) for layout in layouts), steps.of(name)).dtype
+        base, syn = (torch.empty(0, dtype=layout[name][0]) for layout in layouts)
+        return apply(name, base, syn, steps.of(name)).dtype
 
     layout: Layout = {name: (merged_dtype(name), shape) for name, (_, shape) in layouts[0].items()}
     if not is_torch_name(out):

@@ -228,7 +228,7 @@ def _check_places(out: Path, *inputs: Path) -> None:
         raise UserError(f"-o {out}: is there already; name a new folder, or remove it")
 
 
-def _write_folder(out: Path, files: dict[str, Path], writers: dict[str, Writer], record: Mapping[str, Any]) -> None:
+def _write_folder(out: Path, files: Mapping[str, Path], writers: dict[str, Writer], record: Mapping[str, Any]) -> None:
     with atomic_folder(out) as temporary:
         for name, source in files.items():
             if name in writers:

@@ -126,7 +126,8 @@ def read_adapter(
     Raises UserError for adapters of another kind, and for factors that do not fit each other.
     """
     configs = _configs(name, config, header or {})
-    pairs, rest, alphas, known = {}, dict(state), 0, True
+    pairs: dict[str, Pair] = {}
+    rest, alphas, known = dict(state), 0, True
     for key in state:
         module, up_key = _factor(key) or (None, "")
         if module is None:
@@ -137,10 +138,9 @@ def read_adapter(
         if module in pairs:
             raise UserError(f"{name}: {key} and {pairs[module].names[0]} adapt one module; merge the network it gives")
         _check_pair(name, key, down, up_key, up)
+        factor = _scale(module, down.shape[0], configs) if alpha is None else None
         if alpha is not None:
             alphas, factor = alphas + 1, _number(alpha, f"{name}: {module}.alpha") / down.shape[0]
-        else:
-            factor = _scale(module, down.shape[0], configs)
         known &= factor is not None
         pairs[module] = Pair(down, up, factor if factor is not None else 1.0 if scale is None else scale, (key, up_key))
     _check_rest(name, rest)

@@ -139,7 +139,7 @@ def _maybe_json(text: str) -> Any:
 
 def write_torch(path: Path, layout: Layout, load: Callable[[str], Tensor], versions: Any = None) -> None:
     """A plain state dict, whole in memory, since torch files cannot be written in parts; `versions` are of modules."""
-    state = OrderedDict((name, load(name)) for name in layout)
+    state: Any = OrderedDict((name, load(name)) for name in layout)
     if versions is not None:
         state._metadata = versions
     with atomic_path(path) as temporary:

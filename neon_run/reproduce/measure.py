@@ -94,7 +94,7 @@ class Measurement:
         out, drawn = None, {}
         for name, (snapshot, w, guidance) in ends.items():
             total = self.sweep.statistics(snapshot, w, self.seeds, **self._varied(guidance))
-            if total is not None:
+            if total is not None and total.features is not None:
                 print0(f"bootstrap: {name}, {self.plan.resamples} resamples")
                 drawn[name] = self._resampled(total)
         if is_main():
@@ -108,7 +108,7 @@ class Measurement:
         evaluator = self.sweep.evaluator
         if isinstance(evaluator, ScoreEvaluator):
             return evaluator.of_blocks(total)
-        blocks = block_statistics(total.features, self.sweep.batch_size)
+        blocks = block_statistics(total.rows, self.sweep.batch_size)
         return bootstrap_fids(blocks, evaluator.reference, resamples=self.plan.resamples, seed=self.plan.seed)
 
 

@@ -132,13 +132,14 @@ class Reproduction:
         paths = {name: obtain(path).resolve() for name, path in sources.items() if path}
         if prepare is None:
             paths |= {name: obtain(path).resolve() for name, path in self.frozen_files(paths["base"]).items()}
-        identity = {name: (str(p), p.stat().st_size, p.stat().st_mtime_ns) for name, p in paths.items()}
+        identity: dict[str, Any] = {name: (str(p), p.stat().st_size, p.stat().st_mtime_ns) for name, p in paths.items()}
         if prepare is not None:
-            identity |= {"prepare": dataclasses.asdict(prepare), "seed": plan.seed}
+            settings: Any = prepare  # a dataclass, see `Prepare`
+            identity |= {"prepare": dataclasses.asdict(settings), "seed": plan.seed}
 
         def work() -> dict:
             prepared = {} if prepare is None else prepare(self.row, self.out_dir / "prepared", plan.seed)
-            files_here = {name: Path(path) for name, path in (prepared | paths).items()}
+            files_here = {name: Path(path) for name, path in {**prepared, **paths}.items()}
             hashes = broadcast_object(
                 {n: sha256_file(_vouching(p)) for n, p in files_here.items()} if is_main() else None
             )

@@ -65,7 +65,9 @@ def _quick(row: Row, plan: SearchPlan, sweep: GrowingSweep, measure: Measure) ->
     budget = Budget(ranking_images=plan.ranking_images, deciding_images=plan.deciding_images)
     lengths = step_lengths(sweep, evenly(list(sweep.snapshots), plan.snapshots)[::-1])
     w_axis = _axis(row.w_range, row.w)
-    guidance_axis = _axis(row.guidance_range, row.evaluate.get(row.guidance)) if row.guidance else None
+    guidance_axis = None
+    if row.guidance and row.guidance_range:
+        guidance_axis = _axis(row.guidance_range, row.evaluate[row.guidance])
     best = search(measure, lengths, w_axis, guidance_axis, budget).best
     if guidance_axis is None:
         measure(BASE, 0.0, None, plan.deciding_images)
@@ -82,7 +84,8 @@ def _official(grid: Grid, snapshots: Sequence[str], measure: Measure, count: int
         measured[snapshot, w, guidance] = measure(snapshot, w, guidance, count)
         return measured[snapshot, w, guidance]
 
-    guidances = sorted(grid.guidances) if None not in grid.guidances else grid.guidances
+    known = [value for value in grid.guidances if value is not None]
+    guidances = sorted(known) if len(known) == len(grid.guidances) else grid.guidances
     of_base = early_stopped_grid([BASE], [0.0], guidances, fid, grid.tolerance)
     if not math.isfinite(measured[of_base]):
         raise UserError("the base's own images are not finite at any guidance of the grid; check its file")

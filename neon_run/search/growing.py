@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class _Slice(MetricAccumulator):
 
     offset = 0
 
-    def update(self, images: Tensor, indices: Tensor) -> None:
-        super().update(images, indices + self.offset)
+    def update(self, images: Tensor, indices: Tensor | Iterable[int]) -> None:
+        super().update(images, [int(i) + self.offset for i in indices])
 
 
 class GrowingSweep(Sweep):
@@ -58,7 +58,7 @@ class GrowingSweep(Sweep):
             began = time.monotonic()
             try:
                 total, sampled = self._seen(what, settings, seeds, count, varied)
-                values = self._values(total)
+                values: dict[str, Any] = dict(self._values(total))
             except NotFiniteImages as error:  # on every rank alike
                 sampled, values = 0, {"fid": math.inf, "not_finite": error.message}
             found = broadcast_object(
@@ -143,8 +143,8 @@ class GrowingSweep(Sweep):
         metrics = {"fid"} & set(self.evaluator.metrics)
         few = MetricAccumulator(self.evaluator.detector, total.num_images, metrics, keep_features=True)
         if few.feature_statistics is not None:
-            few.feature_statistics.update(total.features[:count])
-        few.features[:count] = total.features[:count]
+            few.feature_statistics.update(total.rows[:count])
+        few.rows[:count] = total.rows[:count]
         few.seen[:count] = True
         return few
 
@@ -163,7 +163,12 @@ class GrowingSweep(Sweep):
         if not is_main():
             return None
         total = MetricAccumulator(self.evaluator.detector, whole, self.evaluator.metrics, keep_features=True)
-        return total if intact(path, read_tensors, lambda saved: total.load_state_dict(saved) or True) else None
+
+        def load(saved: dict[str, Any]) -> bool:
+            total.load_state_dict(saved)
+            return True
+
+        return total if intact(path, read_tensors, load) else None
 
     def _statistics_path(self, what: dict, varied: dict) -> Path:
         name = self._path(what, varied, 0).stem.replace("-n0-", "-")
@@ -175,7 +180,7 @@ class GrowingSweep(Sweep):
         if part is None:
             return
         few = self.backbone.assign_labels(seeds[start : start + 1 + (count - start) // 2], **settings)
-        if not torch.equal(part[: len(few)], few):
+        if few is None or not torch.equal(part[: len(few)], few):
             raise UserError(
                 "with these sampler settings a label depends on the number of images, which a search varies"
             )

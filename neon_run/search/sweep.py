@@ -153,7 +153,7 @@ class Sweep:
         if snapshot == BASE or w == 0:
             self.restore()
             return
-        if self._at != snapshot:
+        if self._at != snapshot or self._weights is None:
             self._weights = None  # before the next is read: one pair in memory at a time
             theta_syn = read_state(self.snapshots[snapshot], self.theta_base)
             self._weights = NeonWeights(self.backbone.net, self.theta_base, theta_syn)
