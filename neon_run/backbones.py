@@ -1,7 +1,7 @@
-"""What a backbone offers to the commands, and which backbones there are; none is named here.
+"""The interface of a backbone to the commands, and the list of backbones; none is named here.
 
-A package with rows has a module `commands` whose `COMMANDS` is a `BackboneCommands`. It is found by an entry point of
-the group `neon.backbones` (an installed package), or as a folder */neon_*/ of the checkout that this file lies in.
+A package with rows has a module `commands` whose `COMMANDS` is a `BackboneCommands`. It is discovered by an entry point
+of the group `neon.backbones` (an installed package), or as a folder */neon_*/ of the checkout that this file lies in.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Flags = tuple[click.Option, ...]
 
 
 def plain_line(result: Mapping[str, Any]) -> list[str]:
-    """Which settings a result line names, beside the metrics."""
+    """The settings that a result line names, beside the metrics."""
     return [f"{name}={value}" for name, value in result["settings"].items()]
 
 
@@ -44,7 +44,7 @@ class BackboneCommands:
     metrics: str = "fid,is"  # of calculate_fid, where --metrics is not given; of sweep: fid
     default: str | None = None  # row of generate, finetune and sweep where --preset is not given
     default_fid: str | None = None  # the same of calculate_fid
-    without_row: Row | None = None  # what stands for a row where --preset is not given and has no default; not trained
+    without_row: Row | None = None  # the row where --preset is not given and has no default; not trained
     preset: tuple[str, ...] = ()  # further spellings of --preset
     more_presets: Mapping[str, Row] = field(default_factory=dict)  # names of official settings, beside the rows
     base: tuple[str, ...] = ()  # further spellings of the base's flag in finetune and sweep
@@ -56,16 +56,16 @@ class BackboneCommands:
     sampler_settings: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda settings, given: settings
     train: Flags = ()  # -> training settings, through `train_settings`, beside the common ones
     train_settings: Callable[[Row, Mapping[str, Any]], TrainSettings] | None = None  # None: the common ones only
-    check: Flags = ()  # of finetune: what the official script says about the network, through `check_claims`
+    check: Flags = ()  # of finetune: the official script's properties of the network, through `check_claims`
     check_claims: Callable[[Any, Mapping[str, Any]], None] = lambda backbone, claims: None
-    # Official flags without a counterpart; a command that has an option of this spelling keeps its own.
+    # Official flags without a counterpart, unless the command has an option of this spelling.
     ignored: Flags = ()  # accepted without effect; their help is printed as a note
-    refused: Mapping[str, str] = field(default_factory=dict)  # spelling -> which flag to give here instead
+    refused: Mapping[str, str] = field(default_factory=dict)  # spelling -> the flag to give instead
     seed_block: int = 1  # --seed N of generate and calculate_fid: image i has the seed N * seed_block + i
     search_seeds: tuple[str, ...] = ()  # further spellings of sweep's --search_seeds
     final_seeds: tuple[str, ...] = ()  # and of its --final_seeds
     words: Callable[[str, Sequence[str]], list[str]] = lambda stage, words: list(words)  # the official form -> flags
-    merge_rule: Rule | None = None  # what the official merge computes, where it differs from ours
+    merge_rule: Rule | None = None  # the official merge, where it differs from ours
 
     def find_row(self, name: str | None, default: str | None, training: bool = False) -> Row:
         """The row that --preset names. Raises UserError, also for `training` without a row: no settings fit any

@@ -1,4 +1,4 @@
-"""How a command runs, what it prints and writes."""
+"""Running a command, its result line and its result file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from neon_files.errors import UserError
 
 
 def run(command: click.Command, words: Sequence[str] | None = None) -> None:
-    """Run a script's command on `words`, by default this process's arguments; an error that the user can mend is one
+    """Run a script's command on `words`, by default this process's arguments; an error that the user can fix is one
     line, printed once for all ranks."""
     try:
         code = command.main(words, standalone_mode=False)
@@ -31,8 +31,8 @@ def run(command: click.Command, words: Sequence[str] | None = None) -> None:
 
 
 def measured_line(result: Mapping[str, Any], settings: Sequence[str], digits: int = 4) -> str:
-    """`FID=1.7800 | IS=300.5000±2.2500 | <settings>` as the official scripts print it, and behind it what else was
-    measured, and the detector where it is not the official one."""
+    """`FID=1.7800 | IS=300.5000±2.2500 | <settings>` as the official scripts print it, then further metrics, and the
+    detector where it is not the official one."""
     parts = [f"FID={result['fid']:.{digits}f}"] if "fid" in result else []
     if "is_mean" in result:
         parts.append(f"IS={result['is_mean']:.{digits}f}±{result['is_std']:.{digits}f}")

@@ -52,7 +52,7 @@ def stage_command(stage: str, name: str) -> click.Command:
         ],
         callback=callback,
         help=f"{STAGES[stage][2]} `neon rows` lists the rows, `neon {name} ROW --help` the flags.",
-        context_settings={"allow_interspersed_args": False},  # what follows ROW is the script's, --help too
+        context_settings={"allow_interspersed_args": False},  # words after ROW are the script's, --help too
     )
 
 

@@ -28,12 +28,12 @@ from neon_run.row import Row
 from neon_run.search.find import SearchPlan
 from neon_run.search.sweep import find_checkpoints
 
-Values = Mapping[str, Any]  # what click read: name -> value
+Values = Mapping[str, Any]  # of click's parameters: name -> value
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
 def run_script(stage: str, commands: BackboneCommands, preset: str | None = None) -> None:
-    """What a script calls: the command of `stage`, on this process's arguments. `preset` replaces its default row."""
+    """Main function of a script: the command of `stage` on the process's arguments. `preset` is its default row."""
     script = command(stage, commands, preset)
     name = Path(sys.argv[0]).name
     run(click.Command(stage, callback=lambda: run_words(script, commands, stage, sys.argv[1:], name)), [])
@@ -59,15 +59,15 @@ def command(stage: str, commands: BackboneCommands, preset: str | None = None) -
         "--preset", *commands.preset, "preset", default=default, metavar="ROW",
         help=f"{', '.join(row.name for row in commands.rows)}: defaults for every flag left out.",
     )  # fmt: skip
-    own = [preset_flag, *parameters(commands)]
-    taken = {name for option in own for name in (*option.opts, *option.secondary_opts)}
+    options = [preset_flag, *parameters(commands)]
+    taken = {name for option in options for name in (*option.opts, *option.secondary_opts)}
     ignored = [option for option in commands.ignored if not taken.intersection(option.opts)]
     refused = [f.refused(name, advice) for name, advice in commands.refused.items() if name not in taken]
-    return click.Command(stage, params=[*own, *ignored, *refused], callback=callback, help=text,
+    return click.Command(stage, params=[*options, *ignored, *refused], callback=callback, help=text,
                          context_settings=HELP)  # fmt: skip
 
 
-# What the stages share
+# Shared by the stages
 
 
 def chosen_row(commands: BackboneCommands, default: str | None, values: Values, stage: str) -> Row:
@@ -80,9 +80,9 @@ def chosen_row(commands: BackboneCommands, default: str | None, values: Values, 
     return stages.with_settings(row, **{stage: settings}, batch_size=values["batch_size"], tf32=tf32)
 
 
-def base_flag(commands: BackboneCommands, own: bool = False) -> click.Option:
-    """The flag that names the checkpoint: theta_base with the row's as default, or (`own`) any, which must be given."""
-    if own:
+def base_flag(commands: BackboneCommands, any_checkpoint: bool = False) -> click.Option:
+    """The flag that names the checkpoint: theta_base, by default the row's, or with `any_checkpoint` a required one."""
+    if any_checkpoint:
         text = "Checkpoint: base, fine-tuned or merged; path or URL."
         return f.flag(*commands.checkpoint, "checkpoint", required=True, metavar="PATH|URL", help=text)
     names = (*commands.checkpoint, "--base", *commands.base)
@@ -100,21 +100,21 @@ def find_model(
         raise UserError(f"{flag} is missing; give it, or a --preset")
     options = f.given(values, (*commands.load, f.ENTRY))
     needed = row.backbone.frozen_files(Path(checkpoint), **{**row.load, **options})
-    wanted = {flag: checkpoint, **{f"--{name}": path for name, path in needed.items()}, **(others or {})}
-    found = find_all({name: path for name, path in wanted.items() if path})
+    sources = {flag: checkpoint, **{f"--{name}": path for name, path in needed.items()}, **(others or {})}
+    files = find_all({name: path for name, path in sources.items() if path})
     model = stages.Model(
         row,
-        found[flag],
+        files[flag],
         device,
-        frozen={name: found[f"--{name}"] for name in needed},
+        frozen={name: files[f"--{name}"] for name in needed},
         options={name: value for name, value in options.items() if name not in needed},
         training=f.given(values, commands.load_training),
     )
-    return model, found
+    return model, files
 
 
 def measurement_files(row: Row, values: Values) -> dict[str, Any]:
-    """Flag -> file of what measuring needs: the reference, and Inception's weights where they are nowhere yet."""
+    """Flag -> file of the measurement: the reference, and Inception's weights where they are not present."""
     reference = values["reference"] or row.fid_stats
     if not reference:
         raise UserError("--ref is missing; give it, or a --preset")
@@ -124,27 +124,27 @@ def measurement_files(row: Row, values: Values) -> dict[str, Any]:
     return {"--fid_stats": reference, "--detector": detector}
 
 
-def make_evaluator(found: Mapping[str, Path], values: Values, device: torch.device) -> Evaluator:
-    """Of --metrics; where that has no default, of every metric that is to be had."""
-    options = {"detector": found.get("--detector"), "real_images": values["real_images"]}
+def make_evaluator(files: Mapping[str, Path], values: Values, device: torch.device) -> Evaluator:
+    """With --metrics; where that is not given and has no default, with every available metric."""
+    options = {"detector": files.get("--detector"), "real_images": values["real_images"]}
     if values["metrics"] is None and not values["no_isc"]:
-        return stages.open_evaluator(found["--fid_stats"], device, **options)
+        return stages.open_evaluator(files["--fid_stats"], device, **options)
     metrics = tuple(name for name in values["metrics"] or ("fid",) if not (values["no_isc"] and name == "is"))
-    return Evaluator(found["--fid_stats"], device=device, metrics=metrics, **options)
+    return Evaluator(files["--fid_stats"], device=device, metrics=metrics, **options)
 
 
 def chosen_seeds(commands: BackboneCommands, values: Values, default: Sequence[int], num_classes: int) -> Sequence[int]:
     """The seeds of --num_images, --per_class, --seed or --seeds; UserError where they contradict each other."""
     count, per_class, seed, seeds = (values[option.name] for option in f.IMAGES)
     if sum(value is not None for value in (count, per_class, seeds)) > 1:
-        raise UserError("--num_images, --per_class and --seeds all say how many; give one of them")
+        raise UserError("--num_images, --per_class and --seeds all set the number of images; give one of them")
     if seeds is not None:
         if seed is not None:
-            raise UserError("--seed and --seeds both say which images; give one of them")
+            raise UserError("--seed and --seeds both select the images; give one of them")
         return seeds
     if per_class is not None:
         if not num_classes:
-            raise UserError("--per_class: this network knows no classes; use --num_images")
+            raise UserError("--per_class: this network has no classes; use --num_images")
         count = per_class * num_classes
     start = default[0] if seed is None else seed * commands.seed_block
     if seed is None and count is None:
@@ -173,8 +173,8 @@ def _generate(commands: BackboneCommands, default: str | None, values: Values) -
         row.backbone.check_settings(**row.generate)
         if values["img_size"] or values["class_num"]:
             stages.check_image_size(model.backbone, values["img_size"], values["class_num"])
-        own = range(row.synthetic_seed, row.synthetic_seed + row.num_synthetic)
-        seeds = chosen_seeds(commands, values, own, model.backbone.num_classes if values["per_class"] else 0)
+        default_seeds = range(row.synthetic_seed, row.synthetic_seed + row.num_synthetic)
+        seeds = chosen_seeds(commands, values, default_seeds, model.backbone.num_classes if values["per_class"] else 0)
         if values["num_images"] and values["num_images"] < model.backbone.num_classes:
             say(f"note: --num_images {values['num_images']} is the number of all images; of each class: --per_class")
         manifest = stages.generate(model, values["out_dir"], seeds)
@@ -206,13 +206,13 @@ def _finetune(commands: BackboneCommands, default: str | None, values: Values) -
     if commands.train_settings is not None:
         row = replace(row, train=commands.train_settings(row, f.given(values, (*f.TRAINING, *commands.train))))
     row = replace(row, train_tf32={None: row.train_tf32, True: "all", False: "none"}[values["tf32"]])
-    how = stages.TrainingRun(**f.given(values, f.TRAINING_RUN))
+    training_run = stages.TrainingRun(**f.given(values, f.TRAINING_RUN))
     with prepared(commands, values) as device:
         model, _ = find_model(commands, row, values, device)
         claims = f.given(values, commands.check)
         if claims:
             commands.check_claims(model.backbone, claims)
-        snapshots = stages.finetune(model, values["data"], values["out_dir"], how)
+        snapshots = stages.finetune(model, values["data"], values["out_dir"], training_run)
         last = max(snapshots)
         line = f"{len(snapshots)} snapshots | {values['out_dir']} | {last} images | last={snapshots[last].name}"
         record = {"row": row.id, "snapshots": {n: str(path) for n, path in snapshots.items()}}
@@ -226,16 +226,16 @@ def _sweep(commands: BackboneCommands, default: str | None, values: Values) -> N
         raise UserError("--snapshots is missing; name the folder of a fine-tune, or checkpoints as --synthetic")
     seeds, final_seeds, plan = search_images(row, values)
     with prepared(commands, values) as device:
-        files = {f"--synthetic {path}": path for path in values["synthetic"]}
-        model, found = find_model(commands, row, values, device, {**measurement_files(row, values), **files})
+        given_files = {f"--synthetic {path}": path for path in values["synthetic"]}
+        model, files = find_model(commands, row, values, device, {**measurement_files(row, values), **given_files})
         row.backbone.check_settings(**row.evaluate)
         if values["synthetic"]:
-            snapshots = {found[name].stem: found[name] for name in files}
+            snapshots = {files[name].stem: files[name] for name in given_files}
         else:
             snapshots = find_checkpoints(values["snapshots"], row.grid.first_images, row.grid.last_images)
         if values["metrics"] is not None and "fid" not in values["metrics"]:
-            raise UserError("--metrics: a search goes by FID; add fid")
-        evaluator = make_evaluator(found, values, device)
+            raise UserError("--metrics: a search compares FIDs; add fid")
+        evaluator = make_evaluator(files, values, device)
         images = stages.SearchImages(seeds, final_seeds)
         result = stages.sweep(model, evaluator, snapshots, values["out_dir"], plan, images)
         best = result["result"]
@@ -246,20 +246,20 @@ def _sweep(commands: BackboneCommands, default: str | None, values: Values) -> N
 def search_images(row: Row, values: Values) -> tuple[Sequence[int], Sequence[int], SearchPlan]:
     """(seeds of the search, of its best point, the plan). The search uses the first seeds of the row's evaluation, the
     best point those behind them, which no search has seen."""
-    own = parse_seeds(row.evaluate_seeds)
+    evaluation = parse_seeds(row.evaluate_seeds)
     quick = values["kind"] == "quick"
-    count = len(own) if quick and values["num_images"] is None else row.grid.num_images
-    seeds = values["search_seeds"] or own[:count]
+    count = len(evaluation) if quick and values["num_images"] is None else row.grid.num_images
+    seeds = values["search_seeds"] or evaluation[:count]
     deciding = min(SearchPlan().deciding_images, len(seeds))
     plan = SearchPlan(values["kind"], 4, min(SearchPlan().ranking_images, deciding), deciding)
     if not values["final"] or values["final_images"] == 0:
         return seeds, (), plan
-    behind = range(max(own) + 1, max(own) + 1 + (values["final_images"] or len(own)))
-    return seeds, values["final_seeds"] or behind, plan
+    final = range(max(evaluation) + 1, max(evaluation) + 1 + (values["final_images"] or len(evaluation)))
+    return seeds, values["final_seeds"] or final, plan
 
 
 def chosen_grid(row: Row, values: Values) -> Any:
-    """The row's grid with what the command line says otherwise."""
+    """The row's grid with the changes of the command line."""
     grid = row.grid
     guidances = values.get("guidances")
     changes = {
@@ -283,25 +283,25 @@ def _calculate_fid(commands: BackboneCommands, default: str | None, values: Valu
         raise UserError("--w: needs --synthetic, the fine-tuned checkpoint to step away from")
     with prepared(commands, values) as device:
         others = {**measurement_files(row, values), "--synthetic": values["synthetic"]}
-        model, found = find_model(commands, row, values, device, others)
+        model, files = find_model(commands, row, values, device, others)
         row.backbone.check_settings(**row.evaluate)
-        own = commands.find_row(values["preset"], default)
-        if row.evaluate != own.evaluate and own is not commands.without_row:
-            settings = ", ".join(f"{name} {value}" for name, value in own.evaluate.items())
+        preset = commands.find_row(values["preset"], default)
+        if row.evaluate != preset.evaluate and preset is not commands.without_row:
+            settings = ", ".join(f"{name} {value}" for name, value in preset.evaluate.items())
             say(f"note: the settings of {row.id} are {settings}")
-        evaluator = make_evaluator(found, values, device)
+        evaluator = make_evaluator(files, values, device)
         stages.check_image_size(model.backbone, values["img_size"], values["class_num"])
         seeds = chosen_seeds(commands, values, parse_seeds(row.evaluate_seeds), model.backbone.num_classes)
         result = stages.calculate_fid(
             model, evaluator, seeds, work_dir=values["work_dir"], save_images=values["save_images"],
-            synthetic=found.get("--synthetic"),
+            synthetic=files.get("--synthetic"),
         )  # fmt: skip
         write_result(result, result_line(commands, result), values["json_path"])
         evaluator.clear()
 
 
 def result_line(commands: BackboneCommands, result: Mapping[str, Any]) -> str:
-    """The metrics and what they depend on, in the form of the backbone's official script."""
+    """The metrics and their settings, in the form of the backbone's official script."""
     return measured_line(result, commands.result_settings(result), commands.digits)
 
 
@@ -317,10 +317,10 @@ def _generate_flags(commands: BackboneCommands) -> list[click.Option]:
 
 
 def _finetune_flags(commands: BackboneCommands) -> list[click.Option]:
-    own = {option.name for option in commands.train}
+    names = {option.name for option in commands.train}
     return [
         base_flag(commands), f.ENTRY, *commands.load, f.DATA, f.OUT_DIR, *commands.load_training,
-        *(option for option in f.TRAINING if option.name not in own), *commands.train, *commands.check,
+        *(option for option in f.TRAINING if option.name not in names), *commands.train, *commands.check,
         *f.TRAINING_RUN, f.TF32, f.DEVICE, f.JSON,
     ]  # fmt: skip
 
@@ -349,7 +349,7 @@ def _sweep_flags(commands: BackboneCommands) -> list[click.Option]:
 
 def _calculate_fid_flags(commands: BackboneCommands) -> list[click.Option]:
     return [
-        base_flag(commands, own=True), f.ENTRY, *commands.load,
+        base_flag(commands, any_checkpoint=True), f.ENTRY, *commands.load,
         f.flag("--synthetic", "--aux_resume", *commands.synthetic, "synthetic", type=f.FILE,
                help="theta_syn: measure base - w (synthetic - base)."),
         f.flag("--w", "--neon_w", "w", type=float, callback=f.parse_finite, help="That w.  [default: the row's]"),

@@ -1,6 +1,6 @@
-"""The flags that the commands of all backbones share, and how their values are read.
+"""The flags that the commands of all backbones share, and the parsing of their values.
 
-A backbone adds its own in `neon_<name>/commands.py`. Where an official script spells a flag otherwise, both work.
+A backbone adds further ones in `neon_<name>/commands.py`. Where an official script spells a flag otherwise, both work.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def flag(*names: str, **settings: Any) -> click.Option:
 
 
 def refused(name: str, advice: str) -> click.Option:
-    """An official flag that is not ours, with or without a value: its use is a UserError that says `advice`."""
+    """An unsupported official flag, with or without a value: its use is a UserError that ends in `advice`."""
 
     def refuse(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
         if value is not None:
@@ -87,14 +87,14 @@ def parse_names(context: click.Context, parameter: click.Parameter, text: str | 
 def parse_finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     """Callback of a flag that takes a number, but neither NaN nor an infinity."""
     if value is not None and not math.isfinite(value):
-        raise UserError(f"{parameter.opts[0]} {value}: a finite number is wanted")
+        raise UserError(f"{parameter.opts[0]} {value}: a finite number is required")
     return value
 
 
 def parse_tolerance(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     """Callback of --tolerance: 0 or more, infinity too."""
     if value is not None and not value >= 0:
-        raise UserError(f"{parameter.opts[0]} {value}: a rise of FID is wanted, 0 or more")
+        raise UserError(f"{parameter.opts[0]} {value}: a rise of FID is required, 0 or more")
     return value
 
 
@@ -111,7 +111,9 @@ TF32 = flag(
     help="Round float32 products to TF32 on NVIDIA GPUs, everywhere or nowhere.  [default: the row's, as officially]",
 )  # fmt: skip
 COMPILE = flag("--compile/--no_compile", "compiled", default=None, help="torch.compile the network: minutes, once.")
-ENTRY = flag("--entry", help="Which state dict, where the checkpoint holds several: ema, model, a.b, or . for the top.")
+ENTRY = flag(
+    "--entry", help="State dict to take, where the checkpoint holds several: ema, model, a.b, or . for the top."
+)
 OUT_DIR = flag(
     "--outdir",
     "--out_dir",
@@ -125,11 +127,17 @@ OUT_DIR = flag(
 
 # Which images
 
-NUM_IMAGES = flag("--num_images", "--N", "num_images", type=COUNT, help="How many, in all.  [default: the row's]")
-PER_CLASS = flag(
-    "--per_class", "--per_class_count", "per_class", type=COUNT, help="How many of each class, instead of --num_images."
+NUM_IMAGES = flag(
+    "--num_images", "--N", "num_images", type=COUNT, help="Number of images in all.  [default: the row's]"
 )
-SEED = flag("--seed", type=click.IntRange(0), help="Where the seeds begin.  [default: the row's]")
+PER_CLASS = flag(
+    "--per_class",
+    "--per_class_count",
+    "per_class",
+    type=COUNT,
+    help="Number of images per class, instead of --num_images.",
+)
+SEED = flag("--seed", type=click.IntRange(0), help="First seed.  [default: the row's]")
 SEEDS = flag("--seeds", callback=parse_seed_list, help="A list like 0-9999,20000, one image each, instead of those.")
 IMAGES = (NUM_IMAGES, PER_CLASS, SEED, SEEDS)
 
@@ -145,7 +153,7 @@ TRAINING = (  # -> TrainSettings
     ),
     flag("--lr", "--target_lr", "lr", type=POSITIVE, help="Learning rate at the end of the ramp."),
     flag("--ramp_images", type=COUNT, help="Length of the linear ramp from 0, in images seen."),
-    flag("--optimizer", type=click.Choice(list(OPTIMIZERS)), help="Which."),
+    flag("--optimizer", type=click.Choice(list(OPTIMIZERS)), help="Optimizer."),
     flag("--ema_decay", "--ema_rate", "ema_decay", type=SHARE, help="Average of the weights, per step; 0: none."),
     flag("--weight_decay", type=click.FloatRange(0), help="Of matrices and embeddings."),
     flag("--clip_norm", "--grad_clip", "clip_norm", type=POSITIVE, help="Limit of the gradient's norm."),
@@ -157,7 +165,7 @@ TRAINING = (  # -> TrainSettings
 )  # fmt: skip
 TRAINING_RUN = (  # -> TrainingRun
     flag("--xflip", type=bool, is_flag=False, flag_value=True, default=False, help="Also train on the mirror images."),
-    flag("--max_size", type=COUNT, help="Train on so many random images of the set only."),
+    flag("--max_size", type=COUNT, help="Train on this many random images of the set only."),
     flag("--cached_path", "cache_dir", type=FOLDER, help="Folder of prepared images.  [default: <data>.prepared]"),
     flag("--parallel", "mode", type=click.Choice(MODES), default="ddp", help="Replicate or shard over processes."),
     flag("--activation_checkpointing", is_flag=True, help="Less memory, a third more time."),
@@ -171,12 +179,12 @@ SNAPSHOTS = flag(
 )
 KIND = flag(
     "--search", "kind", type=click.Choice(["official", "quick"]), default="official",
-    help="The official grid, or ours, which needs a tenth of its images.",
+    help="The official grid, or the quick search with a tenth of its images.",
 )  # fmt: skip
 GRID = (
     flag("--w", "--differential_weights", "ws", callback=parse_numbers, help="Merge weights.  [default: the row's]"),
     flag("--tolerance", type=float, callback=parse_tolerance,
-         help="Go no further once FID is worse than the best by more; inf: all.  [default: the row's]"),
+         help="Stop once FID is worse than the best by more than this; inf: never.  [default: the row's]"),
     flag("--refine/--no_refine", default=None, help="Also the neighbours of the best point.  [default: the row's]"),
     flag("--min_training_step", type=click.IntRange(0), help="Earliest snapshot, thousands of images."),
     flag("--max_training_step", type=click.IntRange(0), help="Latest snapshot, thousands of images."),
@@ -186,19 +194,21 @@ GRID_IMAGES = flag(
 )
 FINAL = (
     flag("--final/--no_final", default=True, help="Evaluate the best point on other seeds too."),
-    flag("--final_images", type=click.IntRange(0), help="How many there; 0: none.  [default: as the row's evaluation]"),
+    flag(
+        "--final_images", type=click.IntRange(0), help="Number of those; 0: none.  [default: as the row's evaluation]"
+    ),
 )
 
 # Metrics
 
 
 def metric_flags(metrics: str | None) -> tuple[click.Option, ...]:
-    """Which metrics, against what: arguments of `evaluate.Evaluator`."""
+    """The metrics and their reference: arguments of `evaluate.Evaluator`."""
     return (
         flag("--fid_stats", "--ref", "reference", metavar="PATH|URL",
              help="Reference statistics, .npz.  [default: the row's]"),
         flag("--metrics", default=metrics, callback=parse_names,
-             help="Of fid, is, kid, prdc; the last two need --real_images.  [default of sweep: all to be had]"),
+             help="Of fid, is, kid, prdc; the last two need --real_images.  [default of sweep: all available]"),
         flag("--no_isc", is_flag=True, help="Leave the Inception Score out."),
         flag("--real_images", type=PATH, help="Real images, folder or .zip, for kid and prdc."),
         flag("--detector", type=FILE, help="Inception weights.  [default: as download_models.sh fetches]"),
@@ -206,7 +216,7 @@ def metric_flags(metrics: str | None) -> tuple[click.Option, ...]:
 
 
 KEPT = (
-    flag("--work_dir", type=FOLDER, help="Keep partial sums there, to go on after a kill."),
+    flag("--work_dir", type=FOLDER, help="Keep partial sums there, to continue after a kill."),
     flag("--save_images", type=FOLDER, help="Also write the images as PNG."),
 )
 CHECKED = (

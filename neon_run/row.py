@@ -19,25 +19,25 @@ from neon_metrics.detector import Detector
 
 @dataclass(frozen=True)
 class Grid:
-    """The official search: ascending values, left early where FID rises by more than `tolerance`."""
+    """The official search: ascending values, ended early where FID rises by more than `tolerance`."""
 
     ws: tuple[float, ...]
     guidances: tuple[float | None, ...] = (None,)
     tolerance: float = 0.03
     num_images: int = 10_000
     refine: float | None = None  # then also the neighbours of the best point at this distance
-    first_images: int = 0  # snapshots that have seen fewer images are left out
+    first_images: int = 0  # snapshots of fewer images are skipped
     last_images: float = math.inf
 
 
 class Prepare(Protocol):
-    """Makes the files of a row for which nothing is published: a frozen dataclass, whose fields are its settings."""
+    """Creates the files of a row without published ones: a frozen dataclass, whose fields are its settings."""
 
     training_images: int  # of theta_base, for the ledger
 
     def __call__(self, row: Row, folder: Path, seed: int) -> Mapping[str, Path]:
         """{"base", "reference"} and, where the row has them, {"detector", "heldout", "real_training"} -> file below
-        `folder`; goes on with what a killed call left. Every rank calls it. Raises UserError."""
+        `folder`; continues a killed call. Every rank calls it. Raises UserError."""
         ...
 
 
@@ -79,7 +79,7 @@ class Row:
     base_fid: float | None = None
     neon_fid: float | None = None
     aliases: tuple[str, ...] = ()  # other names that --preset takes
-    # Rows that make what others fetch
+    # Rows that create the files that others fetch
     prepare: Prepare | None = None
     detector: Callable[[Path, torch.device], Detector] | None = None  # reads the file "detector"; None: Inception
     distance: str = "FID"  # the name of the distance in that detector's features

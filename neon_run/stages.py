@@ -1,5 +1,5 @@
 """The four stages: generate, finetune, sweep, calculate_fid. The scripts of every backbone and `neon reproduce` call
-these functions with the same `Row`, so that one continues what the other began.
+these functions with the same `Row`, so that each continues the other's runs.
 
 Every rank makes the same calls. Checks come in one order: files, settings, reference, network.
 """
@@ -34,7 +34,7 @@ from neon_run.search.sweep import BASE
 
 @dataclass(frozen=True)
 class Model:
-    """A network of a row: its file, and everything that loading it takes."""
+    """A network of a row: its file, and everything needed to load it."""
 
     row: Row
     checkpoint: Path
@@ -66,13 +66,13 @@ class Model:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a set, and a fine-tune on it, record of theta_base."""
+        """The record of theta_base in a set and in a fine-tune on it."""
         return {"row": self.row.id, "base": self.checkpoint.name, **self.hashes}
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """How a fine-tune is carried out; the row says with which settings."""
+    """The execution of a fine-tune; its settings are the row's."""
 
     seed: int = 0
     mode: str = "ddp"  # ddp | fsdp
@@ -83,7 +83,7 @@ class TrainingRun:
 
 
 def generate(model: Model, out_dir: Path, seeds: Sequence[int] | None = None) -> dict[str, Any]:
-    """The synthetic set of the row (or of `seeds`), made or finished in `out_dir`; its manifest. Raises UserError."""
+    """The synthetic set of the row (or of `seeds`) in `out_dir`, new or completed; its manifest. Raises UserError."""
     row = model.row
     row.backbone.check_settings(**row.generate)
     check_writable(out_dir, "--outdir")
@@ -109,7 +109,7 @@ def finetune(model: Model, data: Path, out_dir: Path, run: TrainingRun | None = 
     images = open_set(data, max_size=run.max_size, xflip=run.xflip, random_seed=run.seed)
     check_writable(out_dir, "--outdir")
     backbone = model.load(training=True)
-    backbone.check_set(images)  # before the next check, since it knows how this backbone's labels are made
+    backbone.check_set(images)  # before the next check, since it knows the labels of this backbone
     if backbone.num_classes:
         need_labels(images, model.checkpoint.name)
     with float32_precision(model.row.train_tf32):
@@ -128,7 +128,7 @@ def finetune(model: Model, data: Path, out_dir: Path, run: TrainingRun | None = 
 
 
 def open_evaluator(reference: Path, device: torch.device, **options: Any) -> Evaluator:
-    """With every metric that is to be had: FID, IS where the detector has classes, KID, precision and recall where
+    """With every available metric: FID, IS where the detector has classes, KID, precision and recall where
     `real_images` names some. `options` are those of `Evaluator`."""
     metrics = ("fid", *(("kid", "prdc") if options.get("real_images") else ()))
     evaluator = Evaluator(reference, device=device, metrics=metrics, **options)
@@ -138,7 +138,7 @@ def open_evaluator(reference: Path, device: torch.device, **options: Any) -> Eva
 
 
 def open_sweep(model: Model, evaluator: Evaluator, snapshots: Mapping[str, Path], out_dir: Path) -> GrowingSweep:
-    """The measured points of a base and its snapshots in `out_dir`, to be found and added to."""
+    """The points of a base and its snapshots in `out_dir`: those measured earlier, and new ones."""
     model.backbone.check_network(**model.row.evaluate)
     return GrowingSweep(
         model.backbone,
@@ -238,7 +238,7 @@ def with_settings(row: Row, **changes: Any) -> Row:
 
 
 def check_image_size(backbone: Backbone, img_size: int | None, class_num: int | None) -> None:
-    """UserError where --img_size or --class_num says otherwise than the network."""
+    """UserError where --img_size or --class_num contradicts the network."""
     if img_size is not None and img_size != backbone.img_size:
         raise UserError(
             f"--img_size {img_size}: this script and checkpoint make images of {backbone.img_size} pixels a side"

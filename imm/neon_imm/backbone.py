@@ -172,7 +172,7 @@ class IMMBackbone(Backbone):
 
     def check_network(self, *, cfg: float | None = None, **settings: Any) -> None:
         if cfg is not None and not self.num_classes:
-            raise UserError(f"--cfg {cfg}: this network knows no classes, so there is no guidance; use --cfg none")
+            raise UserError(f"--cfg {cfg}: this network has no classes, so there is no guidance; use --cfg none")
 
     def file_order(self, labels: Tensor | None) -> np.ndarray | None:
         return None if labels is None else file_order(labels)

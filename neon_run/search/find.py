@@ -23,7 +23,7 @@ Measure = Callable[[str, float, float | None, int], float]  # snapshot, w, guida
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """Which search, and how much it may spend."""
+    """The kind of search, and its number of images."""
 
     kind: str = "quick"  # quick | official
     snapshots: int = 4  # of the fine-tune, evenly spaced, that the quick search visits
@@ -33,7 +33,7 @@ class SearchPlan:
 
 def find(row: Row, plan: SearchPlan, sweep: GrowingSweep, seeds: Sequence[int]) -> dict[str, Any]:
     """{"best": {"snapshot", "w", "guidance"}, "base_best": {"guidance"}, "points", "images"}: Neon's best setting, and
-    the base's own best guidance.
+    the base's best guidance.
 
     Every rank calls it. All points share their seeds, the first ones of `seeds`. The quick search keeps statistics,
     which more images can be added to; the official one, of many more points, keeps the points alone.
@@ -72,7 +72,7 @@ def _quick(row: Row, plan: SearchPlan, sweep: GrowingSweep, measure: Measure) ->
     if guidance_axis is None:
         measure(BASE, 0.0, None, plan.deciding_images)
         return (best.snapshot, best.w, None), None
-    # The same search along one axis, which is the guidance here.
+    # The same search along one axis, the guidance.
     alone = search(lambda _, g, __, n: measure(BASE, 0.0, g, n), {BASE: 1.0}, guidance_axis, None, budget)
     return (best.snapshot, best.w, best.guidance), alone.best.w
 
@@ -88,7 +88,7 @@ def _official(grid: Grid, snapshots: Sequence[str], measure: Measure, count: int
     guidances = sorted(known) if len(known) == len(grid.guidances) else grid.guidances
     of_base = early_stopped_grid([BASE], [0.0], guidances, fid, grid.tolerance)
     if not math.isfinite(measured[of_base]):
-        raise UserError("the base's own images are not finite at any guidance of the grid; check its file")
+        raise UserError("the base's images are not finite at any guidance of the grid; check its file")
     base_guidance = of_base[2]
     measured.clear()  # the base wins only where the grid holds w = 0
     for snapshot in snapshots:
@@ -110,13 +110,13 @@ def neighbours(w: float, guidance: float | None, step: float) -> list[tuple[floa
 
 
 def point_of(result: Mapping[str, Any], guidance: float | None) -> dict[str, Any]:
-    """What is kept of a measured point."""
+    """The entries of a measured point that are kept."""
     kept = ("snapshot", "w", "num_images", "fid", "fid_heldout")
     return {name: result[name] for name in kept if name in result} | {"guidance": guidance}
 
 
 def images_of(points: Sequence[Mapping[str, Any]]) -> int:
-    """What points of one seed list cost: each setting's largest count, since it grows."""
+    """The images sampled for points of one seed list: each setting's largest count, since it grows."""
     cost: dict[tuple, int] = {}
     for point in points:
         key = (point["snapshot"], point["w"], point["guidance"])

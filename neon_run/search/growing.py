@@ -1,6 +1,6 @@
-"""Points of a sweep whose statistics grow: 5,000 images today, 10,000 and 50,000 later, none of them sampled twice.
+"""Points of a sweep whose statistics grow, from 5,000 images to 10,000 and 50,000, without sampling an image twice.
 
-<out>/statistics/<snapshot>-w1.4-cfg2.7-<hash>.pt    what has been seen of the whole seed list at this setting
+<out>/statistics/<snapshot>-w1.4-cfg2.7-<hash>.pt    the images of this setting so far
 <out>/points/<snapshot>-w1.4-cfg2.7-n5000-<hash>.json
 """
 
@@ -46,24 +46,24 @@ class GrowingSweep(Sweep):
     """
 
     def grown(self, snapshot: str, w: float, seeds: Sequence[int], count: int, **varied: Any) -> dict[str, Any]:
-        """FID of the first `count` of `seeds` at one setting, found or made now; at the full count every metric.
+        """FID of the first `count` of `seeds` at one setting, measured earlier or now; at the full count every metric.
         Infinite where the images are not finite.
 
-        Every rank calls it and gets the same. `sampled` says how many images were made for it now.
+        Every rank calls it and gets the same. `sampled` counts the images that were sampled for it now.
         """
-        what, settings = self.describe(snapshot, w, seeds, **varied)
-        path = self._path(what, varied, count)
-        found = self._found(path)
-        if found is None:
+        identity, settings = self.describe(snapshot, w, seeds, **varied)
+        path = self._path(identity, varied, count)
+        point = self._earlier(path)
+        if point is None:
             began = time.monotonic()
             try:
-                total, sampled = self._seen(what, settings, seeds, count, varied)
+                total, sampled = self._sampled(identity, settings, seeds, count, varied)
                 values: dict[str, Any] = dict(self._values(total))
             except NotFiniteImages as error:  # on every rank alike
                 sampled, values = 0, {"fid": math.inf, "not_finite": error.message}
-            found = broadcast_object(
+            point = broadcast_object(
                 {
-                    **what,
+                    **identity,
                     **values,
                     "num_images": count,
                     "sampled": sampled,
@@ -75,54 +75,54 @@ class GrowingSweep(Sweep):
                     "torch": torch.__version__,
                 }
             )
-            found = json.loads(json.dumps(found, default=str))
-            if math.isnan(found["fid"]):
+            point = json.loads(json.dumps(point, default=str))
+            if math.isnan(point["fid"]):
                 raise UserError(
-                    f"the distance of {count} images is not a number ({what['snapshot']}, w = {w:g}); see what "
+                    f"the distance of {count} images is not a number ({identity['snapshot']}, w = {w:g}); see what "
                     f"{self.evaluator.detector.name} makes of such images"
                 )
             if is_main():
-                write_record(path, found)
+                write_record(path, point)
             barrier()
-        told = "".join(f" | {name}={value:g}" for name, value in varied.items() if value is not None)
-        print0(f"{what['snapshot']} | w={w:g}{told} | images={count} | FID={found['fid']:.6f}")
-        return found
+        text = "".join(f" | {name}={value:g}" for name, value in varied.items() if value is not None)
+        print0(f"{identity['snapshot']} | w={w:g}{text} | images={count} | FID={point['fid']:.6f}")
+        return point
 
     def statistics(self, snapshot: str, w: float, seeds: Sequence[int], **varied: Any) -> MetricAccumulator | None:
         """Those of all `seeds` at this setting, on rank 0, sampled again where their file is gone; None elsewhere.
         Every rank calls it."""
-        what, settings = self.describe(snapshot, w, seeds, **varied)
-        return self._seen(what, settings, seeds, len(seeds), varied)[0]
+        identity, settings = self.describe(snapshot, w, seeds, **varied)
+        return self._sampled(identity, settings, seeds, len(seeds), varied)[0]
 
     def describe(self, snapshot: str, w: float, seeds: Sequence[int], **varied: Any) -> tuple[dict, dict]:
         """(everything that the statistics of a setting depend on, the sampler's settings)."""
         snapshot = BASE if w == 0 else snapshot
         settings = {**self.settings, **{name: value for name, value in varied.items() if value is not None}}
-        what = {"snapshot": snapshot, "w": w, "settings": settings, "seeds": format_seeds(seeds), **self.identity}
+        identity = {"snapshot": snapshot, "w": w, "settings": settings, "seeds": format_seeds(seeds), **self.identity}
         if snapshot != BASE:
-            what["snapshot_sha256"] = self._hash(snapshot)
-        return what, settings
+            identity["snapshot_sha256"] = self._hash(snapshot)
+        return identity, settings
 
-    def _seen(self, what, settings, seeds, count, varied) -> tuple[MetricAccumulator | None, int]:
+    def _sampled(self, identity, settings, seeds, count, varied) -> tuple[MetricAccumulator | None, int]:
         """The statistics of the first `count` images on rank 0, and how many were sampled for them now."""
-        path = self._statistics_path(what, varied)
+        path = self._statistics_path(identity, varied)
         total = self._load(path, len(seeds))
         start = broadcast_object(0 if total is None else total.num_seen)
         if start >= count:
             return self._first(total, count), 0
         self._check_labels(seeds, start, count, settings)
-        self.move(what["snapshot"], what["w"])
+        self.move(identity["snapshot"], identity["w"])
 
         def new_accumulator() -> MetricAccumulator:
             part = _Slice(self.evaluator.detector, len(seeds), self.evaluator.metrics, keep_features=True)
             part.offset = start
             return part
 
-        kept = KeptWork(self.out_dir / "partial", {**what, "start": start, "count": count})
+        kept = KeptWork(self.out_dir / "partial", {**identity, "start": start, "count": count})
         options = {"settings": settings, "batch_size": self.batch_size, "kept": kept}
         try:
             part = evaluate(self.backbone, seeds[start:count], new_accumulator, **options)
-        except NotFiniteImages:  # a point of infinite FID, which nothing goes on from
+        except NotFiniteImages:  # a point of infinite FID, which nothing continues
             kept.clear()
             raise
         if is_main():
@@ -170,8 +170,8 @@ class GrowingSweep(Sweep):
 
         return total if intact(path, read_tensors, load) else None
 
-    def _statistics_path(self, what: dict, varied: dict) -> Path:
-        name = self._path(what, varied, 0).stem.replace("-n0-", "-")
+    def _statistics_path(self, identity: dict, varied: dict) -> Path:
+        name = self._path(identity, varied, 0).stem.replace("-n0-", "-")
         return self.out_dir / "statistics" / f"{name}.pt"
 
     def _check_labels(self, seeds: Sequence[int], start: int, count: int, settings: dict) -> None:

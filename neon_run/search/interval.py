@@ -1,4 +1,4 @@
-"""How far an FID may be off by chance: a bootstrap over the global batches of its images."""
+"""The sampling error of an FID: a bootstrap over the global batches of its images."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def bootstrap_fids(
     """float64 [resamples]: the FID of blocks drawn with replacement. One seed draws the same blocks for every model
     whose images share their seeds, so differences of two results are paired.
 
-    Repeated images make every resample's FID too high, so its mean is of no use; its spread is the standard error.
+    Repeated images make every resample's FID too high, so its mean is not used; its spread is the standard error.
     """
     rng = np.random.default_rng(seed)
     values = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", BiasedFidWarning)  # said once already, of the FID itself
+        warnings.simplefilter("ignore", BiasedFidWarning)  # given once already, for the FID itself
         for _ in tqdm(range(resamples), desc="bootstrap"):
             counts = rng.multinomial(len(blocks), np.full(len(blocks), 1 / len(blocks)))
             values.append(fid(_drawn(blocks, counts.tolist()), reference))
@@ -51,8 +51,8 @@ def _drawn(blocks: list[FeatureStatistics], counts: list[int]) -> FeatureStatist
     drawn = FeatureStatistics(blocks[0].num_features)
     drawn.count = int(images.sum())
     drawn.mean = images @ means / drawn.count
-    apart = (means - drawn.mean) * images[:, None].sqrt()
-    drawn.scatter = apart.T @ apart
+    deviations = (means - drawn.mean) * images[:, None].sqrt()
+    drawn.scatter = deviations.T @ deviations
     for n, block in zip(counts, blocks, strict=True):
         if n:
             drawn.scatter.add_(block.scatter, alpha=n)

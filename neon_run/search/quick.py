@@ -3,7 +3,7 @@
 What makes it cheap: FID is locally quadratic in (w, guidance), so six points and a few refinements find the valley; all
 points share their seeds, so most of the noise and of the finite-sample bias is the same at every point and few images
 rank them; only the two best are measured with many. The length of the step, w |theta_syn - theta_base|, changes little
-from snapshot to snapshot, so one snapshot's optimum says where to look in the next. `docs/search.md` has the reasons.
+from snapshot to snapshot, so one snapshot's optimum predicts the next one's. `docs/search.md` has the reasons.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Measure = Callable[[str, float, float | None, int], float]  # snapshot, w, guida
 
 # Set on the simulated surfaces of benchmarks/search.py, seeds 0-49; its tables are of other seeds.
 RADIUS, RADIUS_NEXT = 1.25, 0.9  # of the trust region at the start, in first steps: first snapshot, further ones
-GROW, SHRINK = 1.4, 0.6  # after a step that gained most of what was promised, after one that gained nothing
-APART = 0.2  # first steps between two settings, at least
-# What the fit expects, in units of the median rise above the lowest point:
-NOISE, MISFIT = 0.02, 0.15  # error of a point at the floor; what is added on the walls, as a part of the height there
+GROW, SHRINK = 1.4, 0.6  # after a step that gained most of the predicted gain, after one that gained nothing
+MIN_DISTANCE = 0.2  # first steps between two settings, at least
+# Priors of the fit, in units of the median rise above the lowest point:
+NOISE, MISFIT = 0.02, 0.15  # error of a point at the minimum; addition far above it, as a fraction of the height there
 ROUND, DIAGONAL = 0.75, 0.7  # curvature, of the points' own mean rise; cross term (0: none, 1: a level valley)
-BENT, TILTED = 3.0, 10.0  # widths of the beliefs: second derivatives, and a snapshot's slope against another's
+BENT, TILTED = 3.0, 10.0  # widths of the priors: second derivatives, and a snapshot's slope against another's
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a search may spend: settings per snapshot, images while ranking, and for the last two."""
+    """The cost of a search: settings per snapshot, images while ranking, and for the last two."""
 
     settings: int = 10
-    settings_next: int = 6  # of each further snapshot, where the first has shown the way; the best gets them all
+    settings_next: int = 6  # of each further snapshot, guided by the first; the best snapshot gets all `settings`
     settings_one_axis: int = 5  # these two instead, where there is no guidance
     settings_next_one_axis: int = 3
     ranking_images: int = 5_000
@@ -74,7 +74,7 @@ class Found:
 
     @property
     def images(self) -> int:
-        """Each setting's statistics are extended, not made again: its largest count is what it cost."""
+        """Each setting's statistics are extended, not recomputed: its largest count is its cost."""
         cost: dict[tuple, int] = {}
         for p in self.points:
             key = (p.snapshot if p.w else "base", p.w, p.guidance)
@@ -92,7 +92,7 @@ def search(
     """Find the setting with the lowest FID. `snapshots`: name -> |theta_syn - theta_base|, in the order to try them.
 
     The first snapshot gets the whole six-point design (three points without guidance) and trust-region steps on the
-    refitted quadratic; each further one starts at the predicted optimum with the shape already found, and the best of
+    refitted quadratic; each further one starts at the predicted optimum with the shape already fitted, and the best of
     them gets as many settings as the first. Then the two best settings of all are measured with `deciding_images`, and
     the lower wins.
     """
@@ -107,25 +107,25 @@ def search(
     def at(name: str, x: np.ndarray) -> Point:
         u = w.clip(float(x[0]))
         g = guidance.clip(float(x[1])) if guidance else None
-        here = round(u * snapshots[names[0]] / snapshots[name], 6)
-        point = Point(name, here, g, u, budget.ranking_images, measure(name, here, g, budget.ranking_images))
+        own_w = round(u * snapshots[names[0]] / snapshots[name], 6)
+        point = Point(name, own_w, g, u, budget.ranking_images, measure(name, own_w, g, budget.ranking_images))
         points.append(point)
         return point
 
     def refine(name: str, total: int) -> None:
         """Trust-region steps, until the snapshot has `total` settings."""
-        own = [p for p in points if p.snapshot == name]
+        measured = [p for p in points if p.snapshot == name]
         others = [p for p in points if p.snapshot != name]
-        while len(own) < total:
-            x, promised = next_point(own, axes, radius[name], others)
+        while len(measured) < total:
+            x, predicted = next_point(measured, axes, radius[name], others)
             if x is None:
                 break
-            lowest = min(p.fid for p in own)
-            own.append(at(name, x))
-            gained = lowest - own[-1].fid
+            lowest = min(p.fid for p in measured)
+            measured.append(at(name, x))
+            gained = lowest - measured[-1].fid
             if gained <= 0:
                 radius[name] *= SHRINK
-            elif gained > 0.5 * promised:
+            elif gained > 0.5 * predicted:
                 radius[name] *= GROW
 
     for name in names:
@@ -161,7 +161,7 @@ def first_design(axes: Sequence[Axis]) -> list[np.ndarray]:
         for sign in (1, -1):
             x = start.copy()
             x[i] = axis.clip(axis.start + sign * axis.step)
-            if abs(x[i] - axis.start) < APART * axis.step:
+            if abs(x[i] - axis.start) < MIN_DISTANCE * axis.step:
                 x[i] = axis.clip(axis.start - 2 * sign * axis.step)
             design.append(x)
     return design
@@ -174,7 +174,7 @@ def corner(star: Sequence[Point], axes: Sequence[Axis]) -> np.ndarray:
 
 
 def next_point(
-    own: Sequence[Point], axes: Sequence[Axis], radius: float, borrowed: Sequence[Point] = ()
+    measured: Sequence[Point], axes: Sequence[Axis], radius: float, borrowed: Sequence[Point] = ()
 ) -> tuple[np.ndarray | None, float]:
     """Where the fitted quadratic is lowest within `radius` first steps of the best point, and the gain it promises.
 
@@ -183,15 +183,15 @@ def next_point(
     measured.
     """
     steps = np.array([a.step for a in axes])
-    x = _coordinates(own, axes) / steps
-    fitted, coefficients = _fit(own, axes, borrowed)
-    best, origin = int(np.argmin(fitted)), x[np.argmin([p.fid for p in own])]
+    x = _coordinates(measured, axes) / steps
+    fitted, coefficients = _fit(measured, axes, borrowed)
+    best, origin = int(np.argmin(fitted)), x[np.argmin([p.fid for p in measured])]
     side = np.linspace(-radius, radius, 61)
     grid = np.stack(np.meshgrid(*[side] * len(axes), indexing="ij"), -1).reshape(-1, len(axes))
     grid = grid[np.linalg.norm(grid, axis=1) <= radius] + x[best]
     inside = np.all([(a.low <= q * a.step) & (q * a.step <= a.high) for a, q in zip(axes, grid.T, strict=True)], axis=0)
     nearest = np.min(np.linalg.norm(grid[:, None] - x[None], axis=-1), axis=1)
-    grid = grid[inside & (nearest > min(APART, 0.5 * radius))]
+    grid = grid[inside & (nearest > min(MIN_DISTANCE, 0.5 * radius))]
     if not len(grid):
         return None, 0.0
     values = quadratic_features(grid - origin) @ coefficients
@@ -199,24 +199,24 @@ def next_point(
 
 
 def ranked(points: Sequence[Point], axes: Sequence[Axis]) -> list[Point]:
-    """The settings in the order of what is believed of them: halfway between the measured FID, which has noise, and the
-    fitted one, which is wrong high on the walls. A setting that was measured twice is there once."""
-    believed = {}
+    """The settings in the order of their estimated FID: the mean of the measured one, which has noise, and the fitted
+    one, which is wrong far above the minimum. A setting that was measured twice is there once."""
+    estimates = {}
     for name in dict.fromkeys(p.snapshot for p in points):
-        own = [p for p in points if p.snapshot == name]
-        fitted, _ = _fit(own, axes, [p for p in points if p.snapshot != name])
-        for p, value in zip(own, fitted, strict=True):
-            believed[p.snapshot if p.w else "base", p.w, p.guidance] = ((p.fid + value) / 2, p)
-    return [p for _, p in sorted(believed.values(), key=lambda pair: pair[0])]
+        measured = [p for p in points if p.snapshot == name]
+        fitted, _ = _fit(measured, axes, [p for p in points if p.snapshot != name])
+        for p, value in zip(measured, fitted, strict=True):
+            estimates[p.snapshot if p.w else "base", p.w, p.guidance] = ((p.fid + value) / 2, p)
+    return [p for _, p in sorted(estimates.values(), key=lambda pair: pair[0])]
 
 
-def _fit(own: Sequence[Point], axes: Sequence[Axis], borrowed: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
-    """Fitted FIDs of the own points, and the coefficients, in first steps from the lowest of them."""
-    together = [*own, *(p for p in borrowed if math.isfinite(p.fid))]
+def _fit(measured: Sequence[Point], axes: Sequence[Axis], borrowed: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
+    """Fitted FIDs of the `measured` points, and the coefficients, in first steps from the lowest of them."""
+    together = [*measured, *(p for p in borrowed if math.isfinite(p.fid))]
     x = _coordinates(together, axes) / np.array([a.step for a in axes])
-    x = x - x[np.argmin([p.fid for p in own])]
+    x = x - x[np.argmin([p.fid for p in measured])]
     coefficients = fit_quadratic(x, _walls(together), [p.snapshot for p in together])
-    return quadratic_features(x[: len(own)]) @ coefficients, coefficients
+    return quadratic_features(x[: len(measured)]) @ coefficients, coefficients
 
 
 def _any_finite(points: Sequence[Point]) -> bool:
@@ -235,10 +235,10 @@ def _walls(points: Sequence[Point]) -> np.ndarray:
 def fit_quadratic(x: np.ndarray, y: np.ndarray, groups: Sequence[str] | None = None) -> np.ndarray:
     """Coefficients of 1, x_i, x_i^2, x_i x_j (see `quadratic_features`) for the first group. x: [n, d], y: [n].
 
-    Least squares with a belief about the second derivatives: a bowl as steep as the points' own rise, whose valley runs
-    along the diagonal. It decides what the points leave open. The higher above the lowest, the less a point counts,
+    Least squares with a prior on the second derivatives: a bowl as steep as the points' own rise, whose valley runs
+    along the diagonal. The prior decides where the points do not. The higher above the lowest, the less a point counts,
     since the surface is quadratic only near its floor. Groups share the second derivatives; constant and slope are
-    each group's own.
+    separate.
     """
     groups = list(groups or [""] * len(y))
     (n, d), others = x.shape, [g for g in dict.fromkeys(groups) if g != groups[0]]
@@ -250,14 +250,14 @@ def fit_quadratic(x: np.ndarray, y: np.ndarray, groups: Sequence[str] | None = N
     features = quadratic_features(x)
     member = np.array([[float(g == other) for other in others] for g in groups]).reshape(n, -1)
     columns = np.concatenate([features, member, *(member * x[:, i : i + 1] for i in range(d))], 1)
-    believed, width = np.zeros(columns.shape[1]), np.full(columns.shape[1], np.inf)
+    prior, width = np.zeros(columns.shape[1]), np.full(columns.shape[1], np.inf)
     second = slice(1 + d, features.shape[1])
-    believed[second] = ROUND * rise * np.array([1.0] * d + [-2 * DIAGONAL] * (d * (d - 1) // 2))
+    prior[second] = ROUND * rise * np.array([1.0] * d + [-2 * DIAGONAL] * (d * (d - 1) // 2))
     width[second] = BENT
     width[features.shape[1] + len(others) :] = TILTED
     error = np.hypot(NOISE, MISFIT * above / scale)
     a = np.concatenate([columns / error[:, None], np.diag(1 / width)])
-    b = np.concatenate([y / scale / error, believed / width])
+    b = np.concatenate([y / scale / error, prior / width])
     return np.linalg.lstsq(a, b, rcond=None)[0][: features.shape[1]] * scale
 
 

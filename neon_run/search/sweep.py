@@ -1,5 +1,5 @@
 """The grid over snapshot, w and guidance, in one process: networks loaded once and moved in place, the same seeds at
-every setting, every finished point kept in a file and found by the next run.
+every setting, every finished point kept in a file for the next run.
 
     <out>/points/<snapshot>-w1.4-cfg2.7-n10000-<hash>.json
 """
@@ -41,15 +41,15 @@ def find_checkpoints(folder: str | Path, first: int = 0, last: float = math.inf)
         r"ar-ckpt-images_(\d+)\.pth": 1,
         r"checkpoint-checkpoint-(\d+)\.pth": 1,
     }
-    found = []
+    snapshots = []
     for path in Path(folder).glob("*"):
         for pattern, unit in patterns.items():
             match = re.fullmatch(pattern, path.name)
             if match and max(first, 1) <= int(match[1]) * unit <= last:  # at 0 images it is the base
-                found.append((int(match[1]) * unit, path))
-    if not found:
+                snapshots.append((int(match[1]) * unit, path))
+    if not snapshots:
         raise UserError(f"{folder}: no snapshots of {first} to {last:g} images in it; name the folder of a fine-tune")
-    return {path.stem: path for _, path in sorted(found)}
+    return {path.stem: path for _, path in sorted(snapshots)}
 
 
 def early_stopped_grid(
@@ -86,7 +86,7 @@ def early_stopped_grid(
 class Sweep:
     """Measured points of one base and its snapshots.
 
-    `settings` are those of `backbone.sample` at every point, `identity` says what else the numbers depend on (base
+    `settings` are those of `backbone.sample` at every point, `identity` holds the rest that the numbers depend on (base
     file and hash). The backbone's network moves; `restore` puts the base back. Every rank makes the same calls.
     """
 
@@ -119,16 +119,16 @@ class Sweep:
         self._hashes: dict[str, str] = {}
 
     def measure(self, snapshot: str, w: float, seeds: Sequence[int], **varied: Any) -> dict[str, Any]:
-        """The metrics at one point, found or made now: `varied` (guidance, say) replaces entries of `settings`."""
+        """The metrics at one point, measured earlier or now; `varied` (a guidance) replaces entries of `settings`."""
         check_w(w)
         snapshot = BASE if w == 0 else snapshot
         settings = {**self.settings, **varied}
-        what = {"snapshot": snapshot, "w": w, "settings": settings, "seeds": format_seeds(seeds), **self.identity}
+        identity = {"snapshot": snapshot, "w": w, "settings": settings, "seeds": format_seeds(seeds), **self.identity}
         if snapshot != BASE:
-            what["snapshot_sha256"] = self._hash(snapshot)
-        path = self._path(what, varied, len(seeds))
-        found = self._found(path)
-        if found is None:
+            identity["snapshot_sha256"] = self._hash(snapshot)
+        path = self._path(identity, varied, len(seeds))
+        point = self._earlier(path)
+        if point is None:
             self.move(snapshot, w)
             result = self.evaluator(
                 self.backbone,
@@ -136,17 +136,17 @@ class Sweep:
                 settings=settings,
                 batch_size=self.batch_size,
                 work_dir=self.out_dir / "partial",
-                identity=what,
+                identity=identity,
                 infinite=True,
             )
-            found = json.loads(json.dumps({**what, **result}, default=str))
+            point = json.loads(json.dumps({**identity, **result}, default=str))
             if is_main():
-                write_record(path, found)
+                write_record(path, point)
             self.evaluator.clear()
             barrier()
-        told = "".join(f" | {name}={value}" for name, value in varied.items())
-        print0(f"{snapshot} | w={w:g}{told} | images={len(seeds)} | FID={found['fid']:.6f}")
-        return found
+        text = "".join(f" | {name}={value}" for name, value in varied.items())
+        print0(f"{snapshot} | w={w:g}{text} | images={len(seeds)} | FID={point['fid']:.6f}")
+        return point
 
     def move(self, snapshot: str, w: float) -> None:
         """Put the network at theta_base - w (theta_syn - theta_base)."""
@@ -165,7 +165,7 @@ class Sweep:
         if self._weights is not None:
             self._weights.set(0)
 
-    def _found(self, path: Path) -> dict[str, Any] | None:
+    def _earlier(self, path: Path) -> dict[str, Any] | None:
         """A point measured earlier, on every rank."""
         return broadcast_object(intact(path, read_record, POINT) if is_main() else None)
 
@@ -174,7 +174,7 @@ class Sweep:
             self._hashes[snapshot] = file_hash(self.snapshots[snapshot])
         return self._hashes[snapshot]
 
-    def _path(self, what: Mapping[str, Any], varied: Mapping[str, Any], count: int) -> Path:
-        key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        told = "".join(f"-{name}{value}" for name, value in varied.items())
-        return self.out_dir / "points" / f"{what['snapshot']}-w{what['w']:g}{told}-n{count}-{key}.json"
+    def _path(self, identity: Mapping[str, Any], varied: Mapping[str, Any], count: int) -> Path:
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        text = "".join(f"-{name}{value}" for name, value in varied.items())
+        return self.out_dir / "points" / f"{identity['snapshot']}-w{identity['w']:g}{text}-n{count}-{key}.json"

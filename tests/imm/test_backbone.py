@@ -97,7 +97,7 @@ def test_settings_that_cannot_be_used_are_named(latent, settings, word):
 
 
 def test_guidance_of_an_unconditional_model_is_an_error(pixel):
-    with pytest.raises(UserError, match="knows no classes"):
+    with pytest.raises(UserError, match="has no classes"):
         pixel.check_network(cfg=1.5)
 
 

@@ -177,8 +177,8 @@ def test_guidance_for_an_unconditional_network_is_refused(files, tmp_path):
         "--device",
         "cpu",
     ]
-    fails("imm/generate.py", *args, "--cfg", 2, "--num_images", 4, match="knows no classes")
-    fails("imm/generate.py", *args, "--per_class_count", 4, match="--per_class: this network knows no classes")
+    fails("imm/generate.py", *args, "--cfg", 2, "--num_images", 4, match="has no classes")
+    fails("imm/generate.py", *args, "--per_class_count", 4, match="--per_class: this network has no classes")
 
 
 @pytest.mark.parametrize("name", ["generate", "finetune", "sweep", "calculate_fid"])
