@@ -4,6 +4,8 @@ the same, and one continues what the other began."""
 import dataclasses
 import json
 import re
+import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from core.pico import PixelMoments
+from launch import call
 
 from neon_core.backbone import TrainSettings
 from neon_core.distributed import session
@@ -28,6 +31,7 @@ from neon_metrics.statistics import FeatureStatistics
 from neon_run import commands as c
 from neon_run import stages
 from neon_run.backbones import choose_row, find_backbones
+from neon_run.command import neon
 from neon_run.reproduce.reproduction import Plan, Reproduction
 from neon_run.row import Grid
 from neon_run.search.find import SearchPlan, neighbours
@@ -286,6 +290,26 @@ def test_the_stages_without_commands_run_as_the_page_has_them(files, tmp_path, o
     monkeypatch.chdir(tmp_path)
     exec(code, {**vars(stages), "session": lambda: session("cpu"), "row": ROW})
     assert list(Path("sweep/points").iterdir())
+
+
+def test_the_fifth_backbone_in_a_folder_of_the_checkout_has_all_commands(files, tmp_path, monkeypatch):
+    """The package and the script as the page has them."""
+    package = Path(__file__).parents[1] / "fifth" / "neon_fifth"
+    page = (Path(__file__).parents[2] / "docs" / "adding_a_backbone.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(#!.*?)```", page, flags=re.S)
+    shutil.copytree(package, tmp_path / "fifth" / "neon_fifth")
+    (tmp_path / "fifth" / "generate.py").write_text(script, encoding="utf-8")
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr("neon_run.backbones.ROOT", tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.chdir(files)
+    assert "fifth/tiny" in CliRunner().invoke(neon, ["rows"]).stdout
+    flags = {"generate": "--per_class", "finetune": "--ramp_images", "sweep": "--contrasts", "fid": "--contrast"}
+    for name, flag in flags.items():
+        shown = CliRunner().invoke(neon, [name, "fifth/tiny", "--help"])
+        assert shown.exit_code == 0 and flag in shown.output, shown.output
+    call(tmp_path / "fifth" / "generate.py", "--outdir", tmp_path / "S", "--num_images", 4, "--device", "cpu")
+    assert len(list((tmp_path / "S").rglob("*.png"))) == 4
 
 
 def test_the_fifth_backbone_has_less_than_120_lines():
