@@ -147,9 +147,9 @@ class NeonWeights:
     """A module whose parameters move along theta_base - w (theta_syn - theta_base).
 
     Every `set` starts from the two given ends, so moving back and forth does not drift, and `set(0)` is the base bit
-    for bit. The ends are held by reference in their own dtype (mapped files stay mapped), or copied to `device` where
-    that is given. Buffers (running statistics, masks), whole numbers and names that match `keep` come from the
-    base: `kept` names them, for a merge of the files.
+    for bit. The ends are held by reference in their own dtype (mapped files stay mapped). Buffers (running
+    statistics, masks), whole numbers and names that match `keep` come from the base: `kept` names them, for a merge
+    of the files.
     """
 
     def __init__(
@@ -157,7 +157,6 @@ class NeonWeights:
         module: nn.Module,
         base: Mapping[str, Tensor],
         syn: Mapping[str, Tensor],
-        device: torch.device | str | None = None,
         keep: Iterable[str] = (),
     ):
         keep = tuple(keep)
@@ -171,8 +170,6 @@ class NeonWeights:
         _check_fit(module, "base", base, moving | self._fixed)
         _check_fit(module, "synthetic", syn, moving)
         ends, self.syn = self._separate(base, entries), self._separate(syn, moving)
-        if device is not None:
-            ends, self.syn = ({name: value.to(device) for name, value in state.items()} for state in (ends, self.syn))
         self.base = {name: ends[name] for name in moving}
         self._base_fixed = {name: ends[name] for name in self._fixed}
         self.w: float | None = None

@@ -113,6 +113,21 @@ def test_the_written_network_is_the_measured_one(snapshots, tmp_path):
     assert torch.equal(base.net.out.weight, backbone.net.out.weight)
 
 
+def test_the_ends_of_the_merge_stay_on_the_host(snapshots, tmp_path):
+    backbone = PicoBackbone.fresh()
+    evaluator = Evaluator(reference(), device=CPU, metrics=("fid",), detector=PixelMoments())
+    sweep = Sweep(backbone, evaluator, snapshots, tmp_path, settings={}, batch_size=16, identity={})
+    live = {value.untyped_storage().data_ptr() for value in backbone.net.state_dict().values()}
+    sweep.move(list(snapshots)[-1], 1.5)
+    for end in (sweep.theta_base, sweep._weights.base, sweep._weights.syn):
+        assert all(value.device == CPU and value.untyped_storage().data_ptr() not in live for value in end.values())
+    # held once: the sweep's base is the one the merge reads
+    assert all(
+        value is sweep.theta_base[name] or value.data_ptr() == sweep.theta_base[name].data_ptr()
+        for name, value in sweep._weights.base.items()
+    )
+
+
 def test_the_early_stop_follows_the_official_rule():
     fids = {
         0.5: [5.0, 4.0, 4.5, 1.0],  # the fourth guidance is never tried
