@@ -25,6 +25,9 @@ TOP_LEVEL = {
     "checkpoints",
     "fid_stats",
     "README.md",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
     "LICENSE",
     "Makefile",
     "pyproject.toml",
@@ -33,6 +36,8 @@ TOP_LEVEL = {
     "benchmarks",
     ".ci",
     ".gitignore",
+    ".github",
+    ".pre-commit-config.yaml",
 }
 
 

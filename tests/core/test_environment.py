@@ -9,6 +9,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has the first TOML reader")
 
@@ -40,3 +41,30 @@ def test_versions_agree_with_the_project():
 def test_every_package_is_importable_in_an_allowed_version(requirement):
     importlib.import_module(MODULES.get(requirement.name, requirement.name))
     assert importlib.metadata.version(requirement.name) in requirement.specifier
+
+
+def test_the_oldest_versions_in_ci_are_those_that_the_project_promises():
+    lines = (ROOT / ".github" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {r.name: str(r.specifier).removeprefix("==") for r in map(Requirement, filter(_stated, lines))}
+    promised = {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in NEEDED}
+    assert pinned.keys() == promised.keys()
+    for name, version in pinned.items():
+        assert Version(version) == Version(promised[name]), name
+
+
+def _stated(line: str) -> bool:
+    return bool(line) and not line.startswith("#")
+
+
+def test_release_files_are_well_formed_and_name_one_version():
+    version = PROJECT["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == version and citation["preferred-citation"]["url"].endswith("2510.03597")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[.*{re.escape(version.split('.dev')[0])}", changes, re.M), "no entry for this version"
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert {"lint", "test", "wheel", "notebook", "supply"} <= workflow["jobs"].keys()
+    for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(form.read_text(encoding="utf-8")), form
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    assert [hook["id"] for hook in hooks] == ["ruff-check", "ruff-format"]
