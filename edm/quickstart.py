@@ -5,8 +5,8 @@
     python edm/quickstart.py --fast             one small run, under a minute: does everything work?
 
 Prints a table and writes quickstart.png, quickstart_curve.png and results.json; each seed's folder is that of a
-`neon reproduce edm/digits`, with report.html, neon.safetensors and all that lies behind them. Ends with status 1 if the
-distances do not show the effect. What an earlier run finished is found and kept.
+`neon reproduce edm/digits`, with report.html, neon.safetensors and the files of all stages. Ends with status 1 if the
+distances do not show the effect. Seeds that an earlier run finished are kept.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The control of the method: is it the direction theta_syn - theta_base that helps, or any step of that length?"""
+"""A control: does the direction theta_syn - theta_base matter, or would any step of that length help?"""
 
 from __future__ import annotations
 

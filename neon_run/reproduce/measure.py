@@ -42,7 +42,7 @@ class Measurement:
     out_dir: Path
 
     def final(self, searched: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything the report shows: base and Neon on all seeds and on a second block, which no search has seen;
+        """All measurements of the report: base and Neon on all seeds and on a second block, which no search has seen;
         there also the curve over w and the controls (on the first block where there is no second); and samples.
 
         `searched` is the result of the search. Every rank calls it; sampled images are added to, not sampled again.

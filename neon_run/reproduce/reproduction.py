@@ -141,20 +141,20 @@ class Reproduction:
             prepared = {} if prepare is None else prepare(self.row, self.out_dir / "prepared", plan.seed)
             files_here = {name: Path(path) for name, path in {**prepared, **paths}.items()}
             hashes = broadcast_object(
-                {n: sha256_file(_vouching(p)) for n, p in files_here.items()} if is_main() else None
+                {n: sha256_file(_hashed_file(p)) for n, p in files_here.items()} if is_main() else None
             )
             own = {n for n in prepared if n not in paths}
             inside = {n: p.relative_to(self.out_dir) if n in own else p for n, p in files_here.items()}
             return {
                 "outputs": {n: {"path": str(inside[n]), "sha256": hashes[n]} for n in files_here},
-                "files": [str(_vouching(files_here[n]).relative_to(self.out_dir)) for n in files_here if n in own],
+                "files": [str(_hashed_file(files_here[n]).relative_to(self.out_dir)) for n in files_here if n in own],
                 **({} if prepare is None else {"training_images": prepare.training_images}),
             }
 
         files = self.ledger.run("fetch", broadcast_object(identity), [], work)
         for name, entry in files.items() if is_main() else ():
             path = self.out_dir / entry["path"]
-            if sha256_file(_vouching(path)) != entry["sha256"]:
+            if sha256_file(_hashed_file(path)) != entry["sha256"]:
                 raise UserError(
                     f"{path}: is not the {name} that this run began with; put it back, or name another --out"
                 )
@@ -341,6 +341,6 @@ class Reproduction:
         return {"images": images, **({"network_evaluations": images * count(settings)} if count else {})}
 
 
-def _vouching(path: Path) -> Path:
+def _hashed_file(path: Path) -> Path:
     """The file whose hash stands for `path`: of a set's folder, its listing, which is written last."""
     return path / "dataset.json" if path.is_dir() else path

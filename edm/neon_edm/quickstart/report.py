@@ -106,13 +106,13 @@ def explanation(results: Sequence[dict]) -> str:
     base, worse, better = (average(results, place, "variance") for place in ("base", "self_trained", "neon_fixed"))
     real = mean(result["real"]["variance"] for result in results)
     text = f"""
-        Why it works: the base, trained briefly, draws too timidly. Its samples vary less than real digits (total pixel
-        variance {base:.1f} against {real:.1f}), and a fine-tune on those samples makes it more timid still
+        Why it works: the samples of the base, which was trained briefly, vary less than real digits (total pixel
+        variance {base:.1f} against {real:.1f}), and a fine-tune on those samples lowers their variance further
         ({worse:.1f}). So the step from base to self-trained weights points the wrong way, and the same step taken
-        backwards gives variation back ({better:.1f} at w = 1) without one more real image.
-        What the numbers are not: this distance is not FID. Its features come from a small digit classifier trained in
+        backwards restores variance ({better:.1f} at w = 1) without one more real image.
+        Limits of the numbers: this distance is not FID. Its features come from a small digit classifier trained in
         this run, so it compares only within a run, and small sets bias it: real training digits are not at 0 either,
-        and their row is a yardstick, not a bound. The model is small and its training short. Longer training on real
+        and their row is for comparison, not a bound. The model is small and its training short. Longer training on real
         digits helps too, and Neon gains less the better the base is. Measured apart from this run: 14 % with
         --base_steps 16000 (seed 0), and 3 to 20 % against a base at its own best guidance (seeds 0 to 2, the row
         edm/digits_guided)."""
