@@ -29,7 +29,8 @@ from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
 from neon_files.stopping import Stopped, signals_wait
 from neon_metrics.accumulator import MetricAccumulator, MetricSettings, check_sizes
-from neon_metrics.detector import Detector, load_inception
+from neon_metrics.detector import Detector
+from neon_metrics.detectors import open_detector
 from neon_metrics.image_statistics import check_images, take_in
 from neon_metrics.kept import KeptWork
 from neon_metrics.reference import Reference, load_reference
@@ -39,9 +40,9 @@ from neon_metrics.scores import fid
 class Evaluator:
     """Reference, detector and metrics, all checked before a model is built; then called once per setting.
 
-    `reference`: .npz path or URL, or a Reference. `detector`: None for the published Inception, a weight file, or any
-    Detector. `metrics`: of fid, is, kid, prdc; the last two need `real_images`, a folder or .zip, of which every image
-    is decoded once as a check. `heldout`: a second reference, for `fid_heldout`. Every rank makes one.
+    `reference`: .npz path or URL, or a Reference. `detector`: a Detector, or what `open_detector` takes; None for the
+    published Inception. `metrics`: of fid, is, kid, prdc; the last two need `real_images`, a folder or .zip, of which
+    every image is decoded once as a check. `heldout`: a second reference, for `fid_heldout`. Every rank makes one.
     Raises UserError.
     """
 
@@ -60,14 +61,11 @@ class Evaluator:
         self.metrics = tuple(metrics)
         self.reference = _checked(reference)  # the cheap checks first
         self.heldout = None if heldout is None else _checked(heldout)
-        if detector is None or isinstance(detector, str | Path):
-            detector = load_inception(detector, device)
+        opened = open_detector(detector, device)
         for side in (self.reference, self.heldout):
-            if side is not None and len(side.mu) != detector.num_features:
-                raise UserError(
-                    f"{side.name}: made from {len(side.mu)} features, the detector gives {detector.num_features}"
-                )
-        self.detector, self.device = detector, device
+            if side is not None:
+                side.check_detector(opened.name, opened.num_features)
+        self.detector, self.device = opened, device
         compared = {"kid", "prdc"} & set(metrics)
         self._real_images = _open_real_images(real_images, compared) if compared and real_images is not None else None
         self._real_features: Tensor | None = None

@@ -53,4 +53,4 @@ def reference_of(images: ImageSet, detector: Detector, device: torch.device, bat
     accumulator = MetricAccumulator(detector, len(images), ("fid",))
     total = take_in(accumulator, images, device, batch_size, progress=True)
     assert total.feature_statistics is not None
-    return Reference.from_statistics(total.feature_statistics, str(images.path))
+    return Reference.from_statistics(total.feature_statistics, str(images.path), detector.name)

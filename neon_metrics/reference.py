@@ -19,6 +19,7 @@ from neon_files.kinds import other_kind
 from neon_metrics.covariance import psd_factor
 from neon_metrics.statistics import FeatureStatistics
 
+COMMENT = "detector: "
 MAX_FEATURES = 4096  # twice Inception's; a covariance of them takes 128 MiB
 
 
@@ -29,11 +30,19 @@ class Reference:
     mu: np.ndarray
     sigma: np.ndarray
     name: str = field(default="reference", compare=False)  # for messages
+    detector: str = field(default="", compare=False)  # whose features; "": not recorded, as in the published files
 
     @classmethod
-    def from_statistics(cls, statistics: FeatureStatistics, name: str = "reference") -> Reference:
+    def from_statistics(cls, statistics: FeatureStatistics, name: str = "reference", detector: str = "") -> Reference:
         """Of the images that `statistics` has seen."""
-        return cls(statistics.mean.cpu().numpy().copy(), statistics.covariance().cpu().numpy(), name)
+        return cls(statistics.mean.cpu().numpy().copy(), statistics.covariance().cpu().numpy(), name, detector)
+
+    def check_detector(self, name: str, num_features: int) -> None:
+        """UserError where these are statistics of another detector's features."""
+        if self.detector and self.detector != name:
+            raise UserError(f"{self.name}: made with the detector {self.detector}, not {name}; name that --detector")
+        if len(self.mu) != num_features:
+            raise UserError(f"{self.name}: made from {len(self.mu)} features, the detector gives {num_features}")
 
     @cached_property
     def digest(self) -> str:
@@ -71,7 +80,14 @@ def load_reference(path: str | Path, num_features: int | None = None) -> Referen
         raise UserError(f"{path}: sigma is not symmetric (largest difference {asymmetry:.3g}), so it is no covariance")
     if np.min(np.diag(sigma)) < 0:
         raise UserError(f"{path}: sigma has a negative variance ({np.min(np.diag(sigma)):.3g}), so it is no covariance")
-    return Reference(mu, (sigma + sigma.T) / 2, str(path))
+    return Reference(mu, (sigma + sigma.T) / 2, str(path), _detector(path))
+
+
+def _detector(path: Path) -> str:
+    """The name that `write_reference` leaves in the archive's comment."""
+    with zipfile.ZipFile(path) as archive:
+        comment = archive.comment.decode("utf-8", "replace")
+    return comment.removeprefix(COMMENT) if comment.startswith(COMMENT) else ""
 
 
 def _read(path: Path, num_features: int | None) -> list[np.ndarray]:
@@ -126,6 +142,11 @@ def _contents(members: list[str]) -> str:
 
 
 def write_reference(path: str | Path, reference: Reference) -> None:
-    """An .npz with `mu` and `sigma`, float64, under its final name only when whole."""
-    with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
-        np.savez(file, mu=reference.mu, sigma=reference.sigma)
+    """An .npz with `mu` and `sigma`, float64, under its final name only when whole; the detector's name, where it is
+    known, in the archive's comment, where no other reader stumbles over it."""
+    with atomic_path(Path(path)) as temporary:
+        with open(temporary, "wb") as file:
+            np.savez(file, mu=reference.mu, sigma=reference.sigma)
+        if reference.detector:
+            with zipfile.ZipFile(temporary, "a") as archive:
+                archive.comment = (COMMENT + reference.detector).encode()

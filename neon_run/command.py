@@ -10,6 +10,7 @@ from neon_files.downloads import main as download_command
 from neon_run.backbones import backbone_of, find_row, find_rows
 from neon_run.cli import run
 from neon_run.commands import STAGES, command, run_words
+from neon_run.image_commands import are_images, measure_command, reference_command
 from neon_run.merging.command import merge_command
 from neon_run.merging.push import push_command
 from neon_run.reproduce.commands import reproduce_command, rows_command, status_command
@@ -40,25 +41,31 @@ def stage_command(stage: str, name: str) -> click.Command:
     """`neon NAME ROW FLAGS`: the script of that stage, of the row's backbone, with the row as its --preset."""
 
     def callback(row: str, words: tuple[str, ...]) -> None:
+        if stage == "calculate_fid" and are_images(row):
+            measure_command.main([row, *words], prog_name=f"neon {name}", standalone_mode=False)
+            return
         chosen = find_row(row)
         backbone = backbone_of(chosen)
         run_words(command(stage, backbone, chosen.id), backbone, stage, words, f"neon {name} {row}")
 
+    images = " IMAGES: the same of a folder or .zip, with --ref." if stage == "calculate_fid" else ""
     return click.Command(
         name,
         params=[
-            click.Argument(["row"], metavar="ROW", shell_complete=complete_row),
+            click.Argument(
+                ["row"], metavar="ROW|IMAGES" if stage == "calculate_fid" else "ROW", shell_complete=complete_row
+            ),
             click.Argument(["words"], nargs=-1, type=click.UNPROCESSED, metavar="[FLAGS]..."),
         ],
         callback=callback,
-        help=f"{STAGES[stage][2]} `neon rows` lists the rows, `neon {name} ROW --help` the flags.",
+        help=f"{STAGES[stage][2]}{images} `neon rows` lists the rows, `neon {name} ROW --help` the flags.",
         context_settings={"allow_interspersed_args": False},  # words after ROW are the script's, --help too
     )
 
 
 for stage, name in (("generate", "generate"), ("finetune", "finetune"), ("sweep", "sweep"), ("calculate_fid", "fid")):
     neon.add_command(stage_command(stage, name))
-for other in (rows_command, reproduce_command, status_command, merge_command, push_command):
+for other in (rows_command, reproduce_command, status_command, merge_command, push_command, reference_command):
     neon.add_command(other)
 neon.add_command(download_command, "download")
 

@@ -19,6 +19,7 @@ from neon_core.seeds import parse_seeds
 from neon_files.errors import UserError, say
 from neon_files.published import find_all
 from neon_metrics.detector import WEIGHTS_NAME, default_weight_paths
+from neon_metrics.detectors import is_detector_name
 from neon_metrics.evaluate import Evaluator
 from neon_run import flags as f
 from neon_run import stages
@@ -119,14 +120,16 @@ def measurement_files(row: Row, values: Values) -> dict[str, Any]:
     if not reference:
         raise UserError("--ref is missing; give it, or a --preset")
     detector = values["detector"]
-    if detector is None and not any(path.exists() for path in default_weight_paths()):
+    if detector is not None and is_detector_name(detector):
+        detector = None  # no file of ours
+    elif detector is None and not any(path.exists() for path in default_weight_paths()):
         detector = f"checkpoints/{WEIGHTS_NAME}"
     return {"--fid_stats": reference, "--detector": detector}
 
 
-def make_evaluator(files: Mapping[str, Path], values: Values, device: torch.device) -> Evaluator:
+def make_evaluator(files: Mapping[str, str | Path], values: Values, device: torch.device) -> Evaluator:
     """With --metrics; where that is not given and has no default, with every available metric."""
-    options = {"detector": files.get("--detector"), "real_images": values["real_images"]}
+    options = {"detector": files.get("--detector", values["detector"]), "real_images": values["real_images"]}
     if values["metrics"] is None and not values["no_isc"]:
         return stages.open_evaluator(files["--fid_stats"], device, **options)
     metrics = tuple(name for name in values["metrics"] or ("fid",) if not (values["no_isc"] and name == "is"))

@@ -202,6 +202,12 @@ FINAL = (
 # Metrics
 
 
+DETECTOR = flag(
+    "--detector", type=FILE, metavar="NAME|FILE",
+    help="inception, dinov2, timm:NAME, or a file of Inception weights.  [default: inception]",
+)  # fmt: skip
+
+
 def metric_flags(metrics: str | None) -> tuple[click.Option, ...]:
     """The metrics and their reference: arguments of `evaluate.Evaluator`."""
     return (
@@ -211,7 +217,7 @@ def metric_flags(metrics: str | None) -> tuple[click.Option, ...]:
              help="Of fid, is, kid, prdc; the last two need --real_images.  [default of sweep: all available]"),
         flag("--no_isc", is_flag=True, help="Leave the Inception Score out."),
         flag("--real_images", type=PATH, help="Real images, folder or .zip, for kid and prdc."),
-        flag("--detector", type=FILE, help="Inception weights.  [default: as download_models.sh fetches]"),
+        DETECTOR,
     )  # fmt: skip
 
 

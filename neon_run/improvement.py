@@ -32,7 +32,8 @@ from neon_files.checkpoint import load_strict, read_checkpoint, write_checkpoint
 from neon_files.errors import UserError, say
 from neon_files.image_set import ImageSet
 from neon_files.run_files import read_record
-from neon_metrics.detector import Detector, load_inception
+from neon_metrics.detector import Detector
+from neon_metrics.detectors import open_detector
 from neon_metrics.image_statistics import reference_of
 from neon_metrics.own_score import ScoreEvaluator
 from neon_metrics.reference import write_reference
@@ -103,7 +104,8 @@ def improve(
     of images as `sample` gives them (floats as float32), a scalar; randomness from `generator`. `labels`: int64 [B] on
     the device, seed mod `num_classes`, or None without classes.
     Compared is either with `real`, a folder or .zip of images or reference statistics (.npz), by the Frechet distance
-    in the features of `detector` (None: the published Inception); or by `score(images [n, ...] on the CPU)`.
+    in the features of `detector` ("inception", "dinov2", "timm:NAME", or any Detector); or by `score(images)`, given
+    [n, ...] on the CPU.
 
     `num_synthetic`: |S|. `distance`: how far the fine-tune goes, relative to the norm of the trained weights. `lr`: by
     default 0.002 times their root mean square. `ema`: decay per step of an average of the weights. `images`: of the
@@ -261,8 +263,7 @@ def _reference(real: Path, parts: Parts, detector: Any, device: torch.device, ou
             f"{real}: its images are {' x '.join(map(str, real_set.shape))}, those of sample "
             f"{' x '.join(map(str, parts.shape))}; bring them to one size and one number of channels"
         )
-    if detector is None or isinstance(detector, str | Path):
-        detector = load_inception(detector, device)
+    detector = open_detector(detector, device)
     about = hashlib.sha256(f"{real_set.digest} {detector.name}".encode()).hexdigest()[:12]
     path = out / f"reference-{about}.npz"
     if not agree(path, path.exists):

@@ -65,7 +65,7 @@ PLAN_FLAGS = (  # -> Plan
     f.flag("--fid_stats", "--ref", "reference", metavar="PATH|URL", help="Reference statistics, .npz."),
     f.flag("--heldout_ref", "heldout", metavar="PATH|URL", help="A second reference, reported beside the first."),
     f.flag("--tokenizer", metavar="FILE", help="Frozen tokenizer, where the row has one."),
-    f.flag("--detector", metavar="FILE", help="Inception weights."),
+    f.DETECTOR,
     f.flag("--real_images", metavar="PATH", help="Real images: adds KID, precision, recall, density, coverage."),
     f.flag("--search", type=click.Choice(["quick", "official"]), default="quick",
            help="Ours, or the official early-stopped grid, for comparison."),

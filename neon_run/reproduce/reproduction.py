@@ -26,6 +26,7 @@ from neon_files.atomic import sha256_file
 from neon_files.errors import UserError
 from neon_files.published import obtain
 from neon_metrics.detector import WEIGHTS_NAME, Detector
+from neon_metrics.detectors import is_detector_name
 from neon_metrics.evaluate import Evaluator
 from neon_run import stages
 from neon_run.merging.files import merge_files
@@ -123,7 +124,8 @@ class Reproduction:
         """Base, references, frozen parts and detector, on this machine (or prepared here), each with its hash."""
         plan, prepare = self.plan, self.row.prepare
         sources = {"base": plan.base, "reference": plan.reference, "heldout": plan.heldout}
-        sources["detector"] = plan.detector if isinstance(plan.detector, str | Path) else None
+        in_file = isinstance(plan.detector, str | Path) and not is_detector_name(plan.detector)
+        sources["detector"] = plan.detector if in_file else None
         if prepare is None:
             sources["base"] = plan.base or self.row.base
             sources["reference"] = plan.reference or self.row.fid_stats
@@ -332,7 +334,7 @@ class Reproduction:
             "seeds": self.row.evaluate_seeds,
             "batch_size": self.row.batch_size,
             "real_images": self.plan.real_images,
-            "detector": getattr(detector, "name", "file"),
+            "detector": str(detector) if is_detector_name(detector) else getattr(detector, "name", "file"),
             "tf32": self.row.tf32,
         }
 
