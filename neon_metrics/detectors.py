@@ -23,9 +23,9 @@ DINOV2_SIDE, DINOV2_GRID = 224, 16  # pixels, patches
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation, of values in [0, 1]
 
 
-def is_detector_name(text: str | Path) -> bool:
-    """Whether it names a network, not a file of Inception weights."""
-    return str(text) in (INCEPTION, DINOV2) or str(text).startswith(TIMM)
+def is_detector_name(name: object) -> bool:
+    """Whether it is the name of a network, not a file of Inception weights."""
+    return isinstance(name, str | Path) and (str(name) in (INCEPTION, DINOV2) or str(name).startswith(TIMM))
 
 
 def open_detector(name: Detector | str | Path | None, device: torch.device | str = "cpu") -> Detector:
@@ -130,7 +130,8 @@ class DinoV2Detector(NetworkDetector):
         super().__init__(net, name, device, side=DINOV2_SIDE, **options)
 
     def features(self, x: Tensor) -> Tensor:
-        return self.net.forward_features(x)[:, 0]
+        network: Any = self.net  # of timm
+        return network.forward_features(x)[:, 0]
 
 
 def dinov2_positions(table: Tensor, grid: int) -> Tensor:

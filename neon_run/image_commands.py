@@ -12,13 +12,12 @@ from neon_core.distributed import agree, is_main, print0, session
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
 from neon_metrics.detectors import open_detector
-from neon_metrics.evaluate import Evaluator
 from neon_metrics.image_statistics import check_images, reference_of, take_in
 from neon_metrics.reference import write_reference
 from neon_run import flags as f
 from neon_run.backbones import find_row
 from neon_run.cli import check_writable, measured_line, write_result
-from neon_run.stages import open_evaluator
+from neon_run.commands import make_evaluator
 
 IMAGES = click.Argument(["images"], metavar="IMAGES", type=f.PATH)
 BATCH_SIZE = f.flag("--batch_size", "--batch", "batch_size", type=f.COUNT, default=64, help="Images at once.")
@@ -49,12 +48,7 @@ def measure(images: Path, reference: str, device: str, batch_size: int, json_pat
     """Distance of the images in IMAGES, a folder or .zip, to reference statistics."""
     with session(device) as where:
         found = open_images(images)
-        options = {"detector": values["detector"], "real_images": values["real_images"]}
-        if values["metrics"] is None and not values["no_isc"]:
-            evaluator = open_evaluator(reference, where, **options)
-        else:
-            metrics = tuple(m for m in values["metrics"] or ("fid",) if not (values["no_isc"] and m == "is"))
-            evaluator = Evaluator(reference, device=where, metrics=metrics, **options)
+        evaluator = make_evaluator({"--fid_stats": reference}, values, where)
         total = take_in(evaluator.new_accumulator(len(found)), found, where, batch_size, progress=True)
         about = {
             "images": str(images),

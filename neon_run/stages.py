@@ -127,7 +127,7 @@ def finetune(model: Model, data: Path, out_dir: Path, run: TrainingRun | None = 
         )
 
 
-def open_evaluator(reference: Path, device: torch.device, **options: Any) -> Evaluator:
+def open_evaluator(reference: str | Path, device: torch.device, **options: Any) -> Evaluator:
     """With every available metric: FID, IS where the detector has classes, KID, precision and recall where
     `real_images` names some. `options` are those of `Evaluator`."""
     metrics = ("fid", *(("kid", "prdc") if options.get("real_images") else ()))

@@ -124,8 +124,8 @@ class Reproduction:
         """Base, references, frozen parts and detector, on this machine (or prepared here), each with its hash."""
         plan, prepare = self.plan, self.row.prepare
         sources = {"base": plan.base, "reference": plan.reference, "heldout": plan.heldout}
-        in_file = isinstance(plan.detector, str | Path) and not is_detector_name(plan.detector)
-        sources["detector"] = plan.detector if in_file else None
+        if isinstance(plan.detector, str | Path) and not is_detector_name(plan.detector):
+            sources["detector"] = plan.detector
         if prepare is None:
             sources["base"] = plan.base or self.row.base
             sources["reference"] = plan.reference or self.row.fid_stats

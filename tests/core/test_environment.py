@@ -68,3 +68,11 @@ def test_release_files_are_well_formed_and_name_one_version():
         assert yaml.safe_load(form.read_text(encoding="utf-8")), form
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
     assert [hook["id"] for hook in hooks] == ["ruff-check", "ruff-format"]
+
+
+def test_what_one_command_alone_needs_is_an_extra():
+    extras = {
+        name: [Requirement(line).name for line in lines] for name, lines in PROJECT["optional-dependencies"].items()
+    }
+    assert "timm" in extras["detectors"] and "torchvision" in extras["data"]
+    assert not {"timm", "torchvision"} & {requirement.name for requirement in NEEDED}
