@@ -1,8 +1,8 @@
-"""Which kind an adapter is, by an allow-list, and the merge of each kind: in files and in folders of peft.
+"""The kinds of adapters, by an allow-list, and the merge of each kind: in files and in folders of peft.
 
 With an adapter_config.json its `peft_type` decides. LoRA is merged by its products (`lora`); a few kinds change the
 weights by something linear in their numbers, so that merging the numbers merges the networks; every other kind is
-refused. Without settings the names decide, and then only those of LoRA are known.
+refused. Without settings the names decide, and only those of LoRA are recognised.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class LinearKind:
 
     trained: str
     neutral: float = 0.0  # with these the network is the base
-    fixed: str = ""  # ending of what both adapters must have alike
+    fixed: str = ""  # ending of the tensors that must be equal in both adapters
 
 
-# Each compared with peft's own merge of the network (tests/core/test_adapters.py).
+# Each compared with peft's merge of the network (tests/core/test_adapters.py).
 LINEAR = {
     "IA3": LinearKind("ia3_l", neutral=1.0),  # W * l
     "MISS": LinearKind("miss_block"),  # W + blocks; "bat": W + W blocks + blocks
@@ -40,7 +40,7 @@ LINEAR = {
     "C3A": LinearKind("c3a_kernel"),  # W + circulant(kernel)
     "FOURIERFT": LinearKind("fourierft_spectrum"),  # W + inverse FFT of a spectrum in fixed places
 }
-# Settings of peft that do not tell what the numbers do to the weights.
+# Settings of peft that do not change the effect of the numbers on the weights.
 _BOOKKEEPING = {
     "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "miss_dropout", "random_seed", "init_ia3_weights", "target_modules", "exclude_modules", "feedforward_modules",
@@ -67,40 +67,38 @@ def adapter_kind(part: WeightFile) -> str | None:
     if not looks_like_adapter(part.path, part.loaders):
         return None
     if part.adapter_config is None:
-        return "LORA"  # whose reader refuses what is none
+        return "LORA"  # whose reader refuses other names
     kind = part.adapter_config.get("peft_type")
     if kind in ("LORA", *LINEAR):
         return kind
-    known = ", ".join(("LORA", *LINEAR))
-    said = f"is of the kind {kind}" if kind else f"has no peft_type in its {ADAPTER_CONFIG}"
+    allowed = ", ".join(("LORA", *LINEAR))
+    problem = f"is of the kind {kind}" if kind else f"has no peft_type in its {ADAPTER_CONFIG}"
     raise UserError(
-        f"{part.path}: {said}; only {known} change the weights in a way that can be merged: merge the networks instead"
+        f"{part.path}: {problem}; only {allowed} change the weights in a mergeable way: merge the networks instead"
     )
 
 
 def read_lora(part: WeightFile, scale: float | None = None) -> lora.Adapter:
-    """The factors of a file, with what its settings and header say of their scale."""
+    """The factors of a file, with the scale that its settings and header state."""
     adapter = lora.read_adapter(str(part.path), part.state(), part.adapter_config, part.header, scale)
     if not adapter.scales_known:
         if adapter.scale_in_code:
-            raise UserError(
-                f"{part.path}: says no alpha, which the code that reads it decides; give --scale (alpha / r)"
-            )
-        say(f"{part.path}: says no alpha; taken as equal to the rank, as loaders do")
+            raise UserError(f"{part.path}: states no alpha, which differs between loaders; give --scale (alpha / r)")
+        say(f"{part.path}: states no alpha; taken as equal to the rank, as loaders do")
     return adapter
 
 
 def merge_adapters(base: WeightFile, syn: WeightFile, steps: Steps, scale: float | None = None) -> Merged:
-    """The adapter of base - w (syn - base), as a network would be merged that had both merged into its weights."""
+    """The adapter of base - w (syn - base): equal to merging two networks with the adapters in their weights."""
     kinds = [adapter_kind(part) for part in (base, syn)]
     if kinds[0] != kinds[1]:
-        told = [f"{part.path} is {kind or 'no adapter'}" for part, kind in zip((base, syn), kinds, strict=True)]
-        raise UserError(f"{', '.join(told)}: only two of one kind are merged; `--lora` takes an adapter alone")
+        descriptions = [f"{part.path} is {kind or 'no adapter'}" for part, kind in zip((base, syn), kinds, strict=True)]
+        raise UserError(f"{', '.join(descriptions)}: only two of one kind are merged; `--lora` takes an adapter alone")
     record = {"rule": "neon", "base": _source(base), "synthetic": _source(syn)}
     header = pack_metadata(None, {"neon": {**steps.record(), **record}})
     if kinds[0] != "LORA":
         if scale is not None:
-            raise UserError(f"--scale: is of LoRA, {base.path} is {kinds[0]}")
+            raise UserError(f"--scale: applies to LoRA, {base.path} is {kinds[0]}")
         return Merged(_merge_linear(kinds[0] or "", base, syn, steps), {**base.header, **header})
     _check_settings(base, syn, ("fan_in_fan_out",))
     ours, theirs = read_lora(base, scale), read_lora(syn, scale)
@@ -147,7 +145,7 @@ _NONE = torch.empty(0)
 
 
 def _numbers(kind: str, part: WeightFile) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(trained tensors in at least float32, fixed ones). Whatever else the file holds is refused."""
+    """(trained tensors in at least float32, fixed ones). Other tensors of the file are refused."""
     trained, fixed = {}, {}
     for name, value in part.state().items():
         if name.endswith(LINEAR[kind].trained):
@@ -168,7 +166,7 @@ def _in_order(part: WeightFile, state: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _check_settings(base: WeightFile, syn: WeightFile, names: Iterable[str] | None = None) -> None:
-    """UserError where the two adapters' settings (these `names`, or all that matter) give numbers another meaning."""
+    """UserError where the two adapters' settings (these `names`, or all relevant ones) give numbers another meaning."""
     ours, theirs = base.adapter_config or {}, syn.adapter_config or {}
     for name in sorted((ours.keys() | theirs.keys()) - _BOOKKEEPING) if names is None else names:
         one, other = ours.get(name) or None, theirs.get(name) or None

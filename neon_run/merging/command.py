@@ -35,7 +35,7 @@ def merge_paths(
     scale: float | None = None,
     dense: bool = False,
 ) -> None:
-    """`merge_files`, or its counterpart for two folders or two adapters, as the inputs are."""
+    """`merge_files`, or its counterpart for two folders or two adapters."""
     steps = as_steps(w)
     if any(path.is_dir() and not is_distributed(path) for path in (base, syn)):
         _refuse(rule != NEON, f"--rule {rule}")
@@ -49,7 +49,7 @@ def merge_paths(
         folders.merge_adapter_files(ours, theirs, steps, out, scale)
         return
     if scale is not None:
-        raise UserError("--scale: is of LoRA adapters, these are networks")
+        raise UserError("--scale: applies to LoRA adapters, these are networks")
     merge_files(base, syn, steps, out, rule, entries, dense)
 
 
@@ -59,7 +59,7 @@ def _refuse(given: bool, flag: str) -> None:
 
 
 def read_steps(given: Sequence[str], keep: Sequence[str]) -> Steps:
-    """The steps that `-w 1.0 --w 'up_blocks.*=0.5' --keep 'norm*'` say. Raises UserError."""
+    """The steps of `-w 1.0 --w 'up_blocks.*=0.5' --keep 'norm*'`. Raises UserError."""
     numbers = [text for text in given if "=" not in text]
     if len(numbers) != 1:
         raise UserError(f"-w: give one number for all tensors, beside any PATTERN=W; there are {len(numbers)}")
@@ -109,8 +109,8 @@ class Choices:
     multiple=True,
     required=True,
     metavar="W | PATTERN=W",
-    help="Merge weight; 0 gives BASE, -1 gives SYN, the paper's rows use w > 0. Again with a pattern for tensors of "
-    "their own w, like 'up_blocks.*=0.5'; the last that fits counts.",
+    help="Merge weight; 0 gives BASE, -1 gives SYN, the paper's rows use w > 0. Again with a pattern for tensors with "
+    "another w, like 'up_blocks.*=0.5'; the last match counts.",
 )
 @click.option(
     "-o",
@@ -133,13 +133,13 @@ class Choices:
     metavar="NAME",
     help="State dict to take where a file holds several; once for both files, or BASE's, then SYN's ('': as usual).",
 )
-@click.option("--scale", type=float, help="alpha / r of LoRA adapters whose files do not say it.")
+@click.option("--scale", type=float, help="alpha / r of LoRA adapters whose files do not state it.")
 @click.option("--dense", is_flag=True, help="Names that look like an adapter's are ordinary weights of a network.")
 @click.option(
     "--rule",
     default=NEON,
     show_default=True,
-    help="neon, or official-NAME: what the official script of that backbone computes.",
+    help="neon, or official-NAME: the merge of that backbone's official script.",
 )
 def merge_command(base: Path | None, syn: Path | None, lora: Path | None, out: Path, **choices: Any) -> None:
     """BASE and SYN, checkpoints of one network -> base - w (syn - base).
@@ -149,17 +149,17 @@ def merge_command(base: Path | None, syn: Path | None, lora: Path | None, out: P
     """
     given = Choices(**choices)
     steps = read_steps(given.w, given.keep)
-    told = " | ".join([f"w={steps.w:g}", *(f"{pattern}={w:g}" for pattern, w in steps.blocks)])
+    steps_text = " | ".join([f"w={steps.w:g}", *(f"{pattern}={w:g}" for pattern, w in steps.blocks)])
     if lora is not None:
         if base is not None or given.rule != NEON or given.entry or given.dense or given.scale is not None:
-            raise UserError("--lora: takes the place of BASE and SYN, and knows no --rule, --entry, --scale, --dense")
+            raise UserError("--lora: takes the place of BASE and SYN, without --rule, --entry, --scale, --dense")
         folders.reverse_adapter(lora, steps, out)
-        click.echo(f"{out} | {told} | lora={lora.name}")
+        click.echo(f"{out} | {steps_text} | lora={lora.name}")
         return
     if base is None or syn is None:
         raise click.UsageError("BASE and SYN are needed, two files or two folders; or --lora ADAPTER")
     merge_paths(base, syn, steps, out, given.rule, read_entries(given.entry), given.scale, given.dense)
-    click.echo(f"{out} | {told} | rule={given.rule} | base={base.name} | syn={syn.name}")
+    click.echo(f"{out} | {steps_text} | rule={given.rule} | base={base.name} | syn={syn.name}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the files of a folder are: weights to merge, known text, a trainer's state, or what must be equal in both."""
+"""The kinds of a folder's files: weights to merge, text, a trainer's state, or files that must be equal in both."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _TEXT = (
 )  # fmt: skip
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".pdf")
 _NUMBERS = (".npz", ".npy")  # not always of a network
-# What trainers keep beside their weights, by the names that they give it.
+# Files that trainers keep beside their weights, by name.
 _STATE_OF_TRAINING = re.compile(
     r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|custom_checkpoint|training_args|dl_state_dict)"
     r"(_\d+)?\.(bin|pt|pth|pkl)|events\.out\.tfevents\..*"
 )
 _LEFT_OUT = (".git", ".cache", "__MACOSX", ".ipynb_checkpoints")  # of a clone, a download, an archive, a notebook
-_CLUTTER = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini")  # of desktops
+_CLUTTER = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini")  # of desktop systems
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9"
 
 
 def files_of(folder: Path) -> dict[str, Path]:
     """Name within the folder -> file, sorted; links are followed (a hub cache is made of them)."""
-    found, seen = {}, set()
+    files, seen = {}, set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
-            raise UserError(f"{place}: a link that leads round in a circle; remove it")
+            raise UserError(f"{place}: a link that leads back to a folder above it; remove it")
         seen.add(real)
         folders[:] = [name for name in folders if name not in _LEFT_OUT]
         for name in names:
@@ -47,13 +47,13 @@ def files_of(folder: Path) -> dict[str, Path]:
             path = Path(place, name)
             if not path.is_file():
                 raise UserError(f"{path}: a broken link or no regular file; complete the folder or remove it")
-            found[path.relative_to(folder).as_posix()] = path
-    return dict(sorted(found.items()))
+            files[path.relative_to(folder).as_posix()] = path
+    return dict(sorted(files.items()))
 
 
 def kind(path: Path) -> str:
-    """weights (to be merged), state (of a trainer), text (settings, pictures), model (in a format that we do not
-    write) or other: by the name, and where that says nothing by the content."""
+    """weights (to be merged), state (of a trainer), text (settings, pictures), model (in a format that is not written)
+    or other: by the name, and where that is ambiguous by the content."""
     suffix = path.suffix.lower()
     if _STATE_OF_TRAINING.fullmatch(path.name):
         return "state"
@@ -87,7 +87,7 @@ def _is_torch_zip(path: Path, start: bytes) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())
-    except Exception:  # zipfile tells of damage in many ways; then the file must be equal in both folders
+    except Exception:  # zipfile raises many kinds on damage; then the file must be equal in both folders
         return False
 
 
@@ -129,13 +129,13 @@ def equal(name: str, in_base: Files, in_syn: Files) -> bool:
 
 
 def check_others(in_base: Files, in_syn: Files, merged: Iterable[str]) -> None:
-    """UserError where a file that is not merged may be of the old network; one line tells which are the base's."""
+    """UserError where a file that is not merged may be of the old network; reports the files taken from the base."""
     places, differing = {Path(name).parent.as_posix() for name in merged}, []
     for name, path in in_base.items():
-        what = kind(path)
-        if what == "weights":
+        file_kind = kind(path)
+        if file_kind == "weights":
             continue
-        if what in ("text", "state"):
+        if file_kind in ("text", "state"):
             if name in in_syn and not equal(name, in_base, in_syn):
                 differing.append(name)
         elif not equal(name, in_base, in_syn):
@@ -144,7 +144,7 @@ def check_others(in_base: Files, in_syn: Files, merged: Iterable[str]) -> None:
                 f"{path}: {where}, and is neither text nor weights in a format that is merged; take it out of the "
                 "base's folder, or put the same file into both"
             )
-        elif what == "model" and any(_related(Path(name).parent.as_posix(), place) for place in places):
+        elif file_kind == "model" and any(_related(Path(name).parent.as_posix(), place) for place in places):
             raise UserError(
                 f"{path}: weights in a format that is not merged, beside weights that are: it would be the old "
                 "network; take it out of the folder"
@@ -162,7 +162,7 @@ def _related(place: str, other: str) -> bool:
 
 
 def check_indices(in_base: Files, written: Iterable[str]) -> None:
-    """UserError where an index names a tensor or a file that is not there: the result could not be loaded."""
+    """UserError where an index names a missing tensor or file: the result could not be loaded."""
     written = set(written)
     for name, path in in_base.items():
         if not re.search(r"\.index(\.[\w-]+)?\.json$", name):
@@ -175,9 +175,9 @@ def check_indices(in_base: Files, written: Iterable[str]) -> None:
         for file in places:
             shard = (Path(name).parent / str(file)).as_posix()
             if shard not in in_base:
-                raise UserError(f"{path}: names {file}, which is not there; complete the folder")
+                raise UserError(f"{path}: names {file}, which is missing; complete the folder")
             if shard in written:
                 inside = WeightFile(in_base[shard]).loaders
                 absent = [entry for entry, place in weight_map.items() if place == file and entry not in inside]
                 if absent:
-                    raise UserError(f"{path}: says that {absent[0]} is in {file}, where it is not; download it again")
+                    raise UserError(f"{path}: places {absent[0]} in {file}, which lacks it; download it again")

@@ -34,12 +34,12 @@ def merge_files(
     `out` is a torch file where its suffix says so, else safetensors, whose header records the inputs with their
     hashes, w and the rule, and the base's configuration. `entries`: which state dict to take where a file holds
     several, in the base and in the other; `dense`: names that look like an adapter's are a network's. Raises
-    UserError as `neon_merge`, before anything is written wherever names and shapes tell.
+    UserError as `neon_merge`, for names and shapes before anything is written.
     """
     steps, apply, out = as_steps(w), find_rule(rule), Path(out)
     if rule != NEON:
         if not steps.plain:
-            raise UserError(f"--rule {rule}: knows one w for all tensors; leave out --keep and --w PATTERN=W")
+            raise UserError(f"--rule {rule}: uses one w for all tensors; leave out --keep and --w PATTERN=W")
         steps = as_steps(steps, statistics=False)
     ends = tuple(open_checkpoint(path, entry) for path, entry in zip((base, syn), entries, strict=True))
     theta_base, theta_syn = ends = ends[0], ends[1].named_like(ends[0].loaders)
@@ -48,7 +48,7 @@ def merge_files(
         check_quantized(end.layout(), str(end.path))
         if not dense and is_adapter(end.loaders):
             raise UserError(
-                f"{end.path}: looks like an adapter; `neon merge` merges those it knows, --dense as plain weights"
+                f"{end.path}: looks like an adapter; `neon merge` merges adapters, with --dense as plain weights"
             )
     layouts = theta_base.layout(), theta_syn.layout()
     steps.check_used(layouts[0])
@@ -89,6 +89,6 @@ def _header(ends: Sequence[Weights], steps: Steps, rule: str) -> dict[str, str]:
         for side, end in zip(("base", "synthetic"), ends, strict=True)
     }
     record = {"neon": {**steps.record(), "rule": rule, **inputs}}
-    if theta_base.container == "safetensors":  # entries as they are: other libraries look for some
+    if theta_base.container == "safetensors":  # all entries: other libraries need some
         return {**read_header(theta_base.path)[1], **pack_metadata(None, record)}
     return pack_metadata(theta_base.config, {**theta_base.metadata, **record})

@@ -1,8 +1,8 @@
 """Neon for whole folders (diffusers pipelines, sharded checkpoints) and for adapters, in files or folders.
 
-Every weight file of the base is merged tensor by tensor and keeps its name, place, container and header; what is known
-not to be weights is copied, and anything else must be equal in both folders. A folder appears under its final name when
-it is complete.
+Every weight file of the base is merged tensor by tensor and keeps its name, place, container and header; files of
+kinds without weights are copied, and all others must be equal in both folders. A folder gets its final name when it is
+complete.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def merge_folders(
 
 
 class _FolderMerge:
-    """What becomes of every file: `writers` by name for those that are made anew."""
+    """The plan for every file: `writers` by name for those that are not copied."""
 
     def __init__(self, in_base: Files, in_syn: Files, steps: Steps, scale: float | None, dense: bool):
         self.in_base, self.in_syn, self.steps, self.scale, self.dense = in_base, in_syn, steps, scale, dense
         self.writers: dict[str, Writer] = {}
-        self.sources: dict[str, list[str]] = {}  # merged file -> what it was merged with
+        self.sources: dict[str, list[str]] = {}  # merged file -> files of the other side
         self.sets: list[WeightSet] = []
-        self.left: list[list[str]] = []  # sets that have no other side, or are equal in it
+        self.left: list[list[str]] = []  # sets that are missing or equal on the other side
         self.pattern_names: list[str] = []
         self.syn_sets = contents.weight_sets(in_syn)
 
@@ -110,21 +110,21 @@ class _FolderMerge:
     def _add_adapter(self, names: list[str], ours: list[WeightFile], others: list[WeightFile]) -> None:
         if len(ours) > 1 or len(others) > 1:
             raise UserError(f"{ours[0].path}: one of several files of an adapter; only adapters in one file are merged")
-        made = merge_adapters(ours[0], others[0], self.steps, self.scale)
+        merged = merge_adapters(ours[0], others[0], self.steps, self.scale)
         for part in (ours[0], others[0]):
             self.pattern_names += [*part.loaders, *modules_of(part.loaders)]
-        self.writers[names[0]] = lambda path: ours[0].write(path, made.state, made.header)
-        if made.config is not None:
+        self.writers[names[0]] = lambda path: ours[0].write(path, merged.state, merged.header)
+        if merged.config is not None:
             settings = Path(names[0]).with_name(ADAPTER_CONFIG).as_posix()
-            self.writers[settings] = lambda path: write_json(path, made.config)
+            self.writers[settings] = lambda path: write_json(path, merged.config)
 
     def add_copies(self) -> None:
-        """Sets that were not merged: copies of merged ones are made from these, others must be equal in both."""
+        """Sets that were not merged: copies of merged ones are derived from those, others must be equal in both."""
         for names in self.left:
             path, place = self.in_base[names[0]], Path(names[0]).parent.as_posix()
             near = [s for s in self.sets if s.place == place] + self._same_pipeline(place)
             if not contents.is_container(path) and contents.equal(names[0], self.in_base, self.in_syn):
-                continue  # a vocabulary, say
+                continue  # a vocabulary, for example
             parts = self._open(names, self.in_base) if near else []
             relatives = [s for s in near if contents.family(s.names[0]) == contents.family(names[0])]
             copies = next(filter(None, (s.copies(names, parts) for s in near if s.place == place)), None)
@@ -142,7 +142,7 @@ class _FolderMerge:
                 )
 
     def _same_pipeline(self, place: str) -> list[WeightSet]:
-        """The merged parts of a pipeline in whose own folder a file lies: the whole network in a single file."""
+        """The merged parts of a pipeline whose top folder is `place`: a file there holds the whole network."""
         index = "model_index.json" if place == "." else f"{place}/model_index.json"
         inside = "" if place == "." else f"{place}/"
         return [s for s in self.sets if index in self.in_base and s.place != place and s.place.startswith(inside)]
@@ -157,7 +157,7 @@ class _FolderMerge:
         contents.check_indices(self.in_base, self.writers)
         extra = [n for names in self.syn_sets.values() for n in names if n not in self.in_base and n not in self.used]
         if extra:
-            say(f"{len(extra)} weight files that the base's folder has not are left out: {', '.join(extra[:3])}")
+            say(f"{len(extra)} weight files that the base's folder lacks are left out: {', '.join(extra[:3])}")
 
 
 def reverse_adapter(adapter: str | Path, w: float | Steps, out: str | Path) -> Path:
@@ -191,8 +191,8 @@ def _check_patterns(steps: Steps, out: Path, *parts: WeightFile) -> None:
 
 def _reverse_writer(part: WeightFile, steps: Steps) -> Writer:
     part.check_flat()
-    made = reversed_adapter(part, steps)
-    return lambda path: part.write(path, made.state, made.header)
+    merged = reversed_adapter(part, steps)
+    return lambda path: part.write(path, merged.state, merged.header)
 
 
 def merge_adapter_files(
@@ -201,17 +201,17 @@ def merge_adapter_files(
     """Merge two adapters into the file `out`."""
     steps, out = as_steps(w), Path(out)
     check_output(out, base.path, syn.path)
-    made = merge_adapters(base, syn, steps, scale)
+    merged = merge_adapters(base, syn, steps, scale)
     _check_patterns(steps, out, base, syn)
-    if made.config is not None:
+    if merged.config is not None:
         raise UserError(f"{base.path}: has its rank and alpha in {ADAPTER_CONFIG} beside it; give the two folders")
-    _write_adapter(out, made)
+    _write_adapter(out, merged)
     return out
 
 
-def _write_adapter(out: Path, made: Merged) -> None:
-    layout = {name: (value.dtype, tuple(value.shape)) for name, value in made.state.items()}
-    write_result(out, layout, lambda name: made.state[name], made.header)
+def _write_adapter(out: Path, merged: Merged) -> None:
+    layout = {name: (value.dtype, tuple(value.shape)) for name, value in merged.state.items()}
+    write_result(out, layout, lambda name: merged.state[name], merged.header)
 
 
 # Folders
@@ -220,12 +220,12 @@ def _write_adapter(out: Path, made: Merged) -> None:
 def _check_places(out: Path, *inputs: Path) -> None:
     for folder in inputs:
         if not folder.is_dir():
-            what = "does not exist" if not folder.exists() else "is a file, the other one a folder"
-            raise UserError(f"{folder}: {what}; name a folder")
+            problem = "does not exist" if not folder.exists() else "is a file, the other one a folder"
+            raise UserError(f"{folder}: {problem}; name a folder")
         if out.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"-o {out}: lies within {folder}; name a place outside of the inputs")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"-o {out}: is there already; name a new folder, or remove it")
+        raise UserError(f"-o {out}: already exists; name a new folder, or remove it")
 
 
 def _write_folder(out: Path, files: Mapping[str, Path], writers: dict[str, Writer], record: Mapping[str, Any]) -> None:
@@ -241,9 +241,9 @@ def _write_folder(out: Path, files: Mapping[str, Path], writers: dict[str, Write
 
 @contextmanager
 def atomic_folder(final: str | Path) -> Iterator[Path]:
-    """A new temporary folder beside `final`, renamed to it when the body ends; if the body fails it goes.
+    """A new temporary folder beside `final`, renamed to it when the body ends, removed if the body fails.
 
-    One process at a time; what a killed one left is removed by the next. Raises UserError where the place cannot be
+    One process at a time; the next one removes the remains of a killed one. Raises UserError where the place cannot be
     written, and where `final` holds something.
     """
     final = Path(final)

@@ -1,6 +1,6 @@
 """Neon for LoRA adapters: the merge acts on what an adapter adds to a weight, scale * up @ down, not on its factors.
 
-Which names are factors is an allow-list (`_SPELLINGS`); whatever else looks like an adapter is refused. Linear layers,
+Names of factors are an allow-list (`_SPELLINGS`); any other adapter is refused. Linear layers,
 embeddings and convolutions. A sum of products is exact as an adapter of concatenated rank.
 """
 
@@ -21,7 +21,7 @@ from neon_files.checkpoint import is_finite
 from neon_files.errors import UserError
 from neon_run.merging.steps import Steps, as_steps
 
-# Names of the factors: (what is unlike, of down and of up; what may follow). All stand behind the module's name.
+# Names of the factors: (part of down, part of up, pattern behind it). All follow the module's name.
 _SPELLINGS = (
     ("lora_A", "lora_B", r"(?:\.[^.]+)?\.weight"),  # peft; diffusers' present one
     ("lora_embedding_A", "lora_embedding_B", r"(?:\.[^.]+)?"),  # peft
@@ -33,12 +33,12 @@ _SPELLINGS = (
     ("lora_a", "lora_b", r"\.weight"),  # torchtune
     (".lora_A", ".lora_B", ""),  # loralib, and parametrizations
 )
-# Spellings of code that everyone writes alone: no loader says what the scale is where the file does not.
+# Spellings without a common loader: where the file states no scale, none is defined.
 _SCALE_IN_CODE = re.compile(r"lora_A$|lora_a\.weight$")
 _WORD = r"(?:(?<=[._])|^|(?=\.))"  # `randlora_A` is another kind
 _DOWN = [(re.compile(rf"{_WORD}{re.escape(down)}({after})$"), up) for down, up, after in _SPELLINGS]
 _UP = re.compile("|".join(rf"{_WORD}{re.escape(up)}{after}$" for _, up, after in _SPELLINGS))
-# Names by which adapters of any kind are known. `base_model.model.` is how peft begins all of them.
+# Names by which adapters of any kind are recognised. `base_model.model.` is how peft begins all of them.
 _MARKS = re.compile(
     r"^base_model\.model\.|^prompt_embeddings$|(?:^|[._/-])(?:[lL]o[rR][aA]|loha|lokr|locon|lycoris|hada|dora|glora|"
     r"gralora|adalora|vblora|randlora|delora|tinylora|unilora|oft|boft|hra|ia3|vera|pvera|c3a|shira|hira|fourierft|"
@@ -81,7 +81,7 @@ def modules_of(names: Iterable[str]) -> list[str]:
 
 
 def _four_of_glora(names: set[str]) -> str | None:
-    """GLoRA calls its factors a1, a2, b1, b2, which only together tell it."""
+    """GLoRA's factors a1, a2, b1, b2, which only together identify it."""
     ends = (name for name in names if name.endswith("a1.weight"))
     others = ("a2", "b1", "b2")
     return next((n for n in ends if all(f"{n.removesuffix('a1.weight')}{o}.weight" in names for o in others)), None)
@@ -89,7 +89,7 @@ def _four_of_glora(names: set[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Pair:
-    """What an adapter does to one module: adds scale * up @ down."""
+    """The change of one module by an adapter: scale * up @ down is added."""
 
     down: Tensor  # [r, in, ...]
     up: Tensor  # [out, r, ...]
@@ -99,13 +99,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The pairs by module; `rest` are whole tensors saved with the adapter (heads, say)."""
+    """The pairs by module; `rest` are whole tensors saved with the adapter (heads, for example)."""
 
     name: str  # the file, for messages
     pairs: dict[str, Pair]
     rest: dict[str, Tensor] = field(default_factory=dict)
     has_alphas: bool = False  # kohya's, one number per module
-    scales_known: bool = False  # false: nothing said alpha, which loaders then take as equal to the rank
+    scales_known: bool = False  # false: no alpha is stated, which loaders then take as equal to the rank
     scale_in_code: bool = False  # of spellings that have no common loader
 
     @property
@@ -127,7 +127,7 @@ def read_adapter(
     """
     configs = _configs(name, config, header or {})
     pairs: dict[str, Pair] = {}
-    rest, alphas, known = dict(state), 0, True
+    rest, alphas, all_scaled = dict(state), 0, True
     for key in state:
         module, up_key = _factor(key) or (None, "")
         if module is None:
@@ -138,19 +138,21 @@ def read_adapter(
         if module in pairs:
             raise UserError(f"{name}: {key} and {pairs[module].names[0]} adapt one module; merge the network it gives")
         _check_pair(name, key, down, up_key, up)
-        factor = _scale(module, down.shape[0], configs) if alpha is None else None
+        pair_scale = _scale(module, down.shape[0], configs) if alpha is None else None
         if alpha is not None:
-            alphas, factor = alphas + 1, _number(alpha, f"{name}: {module}.alpha") / down.shape[0]
-        known &= factor is not None
-        pairs[module] = Pair(down, up, factor if factor is not None else 1.0 if scale is None else scale, (key, up_key))
+            alphas, pair_scale = alphas + 1, _number(alpha, f"{name}: {module}.alpha") / down.shape[0]
+        all_scaled &= pair_scale is not None
+        pairs[module] = Pair(
+            down, up, pair_scale if pair_scale is not None else 1.0 if scale is None else scale, (key, up_key)
+        )
     _check_rest(name, rest)
     if not pairs:
         some = ", ".join(list(state)[:2])
         raise UserError(f"{name}: holds no LoRA factors of a known spelling ({some}, ...); merge the networks instead")
-    if known and scale is not None:
-        raise UserError(f"--scale {scale:g}: {name} tells its own alpha; leave the flag out")
+    if all_scaled and scale is not None:
+        raise UserError(f"--scale {scale:g}: {name} states its alpha; leave the flag out")
     in_code = any(_SCALE_IN_CODE.search(pair.names[0]) for pair in pairs.values())
-    return Adapter(name, pairs, rest, alphas > 0, known or scale is not None, in_code)
+    return Adapter(name, pairs, rest, alphas > 0, all_scaled or scale is not None, in_code)
 
 
 def _check_pair(name: str, down_key: str, down: Tensor, up_key: str, up: Tensor) -> None:
@@ -169,7 +171,7 @@ def _check_pair(name: str, down_key: str, down: Tensor, up_key: str, up: Tensor)
 
 
 def _check_rest(name: str, rest: Mapping[str, Tensor]) -> None:
-    """UserError for what belongs to an adapter and is no factor: whole tensors may stand beside one, nothing else."""
+    """UserError for tensors of an adapter that are no factors; whole tensors of a network are allowed."""
     glora = _four_of_glora(set(rest))
     for key in sorted(rest, key=lambda key: key.endswith(".alpha")):
         if _UP.search(key):
@@ -210,7 +212,9 @@ def _configs(name: str, config: Mapping[str, Any] | None, header: Mapping[str, s
 def _check_settings(name: str, settings: Mapping[str, Any]) -> None:
     kind, start = settings.get("peft_type", "LORA"), settings.get("init_lora_weights")
     if kind != "LORA":
-        raise UserError(f"{name}: its settings say {kind}, which is no plain LoRA; merge the network it gives instead")
+        raise UserError(
+            f"{name}: its settings state {kind}, which is no plain LoRA; merge the network it gives instead"
+        )
     if (start.lower() if isinstance(start, str) else start) not in _STARTS:
         raise UserError(f"{name}: began with {start}, which also moves the frozen weights; convert it to plain LoRA")
     patterns = settings.get("alpha_pattern") or {}
@@ -237,7 +241,7 @@ def _scale(module: str, rank: int, configs: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _pattern(name: str, key: Any) -> re.Pattern:
-    """A module's name, or what follows a dot in it, as peft's patterns say it."""
+    """A module's name, or its part behind a dot, as in peft's patterns."""
     try:
         return re.compile(rf"(?:.*\.)?(?:{key})")
     except re.error as error:
@@ -261,7 +265,7 @@ def reverse_lora(
     whole = next((key for key in adapter.rest if not _DIFFERENCE.search(key)), None)
     if whole:
         raise UserError(
-            f"{name}: {whole} is a whole tensor, whose value in the base is not known here; "
+            f"{name}: {whole} is a whole tensor, whose value in the base is not known; "
             "merge it with an adapter of the base, or the networks themselves"
         )
     merged = {key: wide(value) if value.is_floating_point() else value.clone() for key, value in state.items()}
@@ -277,7 +281,7 @@ def merge_lora(base: Adapter, syn: Adapter, w: float | Steps) -> tuple[dict[str,
     """(state, rank) of the adapter whose product is (1 + w) base - w syn in every module; its scale is 1.
 
     down = [A_base; A_syn], up = [(1 + w) s_base B_base, -w s_syn B_syn]. All modules get one rank, with zeros where
-    there is less, so that loaders which guess alpha from it guess right. A module that only one side adapts has the
+    there is less, since some loaders take alpha from it. A module that only one side adapts has the
     product 0 in the other. Names are the base's; `rest` is merged as any state dict.
     """
     steps = as_steps(w)
@@ -328,7 +332,7 @@ def _finite(factor: Tensor, name: str, w: float) -> Tensor:
 
 
 def merged_config(base: Mapping[str, Any], rank: int, modules: Iterable[str] | None = None) -> dict[str, Any]:
-    """peft's settings for what `merge_lora` gives: rank r, scale 1. `modules` name all it adapts, where the two differ.
+    """peft's settings for the result of `merge_lora`: rank r, scale 1. `modules`: those adapted, where the two differ.
 
     Modules are then named in full, since nothing shorter is sure to fit both lists.
     """
@@ -341,7 +345,7 @@ def merged_config(base: Mapping[str, Any], rank: int, modules: Iterable[str] | N
 
 
 def merged_header(header: Mapping[str, str], rank: int) -> dict[str, str]:
-    """The base's safetensors header for what `merge_lora` gives: nothing in it tells the old rank any more."""
-    told = {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
+    """The base's safetensors header for the result of `merge_lora`, without the old rank."""
+    ranks = {"ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
     kept = {name: text for name, text in header.items() if name != _DIFFUSERS_CONFIG}
-    return kept | {name: text for name, text in told.items() if name in kept}
+    return kept | {name: text for name, text in ranks.items() if name in kept}

@@ -1,4 +1,4 @@
-"""The rules that a merge may follow: ours, or what the official script of a backbone computes."""
+"""The rules of a merge: `neon`, or the official merge of a backbone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far each tensor goes: one w for all, another by the name's pattern, and what is kept from the base."""
+"""The w of each tensor: one for all, others by patterns of names, and the tensors that are kept from the base."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Steps:
     """The w of every tensor by its name; patterns as in `matches`. Raises UserError where a w is not finite."""
 
     w: float
-    blocks: tuple[tuple[str, float], ...] = ()  # (pattern, w); the last that fits counts
-    keep: tuple[str, ...] = ()  # patterns of what comes from the base whatever the other side holds
-    buffers: frozenset[str] = frozenset()  # the same by exact names, of a network that is known
+    blocks: tuple[tuple[str, float], ...] = ()  # (pattern, w); the last match counts
+    keep: tuple[str, ...] = ()  # patterns of tensors that come from the base
+    buffers: frozenset[str] = frozenset()  # the same by exact names, of a loaded network
     statistics: bool = True  # running statistics come from the base
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class Steps:
                 raise UserError(f"{flag} {pattern}: fits no tensor; there are {', '.join(names[:3])}, ...")
 
     def record(self) -> dict[str, Any]:
-        """What a header tells of the steps."""
+        """The record of the steps in a header."""
         return {
             "w": self.w,
             **({"w_by_pattern": [list(block) for block in self.blocks]} if self.blocks else {}),
@@ -61,7 +61,7 @@ class Steps:
         }
 
     def say_kept(self, place: Any, names: Iterable[str]) -> None:
-        """One line on what comes from the base."""
+        """Report the tensors that come from the base."""
         kept = [name for name in names if self.keeps(name)]
         if kept:
             some = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")

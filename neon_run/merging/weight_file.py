@@ -1,4 +1,4 @@
-"""One weight file among others: opened under the names that its neighbours know, checked, written in its container."""
+"""One weight file of a folder: opened with the names in the file, checked, written in its container."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class WeightFile:
         weights = open_checkpoint(self.path, self.entry)
         self.container, self.loaders = weights.container, weights.loaders
         if self.container == "safetensors":
-            names, self.header = read_header(self.path)  # as they are: an index or another library knows them so
+            names, self.header = read_header(self.path)  # unchanged: an index or another library uses them
             self.loaders = dict(zip(names, weights.loaders.values(), strict=True))
             self.aliases = {k: v for k, v in self.header.items() if k not in self.loaders and v in self.loaders}
         elif self.container == "pickle":
@@ -54,14 +54,14 @@ class WeightFile:
         else:
             names, self._versions = _flat_content(self.path)
             self._flat = len(names) == len(self.loaders)
-            if self._flat:  # names as they are, with prefixes
+            if self._flat:  # names unchanged, with prefixes
                 self.loaders = dict(zip(names, weights.loaders.values(), strict=True))
         self.layout = dict(zip(self.loaders, weights.layout().values(), strict=True))
         check_quantized(self.layout, str(self.path))
 
     @cached_property
     def ties(self) -> list[list[str]]:
-        """Groups of names of one tensor: told by a safetensors header, or by shared memory in a torch file."""
+        """Groups of names of one tensor, from a safetensors header, or from shared memory in a torch file."""
         if self.container == "safetensors":
             return [[alias, kept] for alias, kept in self.aliases.items()]
         places: dict[tuple, list[str]] = {}
@@ -107,7 +107,7 @@ def _flat_content(path: Path) -> tuple[list[str], Any]:
         with open(path, "rb") as file:
             mapped = file.read(2) == b"PK"
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception:  # of whatever torch does not load and our own reader does
+    except Exception:  # for files that torch does not load and our reader does
         return [], None
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         return [], None
@@ -115,14 +115,14 @@ def _flat_content(path: Path) -> tuple[list[str], Any]:
 
 
 def is_torch_name(path: Path) -> bool:
-    """Whether a file of this name is expected to be a torch file. UserError for names of what we do not write."""
+    """Whether a file of this name is expected to be a torch file. UserError for formats that are not written."""
     if path.suffix.lower() in NOT_WRITTEN:
         raise UserError(f"-o {path}: {path.suffix} is not written; name a .safetensors or a .pt file")
     return path.suffix.lower() in TORCH_SUFFIXES
 
 
 def write_result(path: Path, layout: Layout, load: Callable[[str], Tensor], metadata: dict[str, str]) -> None:
-    """A single merged file, in the container that its suffix names; a torch file tells its provenance beside it."""
+    """A single merged file, in the container that its suffix names; a torch file has its provenance beside it."""
     if not is_torch_name(path):
         write_safetensors(path, layout, load, metadata)
         return

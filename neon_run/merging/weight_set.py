@@ -46,7 +46,7 @@ class WeightSet:
         check_names(neon_rule, shapes, theirs)
 
     def pattern_name(self, name: str) -> str:
-        """What `--w` and `--keep` compare: `unet/up_blocks.0.weight`."""
+        """The name that `--w` and `--keep` match: `unet/up_blocks.0.weight`."""
         return name if self.place == "." else f"{self.place}/{name}"
 
     def keeps(self, name: str) -> bool:
@@ -89,9 +89,9 @@ class WeightSet:
         return all(torch.equal(self.theirs[name](), self.theirs[group[0]]()) for name in group)
 
     def copies(self, names: Sequence[str], parts: Sequence[WeightFile]) -> list[tuple[str, Writer]] | None:
-        """Writers for files that hold this set's weights in another precision or container, made from the merged ones.
+        """Writers for copies of this set in another precision or container, derived from the merged weights.
 
-        None where what they hold is something else than the base's weights, rounded.
+        None where they hold anything but the rounded weights of the base.
         """
         for name, load in (item for part in parts for item in part.loaders.items()):
             ours, copy = self.base(name), load()
@@ -127,15 +127,15 @@ def _matched(layout: Layout, ours: Sequence[WeightFile], others: Sequence[Weight
     for part in others:
         twice = next((name for name in part.loaders if name in theirs), None)
         if twice:
-            raise UserError(f"{part.path}: {twice} is also in another file of its folder; which one counts is unclear")
+            raise UserError(f"{part.path}: {twice} is also in another file of its folder; keep one of them")
         theirs |= part.loaders
     for group in (group for part in (*others, *ours) for group in part.ties):
         stored = [name for name in group if name in theirs]
-        wanted = [name for name in group if name in layout]
+        present = [name for name in group if name in layout]
         if stored:
-            theirs |= {name: theirs[stored[0]] for name in wanted if name not in theirs}
-        for extra in (name for name in stored if name not in layout and wanted):
-            if torch.equal(theirs[extra](), theirs[wanted[0]]()):
+            theirs |= {name: theirs[stored[0]] for name in present if name not in theirs}
+        for extra in (name for name in stored if name not in layout and present):
+            if torch.equal(theirs[extra](), theirs[present[0]]()):
                 del theirs[extra]
     with reading(others[0].path):
         partner = match_names(layout, theirs)

@@ -226,7 +226,7 @@ def spoil(base: Path, syn: Path, how: str) -> None:
         ("cut short", "not a whole safetensors file"),
         ("nan", r"embed\.weight: not finite in the synthetic checkpoint"),
         ("broken link", "a broken link"),
-        ("circle", "leads round in a circle"),
+        ("circle", "leads back to a folder above it"),
     ],
 )
 def test_broken_inputs_are_named_and_leave_nothing(tmp_path, how, message):
@@ -358,7 +358,7 @@ def test_texts_that_differ_are_the_base_s_and_that_is_said(tmp_path, capsys):
     assert (out / "config.json").read_text() == (out / "picture.png").read_text() == "of base"
     said = capsys.readouterr().err
     assert "6 files that differ are the base's in the result: .gitattributes, LICENSE, README.md, ..." in said
-    assert "1 weight files that the base's folder has not are left out: extra.pt" in said
+    assert "1 weight files that the base's folder lacks are left out: extra.pt" in said
 
 
 # Variants and containers
@@ -515,8 +515,8 @@ def test_places_where_nothing_may_be_written(tmp_path):
     (kept / "mine").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for out, message in (
-        (kept, "is there already"),
-        (tmp_path / "file", "is there already"),
+        (kept, "already exists"),
+        (tmp_path / "file", "already exists"),
         (base / "o", "lies within"),
     ):
         with pytest.raises(UserError, match=message):

@@ -141,7 +141,7 @@ def test_where_only_code_knows_the_scale_it_must_be_given(tmp_path, spelling):
         save_file(state, tmp_path / name)
     arguments = [tmp_path / "a", tmp_path / "b", "-w", "1.5", "-o", tmp_path / "out"]
     code, output = command(*arguments)
-    assert code == 2 and "a: says no alpha" in output and "give --scale" in output
+    assert code == 2 and "a: states no alpha" in output and "give --scale" in output
     assert command(*arguments, "--scale", "0.5")[0] == 0
     theta_base, theta_syn = networks(*(dense(state, scales=0.5) for state in states))[1:]
     theta_neon = networks(dense(states[0], 0.5), dense(states[1], 0.5), dense(load_file(tmp_path / "out")))[3]
@@ -149,7 +149,7 @@ def test_where_only_code_knows_the_scale_it_must_be_given(tmp_path, spelling):
     assert command("--lora", tmp_path / "b", "-w", "1.5", "-o", tmp_path / "alone")[0] == 0  # whatever it is
     save_file(adapter_state("kohya", {"q": 2}, 1, 3.0), tmp_path / "kohya")
     code, output = command(tmp_path / "kohya", tmp_path / "kohya", "--scale", "1", "-w", "1", "-o", tmp_path / "out")
-    assert code == 2 and "tells its own alpha" in output
+    assert code == 2 and "states its alpha" in output
 
 
 def test_differences_of_whole_tensors_beside_the_factors_count_from_zero():

@@ -479,7 +479,7 @@ def test_w_by_pattern_and_kept_tensors_on_the_command_line(tmp_path):
         (["-w", "1", "--keep", "a.*", "--rule", "official-edm"], "leave out --keep and --w PATTERN=W"),
         (["-w", "1", "--entry", "a", "--entry", "b", "--entry", "c"], "--entry: once for both files, or twice"),
         (["-w", "1", "--entry", "ema"], "has no entry 'ema'"),
-        (["-w", "1", "--scale", "2"], "--scale: is of LoRA adapters"),
+        (["-w", "1", "--scale", "2"], "--scale: applies to LoRA adapters"),
         (["-w", "1", "-o", "out.onnx"], "-o out.onnx: .onnx is not written; name a .safetensors or a .pt file"),
     ],
 )
