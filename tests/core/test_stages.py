@@ -279,6 +279,31 @@ def test_the_seeds_of_the_set_and_of_the_evaluation_are_apart():
         assert not set(own) & set(parse_seeds(row.evaluate_seeds)), row.id
 
 
+# docs/restart.md
+
+
+def test_a_moved_base_set_and_fine_tune_go_on_and_a_renamed_base_is_refused(files, tmp_path, sampled):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+    shutil.copy(files / "tiny.safetensors", tmp_path / "a")
+    model = stages.Model(ROW, tmp_path / "a" / "tiny.safetensors", CPU)
+    stages.generate(model, tmp_path / "a" / "S")
+    snapshots = stages.finetune(model, tmp_path / "a" / "S", tmp_path / "a" / "run")
+    weights = snapshots[80].read_bytes()
+    for name in ("tiny.safetensors", "S", "run"):
+        shutil.move(tmp_path / "a" / name, tmp_path / "b" / name)
+    model = stages.Model(ROW, tmp_path / "b" / "tiny.safetensors", CPU)
+    sampled.clear()
+    stages.generate(model, tmp_path / "b" / "S")
+    assert sampled == []
+    (tmp_path / "b" / "run" / snapshots[80].name).unlink()
+    again = stages.finetune(model, tmp_path / "b" / "S", tmp_path / "b" / "run")
+    assert again[80].read_bytes() == weights
+    shutil.move(tmp_path / "b" / "tiny.safetensors", tmp_path / "b" / "other.safetensors")
+    with pytest.raises(UserError, match=r"made with base = 'tiny.*', not 'other.*'; name another"):
+        stages.generate(stages.Model(ROW, tmp_path / "b" / "other.safetensors", CPU), tmp_path / "b" / "S")
+
+
 # The page on adding a backbone
 
 
