@@ -9,7 +9,7 @@ VAE_FILE = "vae_ch160v4096z32.pth"  # one tokenizer for both resolutions
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a published file does not say about itself."""
+    """The sizes of a network, which a published file does not record."""
 
     patch_nums: tuple[int, ...]
     depth: int

@@ -1,4 +1,4 @@
-"""VAR as a Neon backbone: the transformer is what Neon trains and merges, the VQVAE stays frozen."""
+"""VAR as a Neon backbone: Neon trains and merges the transformer, the VQVAE stays frozen."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ENCODE_BATCH = 32  # images at a time through the VQVAE encoder, whose activatio
 
 
 class VARBackbone(Backbone):
-    """See `neon_core.backbone.Backbone`. `encode` gives tokens int64 [B, L]."""
+    """See `neon_core.backbone.Backbone`. `encode` returns tokens int64 [B, L]."""
 
     def __init__(self, net: VAR, vae: VQVAE, net_kwargs: dict[str, Any], token_crops: int = 0):
         """token_crops > 0: the fine-tune sees that many fixed crops of each image, whose tokens are kept on disk;
@@ -54,7 +54,7 @@ class VARBackbone(Backbone):
     ) -> VARBackbone:
         """The network of `checkpoint` beside the VQVAE of `vae_ckpt` (default: where download_models.sh puts it).
 
-        `architecture`, a key of `ARCHITECTURES`, says what a published file does not say about itself.
+        `architecture`, a key of `ARCHITECTURES`, describes a published file, which carries no configuration.
         """
         net, net_kwargs = load_var(checkpoint, architecture, model_depth, entry)
         vae = load_vae(vae_ckpt, net)
@@ -95,11 +95,11 @@ class VARBackbone(Backbone):
         cls, *, cfg: float = 0.0, top_k: int = 0, top_p: float = 0.0, precision: str = "auto", **settings: Any
     ) -> None:
         if top_k < 0:
-            raise UserError(f"--top_k {top_k}: a number of tokens is wanted, 0: all")
+            raise UserError(f"--top_k {top_k}: a number of tokens is required, 0: all")
         if not 0 <= top_p <= 1:
-            raise UserError(f"--top_p {top_p}: a probability is wanted, 0 (off) to 1")
+            raise UserError(f"--top_p {top_p}: a probability is required, 0 (off) to 1")
         if not np.isfinite(cfg):
-            raise UserError(f"--cfg {cfg}: a finite number is wanted")
+            raise UserError(f"--cfg {cfg}: a finite number is required")
         if precision not in (*AUTOCAST, "auto"):
             raise UserError(f"--precision {precision}: choose auto, {', '.join(AUTOCAST)}")
 

@@ -1,4 +1,4 @@
-"""The flags of VAR's scripts that are its own, grouped by where their values go."""
+"""The flags that only VAR's scripts have, grouped by where their values go."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ LOAD_TRAINING = (
 )  # fmt: skip
 SAMPLE = (
     flag("--cfg", type=float, callback=parse_finite, help="Guidance at the last scale.  [default: the row's]"),
-    flag("--top_k", type=click.IntRange(0), help="Draw among that many tokens, 0: all.  [default: 900]"),
-    flag("--top_p", type=SHARE, help="Draw within that mass, 0: all.  [default: 0.95]"),
+    flag("--top_k", type=click.IntRange(0), help="Draw from the k most probable tokens, 0: all.  [default: 900]"),
+    flag("--top_p", type=SHARE, help="Draw from this probability mass, 0: all.  [default: 0.95]"),
     flag("--more_smooth", is_flag=True, help="Soft codes instead of drawn ones; smoother, not for FID."),
     flag("--precision", type=click.Choice(["auto", *AUTOCAST]), default="auto",
          help="Of the sampler; auto: fp16 on GPUs, fp32 on CPUs."),
     flag("--official_seeds", is_flag=True,
-         help="Labels and one generator per batch as the official script has them on one process."),
+         help="Labels, and one generator per batch, as in the official script on one process."),
     flag("--rounding", type=click.Choice(["truncate", "nearest"]), default="truncate",
          help="To 8 bits; truncate is official."),
     flag("--decode_batch", type=COUNT, help="Images decoded at once.  [default: the batch]"),
@@ -74,7 +74,7 @@ REFUSED = {
     "--vfast": "give --compile",
     "--pg": "the fine-tune is not progressive, as the official default; leave it out",
 }
-OFF = {  # left out, so that manifests tell apart only what differs
+OFF = {  # left out, so that equal settings have equal manifests
     "more_smooth": False,
     "precision": "auto",
     "official_seeds": False,

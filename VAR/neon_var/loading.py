@@ -1,4 +1,4 @@
-"""Published and our own VAR and VQVAE files -> networks, with errors that say which setting fits a file."""
+"""VAR and VQVAE files, published or written here -> networks, with errors that name the setting that fits a file."""
 
 from __future__ import annotations
 
@@ -25,26 +25,24 @@ OFFICIAL_PLACES = (  # of the official scripts
 def load_var(
     path: str | Path, architecture: str | None = None, depth: int | None = None, entry: str | None = None
 ) -> tuple[VAR, dict[str, Any]]:
-    """(network, its constructor arguments). A file of ours says what it holds; a published one is taken for the
-    network of `architecture`, of another `depth` if given. Raises UserError that says which would fit."""
+    """(network, its constructor arguments). A file written here has its configuration; a published one is read as the
+    network of `architecture`, of another `depth` if given. Raises UserError that names the setting that fits."""
     checkpoint = read_checkpoint(path, entry)
     if "quantize.embedding.weight" in checkpoint.state:
         raise UserError(f"{checkpoint.path}: is a VQVAE, not a VAR; give it as --vae_ckpt")
     if checkpoint.config is not None:
-        kwargs = _own_config(checkpoint, "VAR")
+        kwargs = _checkpoint_config(checkpoint, "VAR")
         if depth is not None and depth != kwargs["depth"]:
             raise UserError(
                 f"--model_depth {depth}: {checkpoint.path} holds depth {kwargs['depth']}; leave the flag out"
             )
     else:
         if architecture not in ARCHITECTURES:
-            raise UserError(
-                f"{checkpoint.path}: does not say what it holds; choose --preset {' or '.join(ARCHITECTURES)}"
-            )
+            raise UserError(f"{checkpoint.path}: has no configuration; choose --preset {' or '.join(ARCHITECTURES)}")
         kwargs = ARCHITECTURES[architecture].network(depth)
         _check_size(checkpoint, kwargs)
     side = 16 * kwargs["patch_nums"][-1]
-    fitting = [name for name, known in ARCHITECTURES.items() if known.img_size == side]
+    fitting = [name for name, a in ARCHITECTURES.items() if a.img_size == side]
     if architecture in ARCHITECTURES and fitting and architecture not in fitting:
         raise UserError(f"{checkpoint.path}: makes images of {side} pixels a side; use the preset {fitting[0]}")
     with torch.device("meta"):
@@ -58,14 +56,14 @@ def load_vae(path: str | Path | None, var: VAR) -> VQVAE:
     checkpoint = read_checkpoint(find_vae(path))
     state = dict(checkpoint.state)
     if "quantize.embedding.weight" not in state:
-        raise UserError(f"{checkpoint.path}: is not a VQVAE; --vae_ckpt wants {VAE_FILE} or a VQVAE made like it")
+        raise UserError(f"{checkpoint.path}: is not a VQVAE; --vae_ckpt requires {VAE_FILE} or a VQVAE of that kind")
     vocabulary = tuple(state["quantize.embedding.weight"].shape)
     if vocabulary != (var.vocab_size, var.Cvae):
         raise UserError(
             f"{checkpoint.path}: has {vocabulary[0]} codes of width {vocabulary[1]}, but the VAR was trained on "
             f"{var.vocab_size} of width {var.Cvae}; name the VQVAE that belongs to it with --vae_ckpt"
         )
-    kwargs = tokenizer(var.patch_nums) if checkpoint.config is None else _own_config(checkpoint, "VQVAE")
+    kwargs = tokenizer(var.patch_nums) if checkpoint.config is None else _checkpoint_config(checkpoint, "VQVAE")
     kwargs["v_patch_nums"] = var.patch_nums  # one file serves all resolutions
     with torch.device("meta"):
         vae = VQVAE(**kwargs)
@@ -82,13 +80,13 @@ def find_vae(path: str | Path | None) -> Path:
         return Path(path)
     ours = home() / "checkpoints" / VAE_FILE
     present = (place for place in (ours, *OFFICIAL_PLACES) if place.exists())
-    return next(present, ours)  # whose absence read_checkpoint reports, with the command that fetches it
+    return next(present, ours)  # if missing, read_checkpoint reports the command that fetches it
 
 
-def _own_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+def _checkpoint_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     config = checkpoint.config
     if config.get("class") != name:
-        raise UserError(f"{checkpoint.path}: holds a {config.get('class')}, a {name} is wanted here")
+        raise UserError(f"{checkpoint.path}: holds a {config.get('class')}, not a {name}")
     kwargs = dict(config["kwargs"])
     key = "patch_nums" if name == "VAR" else "v_patch_nums"
     kwargs[key] = tuple(kwargs[key])
@@ -104,7 +102,7 @@ def _check_size(checkpoint: Checkpoint, kwargs: dict[str, Any]) -> None:
     depth, tokens = max(blocks, default=-1) + 1, state["pos_1LC"].shape[1]
     fitting = [name for name, a in ARCHITECTURES.items() if sum(p * p for p in a.patch_nums) == tokens]
     if tokens != sum(p * p for p in kwargs["patch_nums"]):
-        wanted = f"--preset {fitting[0]}" if fitting else "no preset that we have"
-        raise UserError(f"{checkpoint.path}: is a VAR-d{depth} with {tokens} tokens per image; it fits {wanted}")
+        preset = f"--preset {fitting[0]}" if fitting else "no preset"
+        raise UserError(f"{checkpoint.path}: is a VAR-d{depth} with {tokens} tokens per image; it fits {preset}")
     if depth != kwargs["depth"]:
         raise UserError(f"{checkpoint.path}: is a VAR-d{depth}, not d{kwargs['depth']}; add --model_depth {depth}")

@@ -1,4 +1,4 @@
-"""What the official scripts do with labels, batches and save points, as pure functions of their settings."""
+"""The official rules for the merge, labels and batches, as pure functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def merge_rule(name: str, base: Tensor, syn: Tensor, w: float) -> Tensor:
-    """The official merge: in the tensor's own dtype, whole numbers too (to float32); a base tensor with any infinity is
+    """The official merge: in the tensor's dtype, whole numbers too (to float32); a base tensor with any infinity is
     kept whole."""
     return base.clone() if torch.isinf(base).any() else base + w * (base - syn)
 
@@ -30,9 +30,9 @@ def balanced_labels(num_images: int, num_classes: int, seed: int = 0, remainder_
 
 
 def epoch_order(num_items: int, batch_size: int, epoch: int, seed: int = 0) -> np.ndarray:
-    """The order of one epoch, int64: a permutation padded with its own head to whole batches.
+    """The order of one epoch, int64: a permutation padded with its beginning to whole batches.
 
-    Below half a batch the head is appended only once, as officially: 2 num_items, one short batch.
+    Below half a batch the beginning is appended only once, as officially: 2 num_items, one short batch.
     """
     order = torch.randperm(num_items, generator=torch.Generator().manual_seed(epoch + seed)).numpy()
     missing = -num_items % batch_size

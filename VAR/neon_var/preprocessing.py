@@ -1,6 +1,6 @@
 """Synthetic images on their way to the tokenizer: enlarged by 1.125, cropped at random, in [-1, 1].
 
-VAR was trained on crops of larger images, so its own samples are enlarged before they are cropped (256 -> 288).
+VAR was trained on crops of larger images, so its samples are enlarged before they are cropped (256 -> 288).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def enlarged_size(height: int, width: int, resolution: int, enlarge: float = ENL
 
 
 def enlarge(image: Image.Image, resolution: int, factor: float = ENLARGE, flip: bool = False) -> Tensor:
-    """uint8 [3, h, w]: RGB (alpha dropped), flipped if wanted, then resized with Lanczos."""
+    """uint8 [3, h, w]: RGB (alpha dropped), flipped if asked for, then resized with Lanczos."""
     image = image.convert("RGB")
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -39,7 +39,7 @@ def enlarge_batch(images: Tensor, resolution: int) -> Tensor:
 
 
 def random_crops(images: Tensor, resolution: int, generator: torch.Generator) -> Tensor:
-    """[B, C, resolution, resolution], each image cut at its own place, uniform over all places."""
+    """[B, C, resolution, resolution], each image cut at a random place, uniform over all places."""
     height, width = images.shape[-2:]
     place = {"size": (len(images),), "generator": generator, "device": generator.device}
     top = torch.randint(0, height - resolution + 1, **place).to(images.device)

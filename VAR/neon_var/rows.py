@@ -39,7 +39,7 @@ def _from(first: float, low: float, high: float) -> tuple[float, ...]:
 
 
 def _row(name: str, **fields) -> Row:
-    """What both rows share: TF32 as in the official scripts; one pass per scale, with and without the class."""
+    """Common to both rows: TF32 as in the official scripts; one pass per scale, with and without the class."""
     scales = len(ARCHITECTURES[name].patch_nums)
     return Row(
         id=f"var/{name}",
@@ -55,7 +55,7 @@ def _row(name: str, **fields) -> Row:
 
 
 ROWS = (
-    # The official command shows 75 images and |S| = 1k, left from debugging: the paper's figures here.
+    # The official command shows 75 images and |S| = 1k, left from debugging; these are the paper's figures.
     _row(
         "imagenet_256",
         aliases=("vard16", "VAR-d16"),

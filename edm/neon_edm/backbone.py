@@ -1,4 +1,4 @@
-"""EDM as Neon sees it: load, label, sample, and the loss of the self-training."""
+"""EDM as a Neon backbone: load, label, sample, and the loss of the self-training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from neon_files.downloads import fetch
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
 
-LABEL_CHUNK = 256  # images whose label draws are made together; only a matter of memory
+LABEL_CHUNK = 256  # images whose labels are drawn together; affects memory only
 
 
 class EDMBackbone(Backbone):
@@ -44,13 +44,13 @@ class EDMBackbone(Backbone):
         augment: AugmentPipe | None = None,
     ):
         self.device = torch.device(device)
-        # Channels last is what the convolutions of tensor cores want; on the CPU it gains nothing.
+        # Channels last suits the convolutions of tensor cores; on the CPU it gains nothing.
         self.memory_format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.net = net.to(self.device, memory_format=self.memory_format).eval().requires_grad_(False)
         self.config = config
         self.loss = LOSSES.get(type(net).__name__, EDMLoss)() if loss is None else loss
         self.augment = augment
-        self._drawn_labels: dict[int, int] = {}  # by seed: every point of a search wants the same ones again
+        self._drawn_labels: dict[int, int] = {}  # by seed: every point of a search uses the same ones
 
     @property
     def img_size(self) -> int:
@@ -78,7 +78,7 @@ class EDMBackbone(Backbone):
     ) -> EDMBackbone:
         """The network that `checkpoint` describes: a published pickle or one of our files. Raises UserError.
 
-        For a fine-tune: `augment` is the probability of each augmentation, `dropout` replaces the network's own.
+        For a fine-tune: `augment` is the probability of each augmentation, `dropout` replaces the network's.
         """
         read = read_checkpoint(fetch(checkpoint), entry)
         config = network_config(read)
@@ -103,9 +103,9 @@ class EDMBackbone(Backbone):
             raise UserError(f"--class {class_idx}: this network has classes 0 to {self.num_classes - 1}")
 
     def check_set(self, images: ImageSet) -> None:
-        wanted = (self.net.img_channels, self.img_size, self.img_size)
-        if images.shape != wanted:
-            raise UserError(f"{images.path}: images of shape {images.shape}, but this network makes {wanted}")
+        shape = (self.net.img_channels, self.img_size, self.img_size)
+        if images.shape != shape:
+            raise UserError(f"{images.path}: images of shape {images.shape}, but this network makes {shape}")
         if self.num_classes and not images.has_labels:
             raise UserError(
                 f"{images.path}: no labels, but this network is conditional; if the files are named like "
@@ -158,7 +158,7 @@ class EDMBackbone(Backbone):
             self.net.train(was_training)
 
     def denoiser(self) -> Denoiser:
-        """What the sampler calls."""
+        """The network as the sampler calls it."""
         return self.net
 
     def one_hot(self, labels: Tensor | None) -> Tensor | None:
@@ -173,11 +173,11 @@ class EDMBackbone(Backbone):
         return x.contiguous(memory_format=self.memory_format)
 
     def random(self, generator: torch.Generator) -> Random:
-        """Where the loss and the augmentation draw from."""
+        """The source of random numbers of loss and augmentation."""
         return GeneratorRandom(generator, self.device)
 
     def self_training_loss(self, x: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-        """The loss map, summed over pixels and averaged over the B images: what the official loop back-propagates."""
+        """The loss map, summed over pixels and averaged over the B images, as in the official loop."""
         loss = self.loss(self.net, x, self.one_hot(labels), self.random(generator), self.augment)  # [B, C, R, R]
         return loss.sum() / x.shape[0]
 
@@ -188,7 +188,7 @@ class EDMBackbone(Backbone):
         return [module for module in self.net.modules() if isinstance(module, UNetBlock)]
 
     def data_order(self, num_items: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-        """EDM's endless windowed shuffle: together, the ranks visit what the official ones do."""
+        """EDM's endless windowed shuffle: together, the ranks visit the same items as the official ones."""
         return batched(windowed_shuffle(num_items, seed), batch_size)
 
 
@@ -198,15 +198,15 @@ def augmentation(p: float) -> AugmentPipe:
 
 
 def network_config(read: Checkpoint) -> dict[str, Any]:
-    """{"class", "kwargs"} that the file carries, every argument by name. Raises UserError where it carries none."""
+    """{"class", "kwargs"} of the file, every argument by name. Raises UserError where it has none."""
     if not read.config:
         raise UserError(
-            f"{read.path}: does not say how its network is built; use an EDM pickle, or a file that Neon wrote"
+            f"{read.path}: has no configuration of its network; use an EDM pickle, or a file that Neon wrote"
         )
     try:
         kwargs = named_arguments(read.config["class"], read.config.get("args", ()), read.config["kwargs"])
     except (ValueError, TypeError) as error:
-        raise UserError(f"{read.path}: not an EDM network that can be built here ({error})") from error
+        raise UserError(f"{read.path}: not a supported EDM network ({error})") from error
     return {"class": read.config["class"], "kwargs": kwargs}
 
 
@@ -217,6 +217,6 @@ def load_network(read: Checkpoint, config: dict[str, Any]) -> Precond:
         with torch.device("meta"):  # no time for random weights that are overwritten
             net = build_network(config["class"], config["kwargs"])
     except (ValueError, TypeError) as error:
-        raise UserError(f"{read.path}: not an EDM network that can be built here ({error})") from error
+        raise UserError(f"{read.path}: not a supported EDM network ({error})") from error
     load_strict(net, read)
     return net.eval()

@@ -1,4 +1,4 @@
-"""The flags of EDM's scripts that are its own, grouped by where their values go."""
+"""The flags that only EDM's scripts have, grouped by where their values go."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CHECK = (
     flag("--cond", type=bool, help="Check: is the network class-conditional?"),
     flag("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), help="Check: the architecture."),
     flag("--precond", type=click.Choice(["edm", "vp", "ve"]), help="Check: the preconditioner."),
-    flag("--cbase", type=COUNT, help="Check: width that they multiply."),
+    flag("--cbase", type=COUNT, help="Check: base width of --cres."),
     flag("--cres", help="Check: width multipliers, like 1,2,2,2."),
 )
 IGNORED = (
@@ -60,11 +60,11 @@ IGNORED = (
     flag("--workers", hidden=True, help="not used, the next step's images are read while one trains"),
     flag("--dump", hidden=True, help="not used, the state is kept at every snapshot and every ten minutes"),
 )
-_NO_ABLATION = "the ablation sampler has no flags here (the official script fails with them); leave it out"
+_NO_ABLATION = "the ablation sampler has no flags (the official script fails with them); leave it out"
 REFUSED = {
     "--fp16": "give --precision fp16; without it the fine-tune has full precision",
     "--ls": "losses are not scaled, as the official 1; leave it out",
-    "--resume": "the same command goes on with a killed fine-tune in --outdir; leave it out",
+    "--resume": "the same command continues a killed fine-tune in --outdir; leave it out",
     "--dry-run": "leave it out; files and settings are checked before the first step",
     "--nearest_k": "precision and recall have k = 5, as the official default; leave it out",
     "--real_data_dir": "give --real_images, with --metrics fid,prdc",
@@ -74,7 +74,7 @@ REFUSED = {
 
 
 def sampler_settings(chosen: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those without effect are left out, so that they are not told apart in manifests."""
+    """Settings without effect are left out, so that equal samplers have equal manifests."""
     if not chosen.get("S_churn"):
         return {name: value for name, value in chosen.items() if not name.startswith("S_")}
     if math.isinf(chosen.get("S_max", 0.0)):
@@ -88,12 +88,12 @@ def train_settings(row: Row, given: Mapping[str, Any]) -> TrainSettings:
     train = row.train
     ticks_given = "tick" in given or "snap" in given
     if ticks_given and "snapshot_images" in given:
-        raise UserError("--snapshot_images, and --tick or --snap, both say where snapshots are; give one of them")
+        raise UserError("--snapshot_images, and --tick or --snap, both set the snapshots; give one of them")
     if "duration" in given and "images" in given:
-        raise UserError("--duration and --images both say how long; give one of them")
+        raise UserError("--duration and --images both set the length; give one of them")
     images = official.duration_images(given["duration"]) if "duration" in given else train.images
     if "ema" in given and "ema_decay" in given:
-        raise UserError("--ema and --ema_decay both say how weights are averaged; give one of them")
+        raise UserError("--ema and --ema_decay both set the average of the weights; give one of them")
     if "ema" in given:
         train = replace(train, ema=Ema(halflife_images=official.kimg(given["ema"])))
     if isinstance(train.snapshot_images, int) and not ticks_given:

@@ -19,7 +19,7 @@ LABELLED = re.compile(r".+_label(\d+)\.(png|jpg|jpeg)", re.IGNORECASE | re.DOTAL
 
 
 def labels_of_names(names: Iterable[str]) -> list[tuple[str, int]]:
-    """(name, label) of every relative path whose file is called `<something>_label<digits>.png` (or jpg, jpeg), sorted
+    """(name, label) of every relative path whose file is named `<prefix>_label<digits>.png` (or jpg, jpeg), sorted
     by the whole path. The last `_label` of a name counts; others are left out."""
     matches = ((name, LABELLED.fullmatch(name.rpartition("/")[2])) for name in names)
     return sorted((name, int(match[1])) for name, match in matches if match)

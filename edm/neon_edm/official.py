@@ -1,10 +1,10 @@
-"""What the official scripts do that ours do otherwise: needed to read their figures, and by the parity tests."""
+"""Rules of the official scripts: their merge, snapshots and lengths."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-LR_RAMP_IMAGES = 10_000_000  # of every fine-tune, also one that starts from a trained network
+LR_RAMP_IMAGES = 10_000_000  # of every fine-tune, from a trained network too
 
 
 def merge_rule(name: str, base: Tensor, syn: Tensor, w: float) -> Tensor:

@@ -83,7 +83,7 @@ ROWS = (
         "cifar10_cond", 18, 2.0, base=f"{PRETRAINED}/edm-cifar10-32x32-cond-vp.pkl", base_fid=1.78, neon_fid=1.38,
         aliases=("edm-cifar10-cond",), **CIFAR10,
     ),
-    # No script is published for this one. The original repository's README says 1.98 for the base.
+    # No script is published for this one. The original repository's README has 1.98 for the base.
     _row(
         "cifar10_uncond", 18, 2.0, base=f"{PRETRAINED}/edm-cifar10-32x32-uncond-vp.pkl", base_fid=1.97, neon_fid=1.38,
         aliases=("edm-cifar10-uncond",), **CIFAR10,
@@ -102,7 +102,7 @@ ROWS = (
     GUIDED.row(),
 )  # fmt: skip
 
-# A network of one's own, without --preset: the official scripts' defaults. Base and reference must be named.
+# Any other network, without --preset: the official scripts' defaults. Base and reference must be named.
 ANY_NETWORK = _row(
     "network", 18, 2.0, num_synthetic=64, train=CIFAR10_TRAIN, w=1.0, evaluate_seeds="0-9999",
 )  # fmt: skip

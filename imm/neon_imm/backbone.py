@@ -1,4 +1,4 @@
-"""IMM as Neon sees it: load, label, sample, and the loss of the self-training."""
+"""IMM as a Neon backbone: load, label, sample, and the loss of the self-training."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class IMMBackbone(Backbone):
         matrix_size: int | None = None,
         entry: str | None = None,
     ) -> IMMBackbone:
-        """The network of `checkpoint`: a published pickle, or one of our files, by its own configuration.
+        """The network of `checkpoint`: a published pickle, or one of our files, by its configuration.
 
         `network` (constructor arguments), `latent` (samples are latents, not pixels) and `loss` are those of a bare
-        state dict, which says nothing about itself; `k` and `matrix_size` change the loss of a fine-tune. `vae`
+        state dict, which has no configuration; `k` and `matrix_size` change the loss of a fine-tune. `vae`
         (default: sd-vae-ft-ema) is not read for a model of pixels. Raises UserError.
         """
         read = read_checkpoint(checkpoint, entry)
@@ -99,7 +99,7 @@ class IMMBackbone(Backbone):
 
     @property
     def unused_parameters(self) -> bool:
-        """The fine-tune augments nothing, so a layer for augmentation labels is left out."""
+        """The fine-tune does not augment, so a layer for augmentation labels is unused."""
         return getattr(self.net.model, "map_augment", None) is not None
 
     def network_config(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class IMMBackbone(Backbone):
     def frozen_files(
         cls, checkpoint: Path, *, vae: str | Path | None = None, latent: bool = True, **options: Any
     ) -> dict[str, Path]:
-        """The autoencoder's weights, unless the checkpoint says that its model is one of pixels."""
+        """The autoencoder's weights, unless the checkpoint is a model of pixels."""
         if checkpoint.is_file():
             config = open_checkpoint(checkpoint).config or {}
             latent = config.get("codec", {"kind": "vae" if latent else "rgb"})["kind"] == "vae"
@@ -156,17 +156,17 @@ class IMMBackbone(Backbone):
         if num_steps < 1:
             raise UserError(f"--num_steps {num_steps}: at least one step is needed")
         if cfg is not None and not math.isfinite(cfg):
-            raise UserError(f"--cfg {cfg}: a finite number is wanted, or none for no guidance")
+            raise UserError(f"--cfg {cfg}: a finite number is required, or none for no guidance")
         if any(not nt > 0 for nt in mid_nt):
-            raise UserError(f"--mid_nt {', '.join(map(str, mid_nt))}: noise-to-signal ratios above 0 are wanted")
-        known = (
+            raise UserError(f"--mid_nt {', '.join(map(str, mid_nt))}: noise-to-signal ratios above 0 are required")
+        checks = (
             ("discretization", discretization, DISCRETIZATIONS),
             ("sampler", sampler, SAMPLERS),
             ("precision", precision, ("fp32", *PRECISIONS)),
             ("state", state, STATES),
             ("label_rule", label_rule, LABEL_RULES),
         )
-        for flag, value, choices in known:
+        for flag, value, choices in checks:
             if value not in choices:
                 raise UserError(f"--{flag} {value}: choose one of {', '.join(choices)}")
 
@@ -195,7 +195,7 @@ class IMMBackbone(Backbone):
         """uint8 [B, c, img_size, img_size]. Noise comes from each image's own generator on the device.
 
         `precision` is of the network, `state` of the time grid and the sample between steps (float32 officially,
-        float64 in the IMM release). The autoencoder decodes in its own precision.
+        float64 in the IMM release). The autoencoder decodes in its precision.
         """
         device, net = self.device, self.net
         random = PerImageRandom(seeds, device)
@@ -221,7 +221,7 @@ class IMMBackbone(Backbone):
     # Training
 
     def check_set(self, images: ImageSet) -> None:
-        """Images of the model's size, or their moments, which are then not kept a second time."""
+        """Images of the model's size, or their moments, which are then not cached again."""
         side = self.net.img_resolution
         if images.shape == (2 * self.net.img_channels, side, side) and isinstance(self.codec, VaeCodec):
             self.prepared_key = ""
@@ -259,13 +259,13 @@ class IMMBackbone(Backbone):
 
 
 def full_config(read: Checkpoint, network: Mapping[str, Any], latent: bool, loss: IMMLoss) -> dict[str, Any]:
-    """{"class", "kwargs", "codec", "loss"}: what the file says about itself, the rest from the arguments.
+    """{"class", "kwargs", "codec", "loss"} from the file's configuration, the rest from the arguments.
 
-    Raises UserError where neither says what the network is.
+    Raises UserError where neither describes the network.
     """
     config = dict(read.config) if read.config else {"class": "IMMPrecond", "kwargs": dict(network)}
     if not config["kwargs"] and not config.get("args"):
-        raise UserError(f"{read.path}: does not say how its network is built; use a published pickle, or our own files")
+        raise UserError(f"{read.path}: has no configuration of its network; use a published pickle, or our own files")
     if args := config.pop("args", None):
         names = ("img_resolution", "img_channels", "label_dim")
         config["kwargs"] = {**dict(zip(names, args, strict=False)), **config["kwargs"]}
@@ -285,5 +285,5 @@ def load_network(read: Checkpoint, config: dict[str, Any]) -> IMMPrecond:
 
 
 def repeated_blocks(net: IMMPrecond) -> list[nn.Module]:
-    """The transformer's blocks; the U-Net's are too unlike to be units."""
+    """The transformer's blocks; the U-Net's are too different to be units."""
     return list(getattr(net.model, "blocks", []))

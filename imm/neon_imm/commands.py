@@ -1,4 +1,4 @@
-"""The flags of IMM's scripts that are its own, grouped by where their values go."""
+"""The flags that only IMM's scripts have, grouped by where their values go."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def sampler_settings(chosen: dict[str, Any], given: Mapping[str, Any]) -> dict[s
         chosen["cfg"] = None
     listed = chosen.get("discretization", "uniform") == "mid_nt"
     if listed and "num_steps" in given:
-        raise UserError("--num_steps does not go with mid_nt, which takes the listed ratios and one step more")
+        raise UserError("--num_steps contradicts mid_nt, whose steps are the listed ratios and one more")
     if "mid_nt" in given and not listed:
         raise UserError("--mid_nt: needs --discretization mid_nt as well")
     return {name: value for name, value in chosen.items() if listed or name != "mid_nt"}
 
 
 def result_settings(result: Mapping[str, Any]) -> list[str]:
-    """What the metrics depend on."""
+    """The settings that the metrics depend on."""
     settings = result["settings"]
     steps = settings.get("num_steps", 8)
     if settings.get("discretization") == "mid_nt":

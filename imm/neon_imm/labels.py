@@ -1,4 +1,4 @@
-"""Which class each image of a run gets, the published file names, and the label listing made from such names."""
+"""The class of each image of a run, the published file names, and the label listing from such names."""
 
 from __future__ import annotations
 

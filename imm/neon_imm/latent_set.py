@@ -1,4 +1,4 @@
-"""A set of images as the moments of their latents, in the released zip: what the fine-tune of the row reads.
+"""A set of images as the moments of their latents, in the released zip: the data of the row's fine-tune.
 
     00000/img-mean-std-00000000.npy      float32 [2C, h, w], mean | std; one folder per thousand images
     dataset.json                         {"labels": [[member, class], ...]} or {"labels": null}

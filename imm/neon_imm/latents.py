@@ -1,8 +1,8 @@
-"""Pixels <-> what the model sees: scaled latents of a KL autoencoder (ImageNet) or plain pixels (CIFAR-10).
+"""Pixels <-> samples of the model: scaled latents of a KL autoencoder (ImageNet) or plain pixels (CIFAR-10).
 
 Shapes: B batch, C channels of the sample, H W pixels, h w latent grid. Pixels are uint8. "moments" are mean | std on
-the channels, [B, 2C, h, w]: deterministic, so they are what is kept of an image; a latent is drawn from them anew at
-every visit.
+the channels, [B, 2C, h, w]: deterministic, so they are cached for each image; a latent is drawn from them at every
+visit.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 class Codec(Protocol):
-    """What both kinds of model offer around the network."""
+    """The conversion between pixels and samples, for both kinds of model."""
 
     channels: int  # of the sample
     factor: int  # pixels per sample position, each way
 
     def moments(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, c, H, W] -> float32, what is kept per image."""
+        """uint8 [B, c, H, W] -> float32, the cached item per image."""
         ...
 
     def draw(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -48,8 +48,8 @@ class Codec(Protocol):
 class VaeCodec:
     """Latents of `vae`, shifted and scaled per channel to mean `final_mean` and standard deviation `final_std`.
 
-    `vae` needs encode(images) -> mean | log-variance and decode(z); its factor 0.18215 plays no part here. It runs in
-    chunks of `chunk` images in its own dtype (float16 in the published evaluation on GPUs).
+    `vae` needs encode(images) -> mean | log-variance and decode(z); its factor 0.18215 is not used. It runs in
+    chunks of `chunk` images in `dtype` (float16 in the published evaluation on GPUs).
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class VaeCodec:
         images = pixels.float() / 127.5 - 1
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        found = []
+        parts = []
         for part in images.to(self.dtype).split(self.chunk):
             gaussian = posterior(self.vae.encode(part))
-            found.append(torch.cat([gaussian.mean, gaussian.std], dim=1).float())
-        return torch.cat(found)
+            parts.append(torch.cat([gaussian.mean, gaussian.std], dim=1).float())
+        return torch.cat(parts)
 
     def scale_moments(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Latents [B, C, h, w] from mean | std and standard normal noise [B, C, h, w]."""
@@ -96,7 +96,7 @@ class VaeCodec:
         return self.scale_moments(moments, noise.to(moments.device))
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """What the VAE's decoder receives. Subtract, then divide: the released order, for equal rounding."""
+        """The input of the VAE's decoder. Subtract, then divide: the released order, for equal rounding."""
         scale, bias = self._per_channel(latents)
         return (latents - bias) / scale
 

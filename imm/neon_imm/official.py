@@ -1,4 +1,4 @@
-"""What the official scripts do otherwise: their merge, and their command line of key=value words."""
+"""Rules of the official scripts: their merge, and their command line of key=value words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def merge_rule(name: str, base: Tensor, syn: Tensor, w: float) -> Tensor:
     return torch.where(torch.isfinite(base) & torch.isfinite(syn), base - w * (syn - base), base)
 
 
-# The official scripts are configured as key=value: what has a flag here, by stage.
+# The official scripts are configured as key=value: those with a flag, by stage.
 _SAMPLING = {"preset": "--preset", "cfg_scale": "--cfg", "eval.batch_size": "--batch_size"}
 _COUNTS = {"per_class_count": "--per_class", "total_images": "--num_images"}
 _MERGE = {"aux_resume": "--synthetic", "neon_w": "--w", "fid_stats": "--fid_stats"}
@@ -30,8 +30,8 @@ KEYS = {
     "calculate_fid": {"eval.resume": "--model_ckpt", "out_dir": "--save_images", **_COUNTS, **_MERGE, **_SAMPLING},
 }
 WITHOUT_EFFECT = ("eval.cudnn_benchmark", "dataset.cache", "logger.project")
-ADVICE = {  # what means something else here, or is part of a file
-    "eval.seed": "every image has a seed of its own; give --seed, that of the first one",
+ADVICE = {  # keys of another meaning, and parts of a file
+    "eval.seed": "every image has a separate seed; give --seed, that of the first one",
     "fid_out": "give --json, a file of the result and every setting",
     "outputdir": "give --outdir, the folder of this fine-tune itself",
     "network.": "the network is rebuilt from its checkpoint; leave it out",
@@ -44,14 +44,14 @@ ADVICE = {  # what means something else here, or is part of a file
 
 def official_arguments(stage: str, arguments: Sequence[str]) -> list[str]:
     """`arguments` of a stage's script with the official key=value words as flags. UserError names one that has no
-    counterpart, and what to give instead."""
+    counterpart, and the replacement."""
     flags, translated = KEYS[stage], []
     for argument in arguments:
         key, equals, value = argument.removeprefix("+").partition("=")
         follows_flag = bool(translated) and translated[-1].startswith("-") and "=" not in translated[-1]
         if key == "--config-name":
             if "im256" not in value:
-                raise UserError(f"{argument}: only the 256 configuration is known; use --preset")
+                raise UserError(f"{argument}: only the 256 configuration is supported; use --preset")
         elif argument.startswith("-") or not equals or follows_flag:
             translated.append(argument)
         elif key in flags:
@@ -59,7 +59,9 @@ def official_arguments(stage: str, arguments: Sequence[str]) -> list[str]:
         elif key in WITHOUT_EFFECT:
             say(f"{argument}: not used")
         else:
-            known = ", ".join(f"{name} ({flag})" for name, flag in flags.items())
+            supported = ", ".join(f"{name} ({flag})" for name, flag in flags.items())
             fitting = [text for name, text in ADVICE.items() if key == name or (name[-1] == "." and name in key)]
-            raise UserError(f"{argument}: {fitting[0] if fitting else f'has no counterpart; known are {known}'}")
+            raise UserError(
+                f"{argument}: {fitting[0] if fitting else f'has no counterpart; supported are {supported}'}"
+            )
     return translated

@@ -19,7 +19,7 @@ from neon_run.row import Grid, Row
 
 TICK = 102_400  # images between two official snapshots
 
-# What published files of the ImageNet models would say about themselves if they were bare state dicts.
+# The configuration of the published ImageNet models, for files that are bare state dicts.
 IMAGENET_NETWORK: dict[str, Any] = {
     "img_resolution": 32,
     "img_channels": 4,
@@ -80,7 +80,7 @@ def _evaluations(settings: Mapping[str, Any]) -> int:
 
 
 def _row(name: str, **fields: Any) -> Row:
-    """What the rows share: TF32 while sampling and full float32 in the fine-tune, as officially."""
+    """The settings common to the rows: TF32 while sampling and full float32 in the fine-tune, as officially."""
     return Row(
         id=f"imm/{name}",
         backbone=IMMBackbone,
@@ -94,7 +94,7 @@ def _row(name: str, **fields: Any) -> Row:
 
 
 def _imagenet(name: str, num_steps: int, **fields: Any) -> Row:
-    # The guidance 1.8 as recorded by the authors; their presets say 1.5. Labels go with the seed: the official rule
+    # The guidance 1.8 as recorded by the authors; their presets have 1.5. Labels go with the seed: the official rule
     # ties a class to the length of the list, which a search varies.
     return _row(
         name,

@@ -33,8 +33,8 @@ def load_vae(source: str | Path | None = None) -> AutoencoderKL:
     """The autoencoder at `source`, on the CPU, in eval mode and without gradients.
 
     `source` is a diffusers folder (config.json beside the weights), one weight file, or a hub repository (SD_VAE);
-    `checkpoints/<last part of the name>`, here or in `home()`, is preferred to a download. Latent-diffusion keys
-    and both diffusers spellings are read. Raises UserError where nothing is found, or the hub cannot be reached.
+    `checkpoints/<last part of the name>`, in the current folder or in `home()`, is preferred to a download. Names of
+    latent diffusion and both of diffusers are read. Raises UserError where there is none, or the hub cannot be reached.
     """
     weights, config = locate_vae(source)
     checkpoint = read_checkpoint(weights)
@@ -44,7 +44,7 @@ def load_vae(source: str | Path | None = None) -> AutoencoderKL:
         vae = AutoencoderKL(**checkpoint.config["kwargs"])
     else:
         vae = AutoencoderKL.from_diffusers_config(SD_VAE_CONFIG)
-    # Stability's own .ckpt files hold training leftovers beside the autoencoder.
+    # Stability's .ckpt files hold training leftovers beside the autoencoder.
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith(("loss.", "model_ema."))}
     load_strict(vae, dataclasses.replace(checkpoint, state=to_ldm_names(state)))
     return vae.float().eval().requires_grad_(False)
@@ -56,7 +56,7 @@ def save_vae(path: str | Path, vae: AutoencoderKL) -> None:
 
 
 def locate_vae(source: str | Path | None = None) -> tuple[Path, dict | None]:
-    """(weight file, diffusers config or None), fetched if need be but not read. Raises UserError."""
+    """(weight file, diffusers config or None), fetched if missing, but not read. Raises UserError."""
     source = str(source or SD_VAE)
     name = source.rstrip("/").split("/")[-1]
     places = [Path(source), *(folder / "checkpoints" / name for folder in (Path(), home()))]

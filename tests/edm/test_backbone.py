@@ -155,7 +155,7 @@ def test_augmenting_a_network_without_augment_labels_is_refused(tmp_path):
 def test_foreign_files_are_refused_by_name(tmp_path, backbone):
     bare = tmp_path / "bare.pt"
     torch.save(backbone.net.state_dict(), bare)
-    with pytest.raises(UserError, match=r"bare\.pt: does not say how its network is built"):
+    with pytest.raises(UserError, match=r"bare\.pt: has no configuration of its network"):
         EDMBackbone.load(bare, CPU)
     other = tmp_path / "other.safetensors"
     write_checkpoint(other, backbone.net.state_dict(), config={"class": "VAR", "kwargs": {}})

@@ -127,7 +127,7 @@ def test_an_autoencoder_of_another_shape_is_refused_by_name(tmp_path):
         load(base, tmp_path / "tiny.ckpt")
     wide = AutoencoderKL(embed_dim=8, ch=8, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), norm_groups=4)
     write_checkpoint(tmp_path / "wide.ckpt", wide.state_dict(), {"class": "AutoencoderKL", "kwargs": wide.config})
-    with pytest.raises(UserError, match="8 latent channels and stride 2, the transformer wants 4 and 2"):
+    with pytest.raises(UserError, match="8 latent channels and stride 2, the transformer requires 4 and 2"):
         load(base, tmp_path / "wide.ckpt")
     with pytest.raises(UserError, match="holds a XAR, not an autoencoder"):
         load(base, base)

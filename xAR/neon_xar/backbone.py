@@ -31,7 +31,7 @@ LABEL_RULES = ("balanced", "official")
 
 
 class XARBackbone(Backbone):
-    """`vae_name` says which autoencoder weights prepared moments belong to; nothing reads it but `prepared_key`.
+    """`vae_name` identifies the autoencoder weights of prepared moments, for `prepared_key` only.
 
     `flip`: the fine-tune sees every image mirrored half of the time, as officially.
     """
@@ -40,7 +40,7 @@ class XARBackbone(Backbone):
         if (autoencoder.embed_dim, autoencoder.stride * GRID) != (net.channels, net.img_size):
             raise UserError(
                 f"the autoencoder has {autoencoder.embed_dim} latent channels and stride {autoencoder.stride}, the "
-                f"transformer wants {net.channels} and {net.img_size // GRID}; give the --vae_path that belongs to it"
+                f"transformer requires {net.channels} and {net.img_size // GRID}; give its --vae_path"
             )
         self.net, self.autoencoder = net, autoencoder.eval().requires_grad_(False)
         self.img_size, self.num_classes, self.flip = net.img_size, net.class_num, flip
@@ -60,7 +60,7 @@ class XARBackbone(Backbone):
     ) -> XARBackbone:
         """Weights of `checkpoint` beside the autoencoder of `vae_path`, in eval mode. Raises UserError.
 
-        The size is the checkpoint's own configuration where it has one (files that Neon wrote), else `model`.
+        The size is the checkpoint's configuration where it has one (files that Neon wrote), else `model`.
         """
         weights = read_checkpoint(checkpoint, entry)
         net = _empty_net(weights, model)
@@ -89,7 +89,7 @@ class XARBackbone(Backbone):
         if flow_steps < MIN_STEPS:
             raise UserError(f"--flow_steps {flow_steps}: xAR's sampler needs at least {MIN_STEPS} steps per cell")
         if not math.isfinite(cfg):
-            raise UserError(f"--cfg {cfg}: a finite number is wanted")
+            raise UserError(f"--cfg {cfg}: a finite number is required")
         if precision not in (*PRECISIONS, "auto"):
             raise UserError(f"--precision {precision}: choose auto, {', '.join(PRECISIONS)}")
         if rounding not in ROUNDINGS:
@@ -175,13 +175,13 @@ class XARBackbone(Backbone):
 
 def load_autoencoder(path: str | Path, device: torch.device) -> tuple[AutoencoderKL, str]:
     """(autoencoder in eval mode, a name that changes with its weights). Without a configuration in the file: KL-16."""
-    found = read_checkpoint(path)
-    if found.config and found.config["class"] != "AutoencoderKL":
-        raise UserError(f"--vae_path {path}: holds a {found.config['class']}, not an autoencoder; use kl16.ckpt")
-    autoencoder = _from_config(AutoencoderKL, found) if found.config else _on_meta(AutoencoderKL)
-    found = dataclasses.replace(found, state=to_ldm_names(found.state))
+    weights = read_checkpoint(path)
+    if weights.config and weights.config["class"] != "AutoencoderKL":
+        raise UserError(f"--vae_path {path}: holds a {weights.config['class']}, not an autoencoder; use kl16.ckpt")
+    autoencoder = _from_config(AutoencoderKL, weights) if weights.config else _on_meta(AutoencoderKL)
+    weights = dataclasses.replace(weights, state=to_ldm_names(weights.state))
     try:
-        load_strict(autoencoder, found, ignore=("loss.", "model_ema."))  # what its training may have left
+        load_strict(autoencoder, weights, ignore=("loss.", "model_ema."))  # leftovers of its training
     except UserError as error:
         raise UserError(f"--vae_path {error.message}; use kl16.ckpt") from error
     return autoencoder.to(device).eval().requires_grad_(False), weights_digest(autoencoder)
@@ -193,7 +193,7 @@ def _on_meta(make: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
 
 
 def _from_config(kind: type[nn.Module], weights: Checkpoint) -> nn.Module:
-    """The network that the file's own configuration describes, on the meta device."""
+    """The network of the file's configuration, on the meta device."""
     try:
         return _on_meta(kind, **weights.config["kwargs"])
     except (TypeError, ValueError) as error:
@@ -201,7 +201,7 @@ def _from_config(kind: type[nn.Module], weights: Checkpoint) -> nn.Module:
 
 
 def _empty_net(weights: Checkpoint, name: str | None) -> XAR:
-    """The network that the checkpoint's configuration or `name` says, on the meta device."""
+    """The network of the checkpoint's configuration or of `name`, on the meta device."""
     if weights.config:
         if weights.config["class"] != "XAR":
             raise UserError(f"{weights.path}: holds a {weights.config['class']}, not an xAR transformer")
@@ -215,5 +215,5 @@ def _empty_net(weights: Checkpoint, name: str | None) -> XAR:
         raise UserError(
             f"{weights.path}: not {name} weights: width {table.shape[-1]} instead of {SIZES[name]['width']}{advice}"
         )
-    # Dropout acts in the fine-tune only; the published files do not say what the official scripts set.
+    # Dropout acts in the fine-tune only; the value is the official scripts', as the published files record none.
     return _on_meta(build, name=name, attn_dropout=0.1, proj_dropout=0.1)

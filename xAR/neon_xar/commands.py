@@ -1,4 +1,4 @@
-"""The flags of xAR's scripts that are its own, grouped by where their values go."""
+"""The flags that only xAR's scripts have, grouped by where their values go."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAMPLE = (
     flag("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto",
          help="Of the transformer; auto: fp16 on CUDA, as officially, fp32 on the CPU."),
     flag("--rounding", type=click.Choice(ROUNDINGS), default="truncate",
-         help="Of pixels; truncate is what the published FIDs were measured with."),
+         help="Of pixels; truncate as for the published FIDs."),
     flag("--labels", "label_rule", type=click.Choice(LABEL_RULES), default="balanced",
          help="balanced: class = seed mod number of classes. official: equal blocks in class order."),
 )  # fmt: skip
@@ -55,12 +55,12 @@ REFUSED = {
     "--min_lr": "the rate ends with the ramp (--ramp_images), there is no decay; leave it out",
     "--epoch_save_freq": "give --snapshot_images",
     "--out_dir_fid": "give --json, a file of the result and every setting; xAR/sweep.py keeps all points of a search",
-    "--use_cached": "moments are always made once and kept, in --cached_path or beside the set; leave it out",
+    "--use_cached": "moments are always computed once and kept, in --cached_path or beside the set; leave it out",
     "--attn_dropout": "the fine-tune has the official 0.1; leave it out",
     "--proj_dropout": "the fine-tune has the official 0.1; leave it out",
     "--label_drop_prob": "the fine-tune has the official 0.1; leave it out",
 }  # fmt: skip
-# Left out, so that manifests tell apart only what differs:
+# Left out, so that equal settings have equal manifests:
 PLAIN = {"precision": "auto", "rounding": "truncate", "label_rule": "balanced"}
 
 

@@ -1,4 +1,4 @@
-"""What the official scripts compute where ours go another way: the evaluation's label list, the epoch-wise schedule."""
+"""The official evaluation's label list, which differs from ours."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ def _train(images: int) -> TrainSettings:
         batch_size=256,
         micro_batch_size=32,
         lr=1e-6,  # blr 1e-6 at batch 256
-        # * Warm-up over 7 Mi images. The xAR-B script says 250 epochs of 29,952 images (7.5 Mi), near enough; the xAR-L
-        # script says 10,000 epochs (300 Mi), which leaves the rate about 40 times lower, and would need another w.
+        # * Warm-up over 7 Mi images. The xAR-B script has 250 epochs of 29,952 images (7.5 Mi), near enough; the xAR-L
+        # script has 10,000 epochs (300 Mi), which leaves the rate about 40 times lower, and would require another w.
         schedule=LinearRamp(7_000_000),
         optimizer="adamw",
         betas=(0.9, 0.96),
@@ -44,7 +44,7 @@ def _passes(settings: Mapping[str, Any]) -> int:
 
 
 def _row(name: str, **fields: Any) -> Row:
-    """What the rows share. TF32 as officially."""
+    """The settings common to the rows. TF32 as officially."""
     return Row(
         id=f"xar/{name}",
         backbone=XARBackbone,
@@ -59,10 +59,10 @@ def _row(name: str, **fields: Any) -> Row:
     )
 
 
-# * |S|: the official scripts draw 30 images per class, 30,000; the paper says 750,000 and finds that 1,000 do nearly as
-#   well (1.05 for L, 1.36 for B).
-# * evaluate: the official README evaluates L with cfg 2.3 and 40 steps and B with cfg 2.7 and 50 steps; its own
-#   notes and search ranges say what stands here.
+# * |S|: the official scripts draw 30 images per class, 30,000; the paper has 750,000 and finds 1,000 nearly as
+#   good (1.05 for L, 1.36 for B).
+# * evaluate: the official README evaluates L with cfg 2.3 and 40 steps and B with cfg 2.7 and 50 steps; the
+#   notes and search ranges have the values below.
 ROWS = (
     _row(
         "xar_large",

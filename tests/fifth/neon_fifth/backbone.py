@@ -42,7 +42,7 @@ class FifthBackbone(Backbone):
     @classmethod
     def check_settings(cls, contrast=1.0, **settings):
         if not math.isfinite(contrast):
-            raise UserError(f"--contrast {contrast}: a finite number is wanted")
+            raise UserError(f"--contrast {contrast}: a finite number is required")
 
     def network_config(self):
         return {"class": "Generator", "kwargs": self.net.kwargs}
