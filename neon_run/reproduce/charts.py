@@ -4,7 +4,7 @@ plotting package and no network."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -71,16 +71,16 @@ def curve_over_w(
 ) -> str:
     """`curve`: (w, FID) at Neon's guidance; `searched`: the search's points, at other n and guidance; `base`: its
     label and its FID, which is drawn as a line."""
-    curve, (base_name, base) = sorted(curve), base
+    curve, (base_name, base_fid) = sorted(curve), base
     lowest = min(fid for _, fid in curve)
-    near = [fid for w, fid in curve if w >= 0] + [base]
+    near = [fid for w, fid in curve if w >= 0] + [base_fid]
     cap = lowest + CAP * (max(near) - lowest)  # far worse points would press the rest flat
     shown = [(w, fid) for w, fid in searched if fid <= cap]
-    values = [min(fid, cap) for _, fid in [*curve, *shown]] + [base]
+    values = [min(fid, cap) for _, fid in [*curve, *shown]] + [base_fid]
     ws = [w for w, _ in [*curve, *shown]]
     frame = Frame((min(ws), max(ws)), (min(values), max(values)), "w", distance)
-    body = [_line(frame, (frame.x[0], base), (frame.x[1], base), "base")]
-    _, py = frame.at(frame.x[0], base)
+    body = [_line(frame, (frame.x[0], base_fid), (frame.x[1], base_fid), "base")]
+    _, py = frame.at(frame.x[0], base_fid)
     body.append(f'<text class="note" x="{WIDTH - RIGHT - 6}" y="{py - 6:.1f}" text-anchor="end">{base_name}</text>')
     body += [_dot(frame, w, fid, 3, "searched", f"search: w {w:g}, {distance} {fid:.4g}") for w, fid in shown]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.at(w, min(fid, cap)) for w, fid in curve))
@@ -122,7 +122,7 @@ def colour_bar(low: float, high: float) -> str:
     """The legend of `surface`, whose colours follow the square root of the height above the lowest point."""
     stops = ", ".join(_colour((i / 8) ** 2) for i in range(9))
     marks = "".join(f"<span>{low + part * (high - low):.3g}</span>" for part in (0, 0.25, 1))
-    return f'<div class="bar"><i style="background:linear-gradient(90deg,{stops})"></i><div>{marks}</div></div>'
+    return f'<i style="background:linear-gradient(90deg,{stops})"></i><div>{marks}</div>'
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -134,7 +134,7 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [round(step * i, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _fitted_cells(frame: Frame, xyz: np.ndarray, colour) -> list[str]:
+def _fitted_cells(frame: Frame, xyz: np.ndarray, colour: Callable[[float], str]) -> list[str]:
     centre, spread = xyz[:, :2].mean(0), xyz[:, :2].std(0)
     features = lambda p: np.stack([np.ones(len(p)), *p.T, *(p**2).T, p[:, 0] * p[:, 1]], 1)  # noqa: E731
     near = 1 / (1 + ((xyz[:, 2] - xyz[:, 2].min()) / (np.median(xyz[:, 2] - xyz[:, 2].min()) + 1e-12)) ** 2)

@@ -18,6 +18,8 @@ from neon_files.errors import UserError
 from neon_metrics.evaluate import Evaluator
 from neon_metrics.reference import Reference, load_reference, write_reference
 from neon_run.reproduce.ledger import STAGES, Ledger, status
+from neon_run.reproduce.pages import page
+from neon_run.reproduce.report import view
 from neon_run.reproduce.reproduction import Reproduction
 from neon_run.search.growing import GrowingSweep
 from neon_run.search.sweep import find_checkpoints
@@ -182,13 +184,36 @@ def test_a_row_without_guidance(files, tmp_path):
 def test_the_report_stands_alone_and_tells_the_numbers(whole):
     out, results = whole
     text = (out / "report.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text and "<script" not in text
+    assert not re.search(r'(src|href)="(?!data:|#)', text) and "http" not in text and "<script" not in text
     assert text.count("data:image/png;base64,") == 3 * 24 and text.count("<svg") == 2
     assert "Neon lowers the FID by" in text and "random direction of equal length" in text
     for name in ("base", "neon"):
         assert f"{results['final'][name]['fid']:.3g}" in text
     assert results["provenance"]["neon"]["sha256"] in text
     assert json.loads((out / "results.json").read_text()) == results
+
+
+def test_the_report_can_be_read_by_everyone(whole):
+    """Contents lead to sections, pictures have alternative texts, cells know their column, both themes are there."""
+    text = (whole[0] / "report.html").read_text()
+    ids = re.findall(r'<section id="(\w+)">', text)
+    assert (
+        re.findall(r'<li><a href="#(\w+)">', text)
+        == ids
+        == ["result", "curve", "controls", "samples", "cost", "provenance"]
+    )
+    pictures = re.findall(r'<img alt="([^"]*)"', text)
+    assert len(set(pictures)) == 3 * 24 and pictures[0] == "base, seed 1000"
+    assert '<td data-label="95 % interval">' in text and "td::before { content: attr(data-label)" in text
+    assert "prefers-color-scheme: dark" in text and 'name="color-scheme" content="light dark"' in text
+    assert "overflow-x" not in text, "nothing scrolls sideways"
+
+
+def test_what_a_run_names_is_text_in_its_report(whole):
+    out, results = whole
+    evil = {**results, "row": "a<script>/b&", "best": {**results["best"], "snapshot": "<b>"}}
+    text = page("report.html", view(evil, out / "samples"))
+    assert "<script" not in text and "a&lt;script&gt;/b&amp;" in text and "<em>&lt;b&gt;</em>" in text
 
 
 def test_real_images_add_their_metrics_and_too_few_seeds_for_them_are_refused_at_once(files, tmp_path):
