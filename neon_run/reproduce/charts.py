@@ -118,6 +118,34 @@ def surface(
     return frame.svg(body, under, f"{distance} over w and {name}")
 
 
+def runs(lines: Sequence[tuple[str, Mapping[str, float], Mapping[str, float]]], distance: str) -> str:
+    """One line per run: (name, interval of the base, interval of Neon), each {"value", "low", "high"}."""
+    height, left, step = 64 + 44 * len(lines), 150, 44
+    ends = [interval[end] for _, *pair in lines for interval in pair for end in ("low", "high")]
+    low, high = _widened(min(ends), max(ends))
+    across = lambda value: left + (value - low) / (high - low) * (WIDTH - left - RIGHT)  # noqa: E731
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(distance)} of every run">']
+    for value in ticks(low, high):
+        x = across(value)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{value:g}</text>')
+    for number, (name, *pair) in enumerate(lines):
+        y = TOP + step * number + step / 2
+        shown = name if len(name) <= 18 else f"…{name[-17:]}"
+        parts.append(f'<text class="label" x="{left - 12}" y="{y + 4:.1f}" text-anchor="end">{escape(shown)}</text>')
+        for kind, interval, shift in zip(("of-base", "of-neon"), pair, (-6, 6), strict=True):
+            x1, x2, x = (across(interval[end]) for end in ("low", "high", "value"))
+            tooltip = escape(f"{name}, {kind.removeprefix('of-')}: {interval['value']:.4g}")
+            parts.append(f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y + shift}" y2="{y + shift}"/>')
+            parts.append(
+                f'<circle class="{kind}" cx="{x:.1f}" cy="{y + shift}" r="4.5"><title>{tooltip}</title></circle>'
+            )
+    parts.append(
+        f'<text class="label" x="{(left + WIDTH) / 2}" y="{height - 8}" text-anchor="middle">{escape(distance)}</text>'
+    )
+    return "\n".join([*parts, "</svg>"])
+
+
 def colour_bar(low: float, high: float) -> str:
     """The legend of `surface`, whose colours follow the square root of the height above the lowest point."""
     stops = ", ".join(_colour((i / 8) ** 2) for i in range(9))

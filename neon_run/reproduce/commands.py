@@ -1,4 +1,4 @@
-"""`neon rows`, `neon reproduce`, `neon status`."""
+"""`neon rows`, `neon reproduce`, `neon status`, `neon compare`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from neon_core.seeds import format_seeds
 from neon_run import flags as f
 from neon_run.backbones import find_row, find_rows
 from neon_run.cli import check_writable
+from neon_run.reproduce.compare import write_comparison
 from neon_run.reproduce.ledger import status
 from neon_run.reproduce.reproduction import Plan, Reproduction
 from neon_run.row import Row
@@ -51,6 +52,17 @@ def _cells(row: Row) -> tuple[str, ...]:
 def status_command(out_dir: Path) -> None:
     """The finished stages of the run in OUT_DIR, their cost, and the next stage."""
     print0(status(out_dir))
+
+
+@click.command("compare")
+@click.argument("runs", nargs=-1, type=f.FOLDER, metavar="RUN RUN...")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="compare.html", show_default=True,
+              help="The page to write.")  # fmt: skip
+def compare_command(runs: tuple[Path, ...], out: Path) -> None:
+    """One page over several finished runs of `neon reproduce`: rows, seeds, settings."""
+    for line in write_comparison(runs, out):
+        print0(line)
+    print0(str(out))
 
 
 ROW_FLAGS = (  # -> the row

@@ -1,0 +1,135 @@
+"""`neon compare`: one page over several runs of `neon reproduce`, from their results.json.
+
+Two distances compare only where they are of one kind, to one reference, in one detector's features and of equally many
+images: runs that differ in these stand in groups of their own. Where the runs of a group are of one row (seeds of one
+experiment), their mean and standard deviation stand below.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from neon_core.seeds import parse_seeds
+from neon_files.atomic import atomic_path
+from neon_files.errors import UserError
+from neon_files.run_files import read_record
+from neon_run.reproduce import charts
+from neon_run.reproduce.pages import fid_text, margin, page, short
+
+NEEDED = {"row": str, "distance": str, "best": dict, "intervals": dict, "final": dict, "provenance": dict}
+SETTINGS = ("generate", "train", "evaluate", "versions")
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    results: Mapping[str, Any]
+
+    @property
+    def scale(self) -> tuple[str, str, str, int]:
+        """What two distances must share to be compared."""
+        files = self.results["provenance"]["files"]
+        reference, detector = (files.get(name, {}).get("sha256", "") for name in ("reference", "detector"))
+        return self.results["distance"], reference, detector, len(parse_seeds(self.results["final"]["neon"]["seeds"]))
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Of this run: base, Neon, what Neon gains, w."""
+        ends = {name: self.results["intervals"][name]["value"] for name in ("base", "neon", "gain")}
+        return {**ends, "share": 100 * ends["gain"] / ends["base"], "w": self.results["best"]["w"]}
+
+
+def write_comparison(folders: Sequence[Path], out: Path) -> list[str]:
+    """The page `out`; returns one line per run for the terminal. Raises UserError."""
+    runs = read_runs(folders)
+    with atomic_path(out) as temporary:
+        temporary.write_text(page("compare.html", view(runs)), encoding="utf-8")
+    return [" | ".join([run.name, *_cells(run)]) for run in runs]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The finished runs in these folders, by the folders' names, or paths where two have one name."""
+    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
+        raise UserError("compare: name two or more different runs, the --out folders of `neon reproduce`")
+    plain = len({folder.name for folder in folders}) == len(folders)
+    return [Run(folder.name if plain else str(folder), _read(folder)) for folder in folders]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        return read_record(folder / "results.json", NEEDED)
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: holds no results.json; name the --out folder of a finished run (`neon status {folder}`)"
+        ) from None
+
+
+def view(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the template shows."""
+    scales = dict.fromkeys(run.scale for run in runs)
+    groups = [_group(number, [run for run in runs if run.scale == scale]) for number, scale in enumerate(scales, 1)]
+    if len(groups) == 1:
+        groups[0]["title"] = "Runs"
+    contents = [*((group["id"], group["title"]) for group in groups), ("settings", "What differs")]
+    return {"title": f"{len(runs)} runs", "contents": contents, "groups": groups, "differing": _differing(runs)}
+
+
+def _group(number: int, runs: Sequence[Run]) -> dict[str, Any]:
+    distance, reference, _, count = runs[0].scale
+    intervals = [(run.name, run.results["intervals"]["base"], run.results["intervals"]["neon"]) for run in runs]
+    guided = any(run.results["best"]["guidance"] is not None for run in runs)
+    rows = [[run.name, *_cells(run, guided)] for run in runs]
+    one_row = len(runs) > 1 and len({run.results["row"] for run in runs}) == 1
+    if one_row:
+        rows.append(["mean ± sd", runs[0].results["row"], *_mean_cells(runs), *([""] if guided else []), ""])
+    head = ["run", "row", f"base {distance}", f"Neon {distance}", "gain", "gain, %", "w"]
+    return {
+        "id": f"group-{number}",
+        "title": f"{distance} of {count:,} images" + (f", reference {reference[:8]}" if reference else ""),
+        "distance": distance,
+        "count": count,
+        "head": [*head, *(["guidance"] if guided else []), "snapshot"],
+        "rows": rows,
+        "several": len(runs) if one_row else 0,
+        "svg": Markup(charts.runs(intervals, distance)),
+    }
+
+
+def _cells(run: Run, guided: bool = True) -> list[str]:
+    results = run.results
+    intervals, best = results["intervals"], results["best"]
+    ends = [f"{fid_text(intervals[n]['value'])} ± {margin(intervals[n])}" for n in ("base", "neon", "gain")]
+    settings = [short(best["w"]), *([short(best["guidance"])] if guided else []), best["snapshot"]]
+    return [results["row"], *ends, f"{run.numbers['share']:.1f}", *settings]
+
+
+def _mean_cells(runs: Sequence[Run]) -> list[str]:
+    """Mean and standard deviation (n - 1) of base, Neon, gain, gain in percent and w."""
+    table = np.array([list(run.numbers.values()) for run in runs])
+    texts = (fid_text, fid_text, fid_text, "{:.1f}".format, "{:.4g}".format)
+    pairs = zip(texts, table.mean(0), table.std(0, ddof=1), strict=True)
+    return [f"{text(mean)} ± {text(deviation)}" for text, mean, deviation in pairs]
+
+
+def _differing(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """The settings in which the runs differ, one line each; None where there are none."""
+    tables = [_flat({name: run.results["provenance"][name] for name in SETTINGS}) for run in runs]
+    names = dict.fromkeys(name for table in tables for name in table)
+    rows = [[name, *(table.get(name, "-") for table in tables)] for name in names]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    return {"head": ["setting", *(run.name for run in runs)], "rows": rows} if rows else None
+
+
+def _flat(value: Any, name: str = "") -> dict[str, str]:
+    """{"train.lr": "0.001"}: every leaf as text."""
+    if isinstance(value, dict):
+        inner = [_flat(part, f"{name}.{key}" if name else key) for key, part in value.items()]
+        return {key: text for part in inner for key, text in part.items()}
+    return {name: value if isinstance(value, str) else json.dumps(value)}

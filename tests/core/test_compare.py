@@ -1,0 +1,74 @@
+"""`neon compare`: runs on one page, and which of them may be compared."""
+
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from neon_files.errors import UserError
+from neon_run.command import neon
+from neon_run.reproduce.compare import read_runs, view, write_comparison
+
+
+def interval(value, error=0.01):
+    return {"value": value, "standard_error": error, "low": value - 1.96 * error, "high": value + 1.96 * error}
+
+
+def write_run(folder, base, neon, *, row="edm/x", reference="aa" * 32, seeds="0-99", w=1.0, lr=0.1):
+    results = {
+        "row": row,
+        "distance": "FID",
+        "best": {"w": w, "guidance": None, "snapshot": "snapshot-1"},
+        "intervals": {"base": interval(base), "neon": interval(neon), "gain": interval(base - neon)},
+        "final": {"neon": {"seeds": seeds}},
+        "provenance": {
+            "files": {"reference": {"path": "r.npz", "sha256": reference}},
+            "generate": {"count": 10},
+            "train": {"lr": lr, "betas": [0.9, 0.99]},
+            "evaluate": {},
+            "versions": {"torch": "2"},
+        },
+    }
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    return folder
+
+
+def test_seeds_of_one_row_have_a_mean_and_a_standard_deviation(tmp_path):
+    runs = [write_run(tmp_path / f"seed-{i}", 4.0, 4.0 - gain, w=w) for i, (gain, w) in enumerate([(1, 1), (2, 1.5)])]
+    lines = write_comparison(runs, tmp_path / "page.html")
+    assert lines[0].startswith("seed-0 | edm/x | 4.0000 ± 0.0196 | 3.0000 ± 0.0196 | 1.0000 ± 0.0196 | 25.0 | 1 |")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "1.5000 ± 0.7071" in text and "37.5 ± 17.7" in text and "1.25 ± 0.3536" in text
+    assert "http" not in text and text.count("<svg") == 1 and "the settings of all runs are equal" in text
+    assert set(re.findall(r'href="#([\w-]+)"', text)) == set(re.findall(r'<section id="([\w-]+)"', text))
+
+
+@pytest.mark.parametrize("other", [{"reference": "bb" * 32}, {"seeds": "0-49"}])
+def test_what_cannot_be_compared_stands_in_groups_of_its_own(tmp_path, other):
+    runs = [write_run(tmp_path / "a", 4.0, 3.0), write_run(tmp_path / "b", 4.0, 3.0, **other)]
+    shown = view(read_runs(runs))
+    assert [len(group["rows"]) for group in shown["groups"]] == [1, 1]
+    assert all(not group["several"] for group in shown["groups"])
+
+
+def test_rows_share_a_group_without_a_mean_and_settings_that_differ_are_listed(tmp_path):
+    runs = [write_run(tmp_path / "a", 4.0, 3.0), write_run(tmp_path / "b", 2.0, 1.0, row="edm/y", lr=0.2)]
+    shown = view(read_runs(runs))
+    assert len(shown["groups"][0]["rows"]) == 2 and not shown["groups"][0]["several"]
+    assert shown["differing"] == {"head": ["setting", "a", "b"], "rows": [["train.lr", "0.1", "0.2"]]}
+
+
+def test_two_different_finished_runs_are_needed(tmp_path):
+    run = write_run(tmp_path / "a", 4.0, 3.0)
+    for runs in ([run], [run, tmp_path / "a"], []):
+        with pytest.raises(UserError, match="name two or more different runs"):
+            read_runs(runs)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(UserError, match=r"b: holds no results\.json; name the --out folder of a finished run"):
+        read_runs([run, tmp_path / "b"])
+    (tmp_path / "b" / "results.json").write_text('{"row": 3}', encoding="utf-8")
+    result = CliRunner().invoke(neon, ["compare", str(run), str(tmp_path / "b"), "--out", str(tmp_path / "c.html")])
+    assert result.exit_code == 2 and "row is missing or of another type" in result.output
+    assert not (tmp_path / "c.html").exists()
