@@ -1,4 +1,4 @@
-"""The contract between the method and a generator: what a backbone offers, and how it is fine-tuned.
+"""The contract between the method and a generator: the interface of a backbone, and its training settings.
 
 The core owns seeds, ranks, files, the training loop, the merge and the metrics. A backbone owns its networks, guidance,
 label conventions, frozen tokenizer and pixel rounding. `docs/adding_a_backbone.md` walks through a fifth one.

@@ -195,7 +195,7 @@ def check_sizes(settings: TrainSettings) -> None:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a fine-tune is carried out; `TrainSettings` says what it computes."""
+    """The execution of a fine-tune; `TrainSettings` determines its numbers."""
 
     seed: int = 0  # of the order of the images and of all random numbers
     mode: str = "ddp"  # ddp | fsdp: replicated or sharded over ranks

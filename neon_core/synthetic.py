@@ -190,8 +190,8 @@ def withdraw_unless_whole(out_dir: str | Path) -> None:
 
 
 def _claim(out_dir: Path, manifest: dict) -> list[str]:
-    """Write the manifest of a new set, or check the settings of the existing one. Returns the versions of torch
-    that have made images of it: equal seeds give equal images only in one of them."""
+    """Write the manifest of a new set, or check the settings of the existing one. Returns the versions of torch that
+    its images were generated with: equal seeds give equal images only within one version."""
     path = out_dir / "manifest.json"
     if path.exists():
         earlier = read_record(path)

@@ -51,7 +51,7 @@ def open_checkpoint(path: str | Path, entry: str | None = None) -> Weights:
 
 
 def read_state(path: str | Path, names: Iterable[str], entry: str | None = None) -> dict[str, Tensor]:
-    """The state dict in `path` under those of `names` that differ from its own only by what wrappers add."""
+    """The state dict in `path` under those of `names` that differ only by the parts that wrappers add."""
     weights = open_checkpoint(path, entry).named_like(names)
     return {name: load() for name, load in weights.loaders.items()}
 

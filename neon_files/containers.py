@@ -30,7 +30,7 @@ from neon_files.pickles import PickledObject, read_pickle
 from neon_files.safetensors_file import open_tensors
 from neon_files.torch_file import LEGACY_START, read_torch
 
-# Entries under which scripts keep a state dict, the preferred first: averaged weights are what is published.
+# Entries under which scripts keep a state dict, the preferred first: published weights are averaged ones.
 _AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict")
 _RAW = (
     "trainer",

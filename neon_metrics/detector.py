@@ -75,7 +75,7 @@ class InceptionDetector:
 
     The network runs in float32, batch norm folded and channels last, in chunks of `chunk_images`. `allow_tf32` gives up
     digits for speed on GPUs, as cuDNN does by default. With `official` False, distances are not comparable to any
-    published FID, and `name` says which weights were used.
+    published FID, and `name` identifies the weights.
     """
 
     num_features = NUM_FEATURES

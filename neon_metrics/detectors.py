@@ -108,10 +108,10 @@ class NetworkDetector:
         return ((x / 255).expand(-1, 3, -1, -1) - self._mean) / self._deviation
 
     def features(self, x: Tensor) -> Tensor:
-        found = self.net(x)
-        if not isinstance(found, Tensor) or found.ndim != 2:
+        features = self.net(x)
+        if not isinstance(features, Tensor) or features.ndim != 2:
             raise UserError(f"--detector {self.name}: gives no feature vector per image; choose a classifier of timm")
-        return found
+        return features
 
 
 class DinoV2Detector(NetworkDetector):

@@ -152,7 +152,7 @@ class Evaluator:
 
 def _open_real_images(path: str | Path, metrics: set[str]) -> ImageSet:
     """Raises UserError, on every rank alike, where they are too few for `metrics`, or one of them cannot be used."""
-    images = agree(path, lambda: ImageSet(path, use_labels=False), lambda found: f"{len(found)} images")
+    images = agree(path, lambda: ImageSet(path, use_labels=False), lambda images: f"{len(images)} images")
     check_sizes(metrics, len(images), MetricSettings(), f"are in {images.path}")
     check_images(images)
     return images

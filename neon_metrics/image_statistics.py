@@ -18,7 +18,7 @@ from neon_metrics.reference import Reference
 def check_images(images: ImageSet) -> None:
     """UserError, on every rank alike, where the set holds arrays that are no pictures, or one that cannot be used."""
     if images.dtype != np.uint8:
-        raise UserError(f"{images.path}: holds arrays of {images.dtype}; images are wanted")
+        raise UserError(f"{images.path}: holds arrays of {images.dtype}; images are required")
     problem = None
     try:
         images.check(range(rank(), len(images), world_size()))

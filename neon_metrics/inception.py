@@ -199,7 +199,7 @@ def block_e(pool: Callable[[Tensor], Tensor]) -> list[list[Step]]:
 
 
 class InceptionV3(nn.Module):
-    """The whole network. `forward` gives the wanted features of one pass and stops after the last of them."""
+    """The whole network. `forward` returns the requested features of one pass and stops after the last of them."""
 
     def __init__(self):
         super().__init__()

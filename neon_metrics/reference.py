@@ -143,7 +143,7 @@ def _contents(members: list[str]) -> str:
 
 def write_reference(path: str | Path, reference: Reference) -> None:
     """An .npz with `mu` and `sigma`, float64, under its final name only when whole; the detector's name, where it is
-    known, in the archive's comment, where no other reader stumbles over it."""
+    known, in the archive's comment, which other readers ignore."""
     with atomic_path(Path(path)) as temporary:
         with open(temporary, "wb") as file:
             np.savez(file, mu=reference.mu, sigma=reference.sigma)

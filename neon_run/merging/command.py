@@ -84,7 +84,7 @@ def read_entries(given: Sequence[str]) -> tuple[str | None, str | None]:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the flags of `neon merge` say of how to merge."""
+    """The flags of `neon merge` that select the kind of merge."""
 
     w: Sequence[str]
     keep: Sequence[str]

@@ -1,4 +1,4 @@
-"""Neon for LoRA adapters: the merge acts on what an adapter adds to a weight, scale * up @ down, not on its factors.
+"""Neon for LoRA adapters: the merge acts on the change of a weight, scale * up @ down, not on the factors.
 
 Names of factors are an allow-list (`_SPELLINGS`); any other adapter is refused. Linear layers,
 embeddings and convolutions. A sum of products is exact as an adapter of concatenated rank.

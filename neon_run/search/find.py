@@ -84,8 +84,8 @@ def _official(grid: Grid, snapshots: Sequence[str], measure: Measure, count: int
         measured[snapshot, w, guidance] = measure(snapshot, w, guidance, count)
         return measured[snapshot, w, guidance]
 
-    known = [value for value in grid.guidances if value is not None]
-    guidances = sorted(known) if len(known) == len(grid.guidances) else grid.guidances
+    values = [value for value in grid.guidances if value is not None]
+    guidances = sorted(values) if len(values) == len(grid.guidances) else grid.guidances
     of_base = early_stopped_grid([BASE], [0.0], guidances, fid, grid.tolerance)
     if not math.isfinite(measured[of_base]):
         raise UserError("the base's images are not finite at any guidance of the grid; check its file")
