@@ -34,7 +34,7 @@ class Place:
         entries[0] |= changes
         names = [entry["name"] for entry in entries]
         rows = {"both": names, "one": names[:1]}
-        self.manifest.write_text(json.dumps({"entries": entries, "rows": rows}))
+        self.manifest.write_text(json.dumps({"entries": entries, "rows": rows}), encoding="utf-8")
         self.a, self.b = self.root / "checkpoints" / names[0], self.root / "fid_stats" / names[1]
 
     def arguments(self, *words: str) -> list[str]:

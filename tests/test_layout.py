@@ -106,7 +106,7 @@ def test_imports_stand_at_the_top_of_a_file():
                 assert not [n for n in names if package(n) in PACKAGES], f"{module}:{node.lineno} imports in a function"
 
 
-@pytest.mark.parametrize("top", [*FLOORS, *BACKBONES.values(), "benchmarks"])
+@pytest.mark.parametrize("top", [*FLOORS, *BACKBONES.values(), "benchmarks", "tests"])
 def test_text_files_are_opened_with_an_encoding(top):
     """Without one the locale decides: a name or a "±" then ends the run on another machine."""
     for file in (ROOT / top).rglob("*.py"):
@@ -194,7 +194,7 @@ def test_nothing_else_lies_at_the_top():
 
 def test_pyproject_lists_every_package():
     tomllib = pytest.importorskip("tomllib", reason="the standard library reads TOML from Python 3.11 on")
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"])
     found = set()
     for name, folder in PACKAGES.items():
         for init in folder.rglob("__init__.py"):

@@ -15,7 +15,7 @@ from neon_run.backbones import find_backbones
 from neon_run.commands import STAGES, command
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     line.split("#")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
@@ -122,7 +122,7 @@ def test_a_refused_flag_names_one_that_exists_and_is_on_the_page(commands, capsy
 
 
 def test_make_targets_of_the_readme_exist():
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = [c.split()[1] for c in COMMANDS if c.startswith("make ")]
     assert targets and all(re.search(rf"^{t}:", makefile, flags=re.M) for t in targets)
 
@@ -130,7 +130,7 @@ def test_make_targets_of_the_readme_exist():
 def test_links_of_the_documents_lead_somewhere():
     documents = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     for name in documents or ["README.md"]:
-        text = (ROOT / name).read_text()
+        text = (ROOT / name).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#\s]+)\)|\]\(([^)#\s]+)#", text):
             target = next(part for part in target if part)
             if "://" not in target:

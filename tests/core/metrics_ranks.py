@@ -46,7 +46,7 @@ def reduce_twice_seen(folder: Path) -> None:
     try:
         accumulate([0, *range(1 + rank(), NUM_IMAGES, world_size())]).reduced()
     except ValueError as error:
-        (folder / f"error-{rank()}.txt").write_text(str(error))
+        (folder / f"error-{rank()}.txt").write_text(str(error), encoding="utf-8")
 
 
 def main(folder: Path) -> None:

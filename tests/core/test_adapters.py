@@ -197,8 +197,8 @@ def test_other_kinds_are_refused_by_name_with_settings_or_without(tmp_path, kind
 )
 def test_settings_decide_by_an_allow_list(tmp_path, more, message):
     ends = [adapter(tmp_path / str(seed), LORA["plain"](), seed) for seed in (1, 2)]
-    settings = json.loads((ends[1] / ADAPTER_CONFIG).read_text()) | more
-    (ends[1] / ADAPTER_CONFIG).write_text(json.dumps(settings))
+    settings = json.loads((ends[1] / ADAPTER_CONFIG).read_text(encoding="utf-8")) | more
+    (ends[1] / ADAPTER_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         merge_folders(*ends, 1.0, tmp_path / "out")
 

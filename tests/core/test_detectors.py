@@ -175,7 +175,7 @@ def test_reference_and_distance_of_a_folder_and_of_a_zip(folder):
             write_png(folder / "other.png", image)
             archive.write("other.png", f"{number}.png")
     line = run("fid", "others.zip", "--ref", "ref.npz", "--device", "cpu", "--json", "out.json", "--batch_size", 8)
-    result = json.loads((folder / "out.json").read_text())
+    result = json.loads((folder / "out.json").read_text(encoding="utf-8"))
     others = NetworkDetector(torch.nn.Flatten(), "pixels", side=3)(pictures(30, size=12, seed=1))["features"]
     assert result["fid"] == pytest.approx(
         fid_from_features(others, Reference(features.mean(0).numpy(), features.T.cov().numpy())), rel=1e-4

@@ -89,7 +89,7 @@ def test_page_or_pointer_in_place_of_a_file_is_refused_not_recorded(server, tmp_
     assert not list(place.a.parent.glob("*.verified"))
     facts = place.a.stat()
     note = {"sha256": "", "size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "checked": ""}
-    place.a.with_name(".a.pth.verified").write_text(json.dumps(note))  # as it was once believed
+    place.a.with_name(".a.pth.verified").write_text(json.dumps(note), encoding="utf-8")  # as it was once believed
     server.files["a.pth"] = A
     code, _, err = place.run("a.pth")
     assert code == 0 and place.a.read_bytes() == A and f"{kind}" in err and "kept as a.pth.old" in err

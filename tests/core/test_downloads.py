@@ -260,7 +260,7 @@ def test_symlinked_folder_is_followed_and_a_broken_link_is_told(place, tmp_path)
 
 
 def test_folder_that_cannot_be_written(place):
-    (place.root / "checkpoints").write_text("a file where the folder should be")
+    (place.root / "checkpoints").write_text("a file where the folder should be", encoding="utf-8")
     code, _, err = place.run("a.pth")
     assert code == 2 and "checkpoints: cannot write there" in err and place.server.requests == []
 
@@ -311,7 +311,7 @@ def test_small_files_of_the_hub_are_checked_by_git_hash(server, tmp_path):
     code, _, err = place.run("a.pth")
     assert code == 2 and "git hash" in err and not place.a.exists()
     assert "a.pth: verified" in place.run("a.pth")[1]
-    record = json.loads(place.a.with_name(".a.pth.verified").read_text())
+    record = json.loads(place.a.with_name(".a.pth.verified").read_text(encoding="utf-8"))
     assert record["sha256"] == hashlib.sha256(A).hexdigest() and record["version"].startswith(COMMIT)
 
 
@@ -329,9 +329,9 @@ def test_doubtful_hash_yields_to_the_hub_and_a_certain_one_does_not(server, tmp_
 
 
 def test_licence_is_stated_when_a_restricted_file_is_fetched(place):
-    content = json.loads(place.manifest.read_text())
+    content = json.loads(place.manifest.read_text(encoding="utf-8"))
     content["entries"][0]["licence"] = NON_COMMERCIAL
-    place.manifest.write_text(json.dumps(content))
+    place.manifest.write_text(json.dumps(content), encoding="utf-8")
     _, _, err = place.run()
     assert err.count("non-commercial use only") == 1 and f"a.pth: {NON_COMMERCIAL}" in err
     assert "non-commercial" not in place.run()[2]

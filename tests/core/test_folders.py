@@ -43,12 +43,12 @@ def save_sharded(folder: Path, state: dict, count: int, stem: str = "model", suf
             torch.save(part, folder / file)
     total = sum(value.numel() * value.element_size() for value in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def load_sharded(folder: Path, stem: str = "model", suffix: str = ".safetensors") -> dict:
     """Through the index, as a loader does."""
-    index = json.loads((folder / f"{stem}{suffix}.index.json").read_text())
+    index = json.loads((folder / f"{stem}{suffix}.index.json").read_text(encoding="utf-8"))
     load = load_file if suffix == ".safetensors" else lambda path: torch.load(path, weights_only=True)
     return {name: load(folder / file)[name] for name, file in index["weight_map"].items()}
 
@@ -57,10 +57,10 @@ def pipeline(folder: Path, seed: int, dtype=torch.float32, unet_shards: int = 2)
     """A diffusers pipeline: a network in shards, a frozen autoencoder, a tokenizer, settings."""
     for part in ("unet", "vae", "tokenizer"):
         (folder / part).mkdir(parents=True)
-        (folder / part / "config.json").write_text(json.dumps({"part": part}))
+        (folder / part / "config.json").write_text(json.dumps({"part": part}), encoding="utf-8")
     save_sharded(folder / "unet", random_state(seed, dtype), unet_shards, "diffusion_pytorch_model")
     save_file(random_state(0), folder / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    (folder / "model_index.json").write_text('{"_class_name": "Pipeline"}')
+    (folder / "model_index.json").write_text('{"_class_name": "Pipeline"}', encoding="utf-8")
     (folder / "tokenizer" / "vocab.bin.txt").write_bytes(b"\0words")
     return folder
 
@@ -69,7 +69,7 @@ def pipeline(folder: Path, seed: int, dtype=torch.float32, unet_shards: int = 2)
 @pytest.mark.parametrize("w", [1.5, 0.0, -1.0])
 def test_pipeline_equals_the_dense_merge(tmp_path, w, dtype):
     base, syn = pipeline(tmp_path / "base", 1, dtype), pipeline(tmp_path / "syn", 2, dtype, unet_shards=3)
-    (syn / "model_index.json").write_text("another one")
+    (syn / "model_index.json").write_text("another one", encoding="utf-8")
     out = merge_folders(base, syn, w, tmp_path / "new" / "out")
     merged = load_sharded(out / "unet", "diffusion_pytorch_model")
     expected = neon_merge(random_state(1, dtype), random_state(2, dtype), w)
@@ -90,7 +90,7 @@ def test_headers_and_provenance(tmp_path):
     with safe_open(out / shard, "pt") as file:
         header = file.metadata()
     assert header["format"] == "pt" and json.loads(header["neon"])["w"] == 1.5  # loaders refuse another "format"
-    record = json.loads((out / PROVENANCE).read_text())
+    record = json.loads((out / PROVENANCE).read_text(encoding="utf-8"))
     assert record["w"] == 1.5 and record["base"][shard] == sha256_file(base / shard)
     assert record["synthetic"][shard] == sha256_file(syn / shard)
     assert not any(name.startswith("vae") for name in record["base"])
@@ -352,10 +352,14 @@ def test_texts_that_differ_are_the_base_s_and_that_is_said(tmp_path, capsys):
     base, syn = two_folders(tmp_path, "second.pt")
     for folder in (base, syn):
         for name in ("config.json", "README.md", "LICENSE", ".gitattributes", "optimizer.pt", "picture.png"):
-            (folder / name).write_text(f"of {folder.name}")
+            (folder / name).write_text(f"of {folder.name}", encoding="utf-8")
     (syn / "extra.pt").write_bytes((syn / "second.pt").read_bytes())
     out = merge_folders(base, syn, 1.5, tmp_path / "out")
-    assert (out / "config.json").read_text() == (out / "picture.png").read_text() == "of base"
+    assert (
+        (out / "config.json").read_text(encoding="utf-8")
+        == (out / "picture.png").read_text(encoding="utf-8")
+        == "of base"
+    )
     said = capsys.readouterr().err
     assert "6 files that differ are the base's in the result: .gitattributes, LICENSE, README.md, ..." in said
     assert "1 weight files that the base's folder lacks are left out: extra.pt" in said
@@ -489,7 +493,10 @@ def test_w_by_pattern_names_the_part_of_a_pipeline(tmp_path):
     assert torch.equal(unet["block.1.weight"], at[0.5]["block.1.weight"])
     assert torch.equal(vae["embed.weight"], random_state(0)["embed.weight"])
     assert torch.equal(vae["head.bias"], neon_merge(random_state(0), random_state(5), 1.0)["head.bias"])
-    assert json.loads((out / PROVENANCE).read_text())["w_by_pattern"] == [["unet/*", 2.0], ["block.1.*", 0.5]]
+    assert json.loads((out / PROVENANCE).read_text(encoding="utf-8"))["w_by_pattern"] == [
+        ["unet/*", 2.0],
+        ["block.1.*", 0.5],
+    ]
     with pytest.raises(UserError, match=r"--keep unte/\*: fits no tensor; there are unet/"):
         merge_folders(base, syn, Steps(1.0, keep=("unte/*",)), tmp_path / "none")
 
@@ -512,8 +519,8 @@ def test_places_where_nothing_may_be_written(tmp_path):
     base, syn = pipeline(tmp_path / "base", 1), pipeline(tmp_path / "syn", 2)
     kept = tmp_path / "kept"
     kept.mkdir()
-    (kept / "mine").write_text("mine")
-    (tmp_path / "file").write_text("mine")
+    (kept / "mine").write_text("mine", encoding="utf-8")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     for out, message in (
         (kept, "already exists"),
         (tmp_path / "file", "already exists"),
@@ -525,7 +532,7 @@ def test_places_where_nothing_may_be_written(tmp_path):
         merge_folders(base, tmp_path / "file", 1.5, tmp_path / "out")
     with pytest.raises(UserError, match="nothing to merge"):
         merge_folders(base, base, 1.5, tmp_path / "out")
-    assert (kept / "mine").read_text() == "mine"
+    assert (kept / "mine").read_text(encoding="utf-8") == "mine"
     (tmp_path / "empty").mkdir()
     assert merge_folders(base, syn, 1.5, tmp_path / "empty").is_dir()
 

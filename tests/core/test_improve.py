@@ -64,7 +64,7 @@ def test_neon_helps_a_flow_matching_network(net, real, tmp_path):
     assert all(torch.equal(v, expected[name]) for name, v in read_checkpoint(result.checkpoint).state.items())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()), "net stays the base"
     assert {parameter.requires_grad for parameter in net.parameters()} == {True}
-    assert "random direction" in result.report.read_text() and (tmp_path / "results.json").exists()
+    assert "random direction" in result.report.read_text(encoding="utf-8") and (tmp_path / "results.json").exists()
     assert "Neon is better" in str(result)
 
 
@@ -112,7 +112,7 @@ def test_two_ranks_give_what_one_gives(net, real, quick, tmp_path):
     assert done.returncode == 0, done.stderr
     images = {path.name: path.read_bytes() for path in (quick[0] / "synthetic").rglob("*.png")}
     assert images == {path.name: path.read_bytes() for path in (tmp_path / "out" / "synthetic").rglob("*.png")}
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert results["best"]["w"] == pytest.approx(quick[1].details["best"]["w"], rel=1e-4)
     assert results["second_block"]["neon"]["fid"] == pytest.approx(quick[1].neon, rel=1e-3)
 
@@ -184,7 +184,7 @@ def test_a_score_of_any_samples_with_classes(tmp_path):
     assert torch.equal(net.frozen.weight, frozen), "what was frozen stays so"
     assert torch.equal(net.place.weight, read_checkpoint(result.checkpoint).state["place.weight"])
     assert not (net.place.weight == read_checkpoint(out / "base.safetensors").state["place.weight"]).all()
-    assert "score" in result.report.read_text()
+    assert "score" in result.report.read_text(encoding="utf-8")
 
 
 # What cannot be used, in one sentence

@@ -294,8 +294,8 @@ def test_command_merges_two_files_that_are_adapters(tmp_path):
 def peft_folder(folder, state: dict, **config):
     folder.mkdir()
     save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q"], **config}))
-    (folder / "README.md").write_text("card")
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q"], **config}), encoding="utf-8")
+    (folder / "README.md").write_text("card", encoding="utf-8")
     return folder
 
 
@@ -304,11 +304,13 @@ def test_peft_folders_get_settings_that_fit_the_concatenated_rank(tmp_path):
     base = peft_folder(tmp_path / "base", states[0], r=2, lora_alpha=8, rank_pattern={"q": 2})
     syn = peft_folder(tmp_path / "syn", states[1], r=4, lora_alpha=4, use_rslora=True)
     assert command(base, syn, "-w", "0.7", "-o", tmp_path / "out")[0] == 0
-    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    config = json.loads((tmp_path / "out" / CONFIG).read_text(encoding="utf-8"))
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (6, 6, {})
-    assert config["target_modules"] == ["conv", "q"] and (tmp_path / "out/README.md").read_text() == "card"
+    assert (
+        config["target_modules"] == ["conv", "q"] and (tmp_path / "out/README.md").read_text(encoding="utf-8") == "card"
+    )
     merged = load_file(tmp_path / "out/adapter_model.safetensors")
-    configs = [json.loads((folder / CONFIG).read_text()) for folder in (base, syn)]
+    configs = [json.loads((folder / CONFIG).read_text(encoding="utf-8")) for folder in (base, syn)]
     products = [dense(state, config=one) for state, one in zip(states, configs, strict=True)]
     theta_base, theta_syn, theta_neon = networks(*products, dense(merged, config=config))[1:]
     assert_close(theta_neon, neon_merge(theta_base, theta_syn, 0.7), rtol=0, atol=2e-6)

@@ -50,7 +50,7 @@ def test_two_machines_take_a_row_from_its_set_to_its_report_in_one_shared_folder
     printed = sorted("gain" in stdout for _, stdout, _ in ended)
     assert printed == [False, True], "rank 0 alone prints"
     assert (out / "report.html").exists() and len(list(out.glob("synthetic/**/*.png"))) == 40
-    records = [json.loads(path.read_text()) for path in (out / "stages").glob("*.json")]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "stages").glob("*.json")]
     assert len(records) == 7 and all(record["world_size"] == 2 for record in records)
     assert not [path for path in out.rglob("*") if re.search(r"\.(part|lock|owner|clock)$", path.name)]
 

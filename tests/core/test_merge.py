@@ -512,7 +512,7 @@ def test_torch_files_are_written_where_the_suffix_says_so(tmp_path, name):
     base, syn = save(tmp_path / "base", BASE, "safetensors"), save(tmp_path / "syn", SYN, "torch")
     out = merge_files(base, syn, 1.5, tmp_path / name)
     assert same(torch.load(out, weights_only=True), neon_merge(BASE, SYN, 1.5))
-    told = json.loads((tmp_path / f"{name}.json").read_text())
+    told = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
     assert told["neon"]["w"] == 1.5 and told["neon"]["base"]["sha256"] == sha256_file(base)
 
 

@@ -41,5 +41,5 @@ def test_ranks_together_hold_what_one_process_holds(folder, shares, rank):
 
 
 def test_an_image_on_two_ranks_is_an_error_on_both(folder):
-    messages = [(folder / f"error-{rank}.txt").read_text() for rank in range(RANKS)]
+    messages = [(folder / f"error-{rank}.txt").read_text(encoding="utf-8") for rank in range(RANKS)]
     assert messages == ["1 images were seen by more than one rank"] * RANKS

@@ -80,7 +80,7 @@ def test_more_training_on_real_data_is_a_control(whole, files, tmp_path):
     at = {(p["snapshot"], p["w"]): p["fid"] for p in results["points"]["evaluate"] if p["num_images"] == 80}
     # given S itself for real data, it must be plain self-training
     assert at["real-data", -1.0] == pytest.approx(at[results["best"]["snapshot"], -1.0], rel=1e-3)
-    assert "as much more training on real data" in (out / "report.html").read_text()
+    assert "as much more training on real data" in (out / "report.html").read_text(encoding="utf-8")
     cost = next(cost for cost in results["ledger"] if cost["stage"] == "evaluate")
     assert cost["training_images"] == int(results["best"]["snapshot"].split("-")[1])
 
@@ -178,24 +178,24 @@ def test_a_row_without_guidance(files, tmp_path):
     results = Reproduction(pico_row(files, guided=False), tmp_path, plan, CPU).run()
     assert results["best"]["guidance"] is None and results["second_block"] is None
     assert results["final"]["neon"]["fid"] < results["final"]["base"]["fid"]
-    assert "Controls" not in (tmp_path / "report.html").read_text()
+    assert "Controls" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_report_stands_alone_and_tells_the_numbers(whole):
     out, results = whole
-    text = (out / "report.html").read_text()
+    text = (out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "http" not in text and "<script" not in text
     assert text.count("data:image/png;base64,") == 3 * 24 and text.count("<svg") == 2
     assert "Neon lowers the FID by" in text and "random direction of equal length" in text
     for name in ("base", "neon"):
         assert f"{results['final'][name]['fid']:.3g}" in text
     assert results["provenance"]["neon"]["sha256"] in text
-    assert json.loads((out / "results.json").read_text()) == results
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
 
 
 def test_the_report_can_be_read_by_everyone(whole):
     """Contents lead to sections, pictures have alternative texts, cells know their column, both themes are there."""
-    text = (whole[0] / "report.html").read_text()
+    text = (whole[0] / "report.html").read_text(encoding="utf-8")
     ids = re.findall(r'<section id="(\w+)">', text)
     assert (
         re.findall(r'<li><a href="#(\w+)">', text)
@@ -227,7 +227,7 @@ def test_real_images_add_their_metrics_and_too_few_seeds_for_them_are_refused_at
     results = Reproduction(row, tmp_path / "out", plan, CPU).run()
     for name in ("base", "neon"):
         assert {"kid_mean", "precision", "recall", "density", "coverage"} <= set(results["final"][name])
-    assert "KID x 1000" in (tmp_path / "out/report.html").read_text()
+    assert "KID x 1000" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
 def test_a_second_reference_is_told_everywhere_and_searched_on_nowhere(whole, files, tmp_path):
@@ -243,9 +243,9 @@ def test_a_second_reference_is_told_everywhere_and_searched_on_nowhere(whole, fi
         assert point["fid_heldout"] == pytest.approx(point["fid"], rel=1e-9)
     for point in found["shifted"]["points"]["evaluate"]:
         assert point["fid_heldout"] > point["fid"] + 0.5
-    text = (tmp_path / "shifted" / "report.html").read_text()
+    text = (tmp_path / "shifted" / "report.html").read_text(encoding="utf-8")
     assert f"{found['shifted']['second_block']['neon']['fid_heldout']:.4f}" in text
-    assert "held out" not in (whole[0] / "report.html").read_text()
+    assert "held out" not in (whole[0] / "report.html").read_text(encoding="utf-8")
 
 
 def test_controls_are_measured_on_seeds_that_the_search_has_not_seen(whole):
@@ -300,9 +300,9 @@ def test_seconds_of_stopped_starts_are_counted(tmp_path):
         ledger = Ledger(tmp_path)
         with pytest.raises(KeyboardInterrupt):
             ledger.run("generate", {"n": 1}, [], lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-        clock = json.loads((tmp_path / "stages/.generate.clock").read_text())
+        clock = json.loads((tmp_path / "stages/.generate.clock").read_text(encoding="utf-8"))
         assert clock["starts"] == start
-    (tmp_path / "stages/.generate.clock").write_text(json.dumps({**clock, "seconds": 100.0}))
+    (tmp_path / "stages/.generate.clock").write_text(json.dumps({**clock, "seconds": 100.0}), encoding="utf-8")
     ledger.run("generate", {"n": 1}, [], dict)
     record = ledger.record("generate")
     assert 100 <= record["cost"]["seconds"] < 110 and record["starts"] == 3

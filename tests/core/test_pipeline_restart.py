@@ -48,7 +48,7 @@ def test_killed_in_every_stage_on_other_numbers_of_ranks(tmp_path):
         assert f"next: {stage};" in status(out)
     done = launch(SCRIPT, files, out, ranks=2)
     assert done.returncode == 0, done.stderr
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     for key, value in unbroken["best"].items():
         assert results["best"][key] == (value if key == "snapshot" else pytest.approx(value, rel=1e-9))
     for name in ("base", "neon", "gain"):
@@ -178,7 +178,7 @@ def test_a_clock_never_stops_a_run(tmp_path, text):
     if text is None:
         (clock / "in the way").mkdir(parents=True)
     else:
-        clock.write_text(text)
+        clock.write_text(text, encoding="utf-8")
     write_json(tmp_path / "run.json", {"row": "pico", "command": "neon", "keys": {}})
     assert "next: fetch" in status(tmp_path)
     ledger = Ledger(tmp_path)
@@ -201,7 +201,7 @@ def test_only_one_run_is_in_a_folder_and_its_next_start_clears_what_kills_left(f
     with one_run(out), pytest.raises(UserError, match=r"another run is in this folder \(.+, pid \d+\)"):
         Reproduction(pico_row(files), out, PLAN, CPU).run()
     for name in ("finetune/.state.pt.host-1-0.part", "search/points/.a.json.host-1-3.part"):
-        (out / name).write_text("")
+        (out / name).write_text("", encoding="utf-8")
     assert Reproduction(pico_row(files), out, PLAN, CPU).run() == results
     assert not list(out.rglob("*.part")) and not list(out.rglob(".run*"))
 
@@ -233,7 +233,10 @@ def test_a_signal_ends_the_run_with_the_command_that_goes_on(finished, tmp_path,
 
 
 def test_a_kill_behind_the_last_snapshot_leaves_a_whole_log_and_no_state(finished, tmp_path, monkeypatch):
-    whole = [json.loads(line)["images"] for line in (finished[1] / "finetune/log.jsonl").read_text().splitlines()]
+    whole = [
+        json.loads(line)["images"]
+        for line in (finished[1] / "finetune/log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert whole == list(range(8, 168, 8))
 
     class Killed(BaseException):

@@ -181,7 +181,7 @@ def test_the_place_of_a_published_file_is_also_sought_in_the_home(installed, cap
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(installed, server):
-    (installed / "cache").write_text("a file where the folder should be")
+    (installed / "cache").write_text("a file where the folder should be", encoding="utf-8")
     with pytest.raises(UserError) as caught:
         fetch(f"{server.url}/files/a.pth")
     sentence = f"{installed}/cache/neon/downloads: cannot write there (Not a directory); mend that, or set NEON_HOME to"
@@ -233,7 +233,7 @@ def test_list_is_consistent():
     ],
 )
 def test_a_list_of_ones_own_is_checked(tmp_path, content, reason):
-    (tmp_path / "own.json").write_text(content)
+    (tmp_path / "own.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"own\.json: not a list of published files") as caught:
         read_manifest(tmp_path / "own.json")
     assert reason in caught.value.message
@@ -263,6 +263,6 @@ def test_the_list_is_in_the_wheel():
 
 
 def test_documentation_lists_every_file_and_row():
-    text = (ROOT / "docs" / "downloads.md").read_text()
+    text = (ROOT / "docs" / "downloads.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in text for name in (*MANIFEST.rows, *(entry.name for entry in MANIFEST.entries)))
     assert all(f"`{entry.folder}/`" in text and entry.repo in text for entry in MANIFEST.entries)

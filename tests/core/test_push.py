@@ -48,7 +48,7 @@ def row_results(path, weights, w: float = 1.5):
             "evaluate": {"settings": {"num_steps": 18}},
         },
     }
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(told), encoding="utf-8")
     return path
 
 
@@ -69,7 +69,7 @@ def test_card_tells_the_w_of_patterns_and_what_was_kept(tmp_path):
 def test_weights_card_and_results_in_one_commit(hub, tmp_path):
     weights = merged(tmp_path)
     results = row_results(tmp_path / "measured.json", weights)
-    (tmp_path / "report.html").write_text("<html>")
+    (tmp_path / "report.html").write_text("<html>", encoding="utf-8")
     code, output = run(weights, "me/model", "--results", results, "--licence", "mit", "--base_model", "me/base")
     assert code == 0 and f"{hub.url}/me/model/commit/" in output, output
     there = hub.pushed["me/model"]
@@ -96,7 +96,7 @@ def test_weights_card_and_results_in_one_commit(hub, tmp_path):
 def test_results_of_calculate_fid(hub, tmp_path):
     weights = merged(tmp_path)
     told = {"fid": 2.5, "seeds": "0-9", "settings": {"cfg": 2.0}, "network_sha256": sha256_file(weights)}
-    (tmp_path / "r.json").write_text(json.dumps(told))
+    (tmp_path / "r.json").write_text(json.dumps(told), encoding="utf-8")
     assert run(weights, "me/m", "--results", tmp_path / "r.json", "--licence", "mit", "--public")[0] == 0
     assert "| FID | 2.5 |" in hub.pushed["me/m"]["README.md"].decode() and not hub.private["me/m"]
 
@@ -106,7 +106,7 @@ def test_folder_goes_whole_and_the_card_of_the_base_does_not(hub, tmp_path):
     for name, value in (("base", 1.0), ("syn", 2.0)):
         (tmp_path / name / "unet").mkdir(parents=True)
         save_file({"a": torch.full((3,), value)}, tmp_path / name / "unet" / "model.safetensors")
-        (tmp_path / name / "README.md").write_text("of the base")
+        (tmp_path / name / "README.md").write_text("of the base", encoding="utf-8")
         ends.append(tmp_path / name)
     from neon_run.merging.folders import merge_folders
 
@@ -162,9 +162,9 @@ def test_no_hub_and_wrong_names(tmp_path, monkeypatch):
 
 def test_what_is_not_ours_or_not_measured_here_is_refused(tmp_path):
     weights = merged(tmp_path)
-    (tmp_path / "other.json").write_text(json.dumps({"fid": 1.0, "network_sha256": "1" * 64}))
-    (tmp_path / "none.json").write_text(json.dumps({"loss": 1.0}))
-    (tmp_path / "text.json").write_text("FID 1")
+    (tmp_path / "other.json").write_text(json.dumps({"fid": 1.0, "network_sha256": "1" * 64}), encoding="utf-8")
+    (tmp_path / "none.json").write_text(json.dumps({"loss": 1.0}), encoding="utf-8")
+    (tmp_path / "text.json").write_text("FID 1", encoding="utf-8")
     torch.save({}, tmp_path / "x.pth")
     for arguments, message in (
         ([tmp_path / "mine.safetensors", "me/m"], "records no merge"),

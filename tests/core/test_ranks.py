@@ -139,7 +139,9 @@ def test_a_killed_fine_tune_goes_on_exactly(runs, tmp_path):
     process = start(SCRIPT, "finetune", tmp_path, PICO_PAUSE=0.04)
     kill_when(process, lambda: (tmp_path / "run/state.pt").exists())
     assert launch(SCRIPT, "finetune", tmp_path).returncode == 0
-    assert (tmp_path / "run/log.jsonl").read_text() == (runs[0] / "run/log.jsonl").read_text()
+    assert (tmp_path / "run/log.jsonl").read_text(encoding="utf-8") == (runs[0] / "run/log.jsonl").read_text(
+        encoding="utf-8"
+    )
     for name in ("snapshot-000000080.safetensors", "snapshot-000000160.safetensors"):
         ours, whole = read_checkpoint(tmp_path / "run" / name), read_checkpoint(runs[0] / "run" / name)
         assert all(torch.equal(ours.state[k], whole.state[k]) for k in whole.state)

@@ -40,7 +40,7 @@ def test_a_record_comes_back_and_any_changed_digit_is_seen(tmp_path):
     path = tmp_path / "a.json"
     write_record(path, VALUE)
     assert read_record(path, TYPES) == VALUE
-    path.write_text(path.read_text().replace("1.5", "1.25"))
+    path.write_text(path.read_text(encoding="utf-8").replace("1.5", "1.25"), encoding="utf-8")
     with pytest.raises(DamagedFile, match=r"a\.json: damaged \(its digest does not fit\)"):
         read_record(path, TYPES)
 
@@ -48,7 +48,7 @@ def test_a_record_comes_back_and_any_changed_digit_is_seen(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"seconds": "x", "key": "a"}', '{"key": 1}'])
 def test_text_of_another_form_is_damage(tmp_path, text):
     path = tmp_path / "a.json"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(DamagedFile, match=r"a\.json: damaged"):
         read_record(path, TYPES)
     path.write_bytes(b"\xff\xfe{}")
@@ -153,7 +153,7 @@ def test_a_start_removes_what_killed_writes_left_wherever_it_lies(tmp_path):
     kept = ["mine.part", "a/.hidden.part", "a/state.pt"]
     for name in (*left, *kept):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("", encoding="utf-8")
     with one_run(tmp_path):
         pass
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)

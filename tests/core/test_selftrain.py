@@ -29,7 +29,7 @@ def data(num=12) -> TrainingData:
 
 
 def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def stream(seed=1):

@@ -105,7 +105,10 @@ def test_a_set_records_every_torch_that_made_images_of_it(tmp_path, monkeypatch,
 def test_a_set_of_an_earlier_release_keeps_its_manifest(tmp_path):
     make(tmp_path)
     path = tmp_path / "manifest.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "torch"}))
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k != "torch"}),
+        encoding="utf-8",
+    )
     before = path.read_bytes()
     make(tmp_path)
     assert path.read_bytes() == before
@@ -234,9 +237,9 @@ def broken(kind, folder):
     elif kind == "shape":
         write_png(folder / "b.png", 2, size=5)
     elif kind == "label":
-        (folder / "dataset.json").write_text(json.dumps({"labels": [["a.png", 0]]}))
+        (folder / "dataset.json").write_text(json.dumps({"labels": [["a.png", 0]]}), encoding="utf-8")
     elif kind == "json":
-        (folder / "dataset.json").write_text("{")
+        (folder / "dataset.json").write_text("{", encoding="utf-8")
     elif kind == "npy":
         for picture in folder.iterdir():
             picture.unlink()
@@ -352,9 +355,9 @@ def test_a_copy_of_a_set_is_the_same_set(tmp_path):
 def test_other_labels_make_another_set(tmp_path):
     make(tmp_path)
     before = ImageSet(tmp_path).digest
-    listing = json.loads((tmp_path / "dataset.json").read_text())
+    listing = json.loads((tmp_path / "dataset.json").read_text(encoding="utf-8"))
     listing["labels"][0][1] ^= 1
-    (tmp_path / "dataset.json").write_text(json.dumps(listing))
+    (tmp_path / "dataset.json").write_text(json.dumps(listing), encoding="utf-8")
     assert ImageSet(tmp_path).digest != before
 
 

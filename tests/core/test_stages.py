@@ -87,7 +87,7 @@ def row_in(files) -> stages.Row:
 
 def test_a_fifth_backbone_has_all_commands_in_under_120_lines():
     package = Path(__file__).parents[1] / "fifth" / "neon_fifth"
-    lines = [line for file in package.glob("*.py") for line in file.read_text().splitlines()]
+    lines = [line for file in package.glob("*.py") for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(lines) < 120
     for stage in c.STAGES:
         text = run(stage, "--help")
@@ -101,7 +101,7 @@ def test_from_base_to_fid_by_the_scripts(files, tmp_path, own_detector, monkeypa
     run("generate", "--outdir", tmp_path / "S")
     run("finetune", "--data", tmp_path / "S", "--outdir", tmp_path / "run")
     line = run("sweep", "--snapshots", tmp_path / "run", "--out_dir", tmp_path / "sweep", "--json", result)
-    found = json.loads(result.read_text())
+    found = json.loads(result.read_text(encoding="utf-8"))
     best = found["result"]
     assert line.splitlines()[-1].startswith(f"best: {best['snapshot']} | w={best['w']:g} | FID=")
     assert best["seeds"] == "1200-1399", "the best point is measured on seeds that no search has seen"
@@ -112,11 +112,11 @@ def test_from_base_to_fid_by_the_scripts(files, tmp_path, own_detector, monkeypa
     assert all(torch.equal(value, expected[name]) for name, value in read_checkpoint(merged).state.items())
     contrast = best["settings"]["contrast"]
     run("calculate_fid", "--checkpoint", merged, "--contrast", contrast, "--seeds", best["seeds"], "--json", result)
-    assert json.loads(result.read_text())["fid"] == pytest.approx(best["fid"], rel=1e-6)
+    assert json.loads(result.read_text(encoding="utf-8"))["fid"] == pytest.approx(best["fid"], rel=1e-6)
     in_place = ("--synthetic", tmp_path / "run" / f"{best['snapshot']}.safetensors", "--w", best["w"])
     base = ("--checkpoint", "tiny.safetensors", "--contrast", contrast, "--seeds", best["seeds"])
     run("calculate_fid", *base, *in_place, "--json", result)
-    assert json.loads(result.read_text())["fid"] == pytest.approx(best["fid"], rel=1e-6)
+    assert json.loads(result.read_text(encoding="utf-8"))["fid"] == pytest.approx(best["fid"], rel=1e-6)
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_scripts_continue_what_the_driver_began(files, tmp_path, own_detector, m
     found = driver(files, tmp_path, search)
     sampled.clear()
     line = scripts(tmp_path, search)
-    points = [json.loads(path.read_text()) for path in (tmp_path / "search" / "points").iterdir()]
+    points = [json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "search" / "points").iterdir()]
     again = {tuple(call) for call in sampled}
     assert not again or search == "quick", "the quick search keeps sums; the best point is measured whole once"
     assert points and f"w={found['best']['w']:g} " in line.splitlines()[-1]
@@ -389,12 +389,12 @@ def test_one_of_several_state_dicts_and_wrapped_snapshots_are_taken_by_name(file
         ("--checkpoint", tmp_path / "two.pth", "--entry", "net"),
     ):
         run("calculate_fid", *args, "--num_images", 40, "--json", tmp_path / "r.json")
-        fids.append(json.loads((tmp_path / "r.json").read_text())["fid"])
+        fids.append(json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["fid"])
     assert fids[0] == fids[1] != fids[2]
     sweep = ("--snapshots", "run", "--out_dir", tmp_path / "s", "--w", 1, "--contrasts", 1, "--no_final")
     run("sweep", "--base", tmp_path / "two.pth", "--entry", "average", *sweep)
     merged = read_checkpoint(tmp_path / "s" / "neon.safetensors").state
-    points = [json.loads(path.read_text()) for path in (tmp_path / "s" / "points").glob("snapshot*")]
+    points = [json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "s" / "points").glob("snapshot*")]
     best = min(points, key=lambda point: point["fid"])["snapshot"]
     expected = neon_merge(base, read_checkpoint(files / "run" / f"{best}.safetensors").state, 1.0)
     assert all(torch.equal(merged[name], value) for name, value in expected.items())
@@ -404,18 +404,18 @@ def test_one_of_several_state_dicts_and_wrapped_snapshots_are_taken_by_name(file
 def test_files_of_the_users_are_not_overwritten(files, tmp_path, name):
     path = tmp_path / "mine" / name
     path.parent.mkdir(parents=True)
-    path.write_text("mine")
+    path.write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match=rf"mine: holds {name.split('/')[0]} of something else; name another --out"):
         Reproduction(row_in(files), tmp_path / "mine", Plan(detector=PixelMoments()), CPU).run()
-    assert path.read_text() == "mine" and not (tmp_path / "mine" / "run.json").exists()
+    assert path.read_text(encoding="utf-8") == "mine" and not (tmp_path / "mine" / "run.json").exists()
 
 
 def test_a_sweep_does_not_overwrite_weights_of_the_users(files, tmp_path, own_detector, monkeypatch):
     monkeypatch.chdir(files)
-    (tmp_path / "neon.safetensors").write_text("mine")
+    (tmp_path / "neon.safetensors").write_text("mine", encoding="utf-8")
     output = run("sweep", "--snapshots", "run", "--out_dir", tmp_path, "--no_final", status=2)
     assert "holds a neon.safetensors of something else" in output
-    assert (tmp_path / "neon.safetensors").read_text() == "mine"
+    assert (tmp_path / "neon.safetensors").read_text(encoding="utf-8") == "mine"
 
 
 def test_every_missing_file_is_named_at_once_before_anything_else(files, tmp_path, monkeypatch):
@@ -441,8 +441,8 @@ def test_images_per_class_and_seeds_that_begin_elsewhere(files, tmp_path, monkey
     monkeypatch.chdir(files)
     run("generate", "--outdir", tmp_path / "a", "--per_class", 2)
     run("generate", "--outdir", tmp_path / "b", "--num_images", 3, "--seed", 7)
-    assert json.loads((tmp_path / "a/manifest.json").read_text())["seeds"] == "0-7"
-    assert json.loads((tmp_path / "b/manifest.json").read_text())["seeds"] == "7-9"
+    assert json.loads((tmp_path / "a/manifest.json").read_text(encoding="utf-8"))["seeds"] == "0-7"
+    assert json.loads((tmp_path / "b/manifest.json").read_text(encoding="utf-8"))["seeds"] == "7-9"
 
 
 def test_a_row_is_chosen_by_its_id_a_part_of_it_or_an_alias():

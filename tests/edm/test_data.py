@@ -36,7 +36,7 @@ def test_dataset_json_is_what_the_reader_wants(tmp_path):
     write_set(tmp_path / "set", labels=(3, 0, 2))
     (tmp_path / "set" / "._000000_label3.png").write_bytes(b"\0\5")  # as other systems leave them
     path, count = make_labels(tmp_path / "set")
-    assert count == 3 and len(json.loads(path.read_text())["labels"]) == 3
+    assert count == 3 and len(json.loads(path.read_text(encoding="utf-8"))["labels"]) == 3
     assert ImageSet(tmp_path / "set").class_indices.tolist() == [3, 0, 2]
 
 

@@ -71,14 +71,14 @@ def test_a_merge_that_misses_the_self_trained_network_is_reported(finished):
 def test_the_folder_of_a_seed_is_that_of_neon_reproduce(finished):
     folder, result, _ = finished
     assert "complete:" in status(folder)
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["row"] == "edm/digits_fast" and results["best"]["w"] == result["w_star"]
     second = [p for p in results["points"]["evaluate"] if p["block"] == "second"]
     assert {"base", "random-direction", "real-data"} < {p["snapshot"] for p in second}
     by_place = {(p["snapshot"], p["w"]): p["fid_heldout"] for p in second}
     assert result["report"]["base"]["heldout"] == by_place["base", 0.0]
     assert result["report"]["real_data"]["heldout"] == by_place["real-data", -1.0]
-    text = (folder / "report.html").read_text()
+    text = (folder / "report.html").read_text(encoding="utf-8")
     assert "feature distance" in text and "Against held-out images" in text and "FID" not in text
     assert text.count("data:image/png;base64,") == 3 * 60
 
@@ -95,7 +95,7 @@ def test_the_record_holds_every_point(finished):
 
 def test_the_synthetic_set_is_seventeen_levels_with_balanced_labels(finished):
     folder, _, _ = finished
-    entries = json.loads((folder / "synthetic" / "dataset.json").read_text())["labels"]
+    entries = json.loads((folder / "synthetic" / "dataset.json").read_text(encoding="utf-8"))["labels"]
     assert len(entries) == 60 and np.bincount([label for _, label in entries]).tolist() == [6] * 10
     samples = pictures.read_samples(folder / "samples", 3)
     assert {name: images.shape for name, images in samples.items()} == dict.fromkeys(
@@ -183,7 +183,7 @@ def test_a_workers_error_reaches_the_user_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: preloaded)
     other = tmp_path / "seed-0" / "prepared" / "base" / "settings.json"
     other.parent.mkdir(parents=True)
-    other.write_text('{"seed": "another"}')
+    other.write_text('{"seed": "another"}', encoding="utf-8")
     with pytest.raises(UserError, match="name another --out"):
         run_seeds(PICO, [0, 1], tmp_path, num_workers=1)
     assert not (tmp_path / "seed-1").exists()

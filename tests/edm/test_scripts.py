@@ -120,7 +120,7 @@ def test_from_a_published_pickle_to_neon_and_its_fid(tmp_path, golden_data, refe
         "--duration", 0.002, "--batch", 100, "--batch-gpu", 50, "--tick", 1, "--snap", 1, "--lr", 10,
     )  # fmt: skip
     assert out.startswith("2 snapshots | ")
-    losses = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    losses = [json.loads(line) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert losses[0]["lr"] == 0 and losses[-1]["images"] == 2000 and np.isfinite([x["loss"] for x in losses]).all()
 
     evaluation = ["--ref", reference_file, "--detector", inception_file, "--num_steps", 3, "--max_batch_size", 4]
@@ -137,10 +137,10 @@ def test_from_a_published_pickle_to_neon_and_its_fid(tmp_path, golden_data, refe
     for name, network in (("base", base), ("neon", neon)):
         json_file = tmp_path / f"{name}.json"
         out = call("edm/calculate_fid.py", "--network_pkl", network, "--seeds", "0-3", "--json", json_file, *evaluation)
-        fid[name] = json.loads(json_file.read_text())["fid"]
+        fid[name] = json.loads(json_file.read_text(encoding="utf-8"))["fid"]
         assert out.startswith(f"FID={fid[name]:.6f} | conditional | steps=3 | detector=")
     (point,) = (sweep_dir / "points").glob("snapshot-000002000-w1-*.json")
-    assert json.loads(point.read_text())["fid"] == pytest.approx(fid["neon"], rel=1e-6), (
+    assert json.loads(point.read_text(encoding="utf-8"))["fid"] == pytest.approx(fid["neon"], rel=1e-6), (
         "the sweep moves in place, the merge writes"
     )
     assert fid["base"] != pytest.approx(fid["neon"], rel=1e-6)
@@ -171,8 +171,13 @@ def test_two_ranks_make_the_same_set_fine_tune_and_fid(tmp_path, reference_file,
                 assert "unused" not in done.stderr  # as DistributedDataParallel warns of a needless search
                 out = done.stdout
             assert len(out.splitlines()) == 1
-        fids.append(json.loads((folder / "fid.json").read_text())["fid"])
-        losses.append([json.loads(line)["loss"] for line in (folder / "run" / "log.jsonl").read_text().splitlines()])
+        fids.append(json.loads((folder / "fid.json").read_text(encoding="utf-8"))["fid"])
+        losses.append(
+            [
+                json.loads(line)["loss"]
+                for line in (folder / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
+        )
         sets.append(ImageSet(folder / "S"))
     assert sets[0].names == sets[1].names
     assert torch.equal(sets[0].images(range(5)), sets[1].images(range(5)))

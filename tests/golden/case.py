@@ -62,7 +62,10 @@ def read_cases(root: Path) -> list[tuple[str, Case]]:
     """(part, case) of every `<root>/<part>/cases.json`, in the order of the files."""
     found = []
     for listing in sorted(root.glob("*/cases.json")):
-        found += [(listing.parent.name, Case(spec, listing.parent)) for spec in json.loads(listing.read_text())]
+        found += [
+            (listing.parent.name, Case(spec, listing.parent))
+            for spec in json.loads(listing.read_text(encoding="utf-8"))
+        ]
     return found
 
 

@@ -41,7 +41,7 @@ def test_case(part: str, case: Case):
 
 
 def test_key_list(key_list: Path):
-    spec = json.loads(key_list.read_text())
+    spec = json.loads(key_list.read_text(encoding="utf-8"))
     expected = {name: tuple(shape) for name, shape in (spec.get("keys") or spec["state_dict"]).items()}
     ours = adapter_module(key_list.parent.name).KEY_LISTS(key_list.name, spec)
     assert list(ours) == list(expected), "names or their order differ"

@@ -149,7 +149,7 @@ def test_labels_are_read_from_the_released_file_names(tmp_path):
         (tmp_path / name).touch()
     expected = [["LABEL12_000001.PNG", 12], ["label3_000000.png", 3]]
     assert create_labels(tmp_path)["labels"] == expected
-    text = (tmp_path / "dataset.json").read_text()
+    text = (tmp_path / "dataset.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"labels": expected} and not text.endswith("\n")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="label7_000012"):
@@ -204,7 +204,7 @@ def test_the_autoencoder_is_read_in_three_spellings(tmp_path, spelling):
     if spelling != "ldm":
         state = to_diffusers_names(state, legacy=spelling == "legacy")
     write_checkpoint(tmp_path / "diffusion_pytorch_model.safetensors", state)
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     z = torch.randn(1, 4, 4, 4)
     assert torch.equal(load_vae(tmp_path).decode(z), vae.decode(z))
 
@@ -239,7 +239,7 @@ def test_the_vae_under_checkpoints_is_preferred_to_the_hub(monkeypatch, tmp_path
     }
     vae = AutoencoderKL.from_diffusers_config(config)
     write_checkpoint(folder / "diffusion_pytorch_model.safetensors", to_diffusers_names(vae.state_dict()))
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert load_vae().config["ch"] == 32
 
 

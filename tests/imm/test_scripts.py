@@ -57,7 +57,7 @@ def test_the_readme_command_finds_the_published_file_and_says_so(files, tmp_path
     vae = AutoencoderKL.from_diffusers_config(config)
     folder = tmp_path / "checkpoints" / "sd-vae-ft-ema"
     write_checkpoint(folder / "diffusion_pytorch_model.safetensors", to_diffusers_names(vae.state_dict()))
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shutil.copy(files / "stats.npz", tmp_path / "fid_stats" / "adm_in256_stats.npz")
 
     args = README.replace("50000", "10").split()
@@ -66,7 +66,7 @@ def test_the_readme_command_finds_the_published_file_and_says_so(files, tmp_path
     assert done.returncode == 0, done.stderr
     assert "Neon_IMM_imagenet256.pth: not there; using checkpoints/Neon_imm_imagenet256.pkl" in done.stderr
     assert done.stdout.startswith("FID=") and "images=10 | steps=8 | cfg=1.8 | ckpt=Neon_imm_imagenet256" in done.stdout
-    result = json.loads((tmp_path / "out.json").read_text())
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert result["img_size"] == 256 and result["row"] == "imm/imagenet_256"
     assert result["settings"] == {"num_steps": 8, "cfg": 1.8, "label_rule": "balanced"}
     assert result["seeds"] == "1000000-1000009" and not result["detector_is_official"]
@@ -115,7 +115,7 @@ def test_from_images_over_moments_to_a_merged_network(files, tmp_path):
     out = call("imm/sweep.py", *run, "--w", "0,1", "--json", tmp_path / "sweep.json")
     line = out.splitlines()[-1]
     assert line.startswith("best: base | w=0 | FID=") and line.count("w=") == 1
-    found = json.loads((tmp_path / "sweep.json").read_text())
+    found = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))
     assert found["result"]["seeds"] == "1050000-1050003", "none of the search, none of S"
     merged = tmp_path / "sweep" / "neon.safetensors"
     assert not merged.exists(), "the base is there already"
@@ -183,7 +183,7 @@ def test_guidance_for_an_unconditional_network_is_refused(files, tmp_path):
 
 @pytest.mark.parametrize("name", ["generate", "finetune", "sweep", "calculate_fid"])
 def test_an_official_override_without_a_counterpart_is_named_by_every_script(name):
-    fails(f"imm/{name}.py", "eval.cudnn_benchmark=true", match=r"eval\.cudnn_benchmark=true: .*no counterpart")
+    fails(f"imm/{name}.py", "eval.shuffle=true", match=r"eval\.shuffle=true: .*no counterpart")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04cos\nsystem\n(S'true'\ntR.", b"PK\x03\x04 cut short"])
@@ -201,7 +201,7 @@ def test_a_finetune_says_what_is_wrong_with_its_data(files, tmp_path):
     fails("imm/finetune.py", *args, "--data", tmp_path / "none", match="no such folder")
     fails("imm/finetune.py", *args, "--data", tmp_path / "empty", match="no images")
     (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "manifest.json").write_text("{}")
+    (tmp_path / "half" / "manifest.json").write_text("{}", encoding="utf-8")
     fails("imm/finetune.py", *args, "--data", tmp_path / "half", match="not finished")
     (tmp_path / "cut.zip").write_bytes(b"PK")
     fails("imm/finetune.py", *args, "--data", tmp_path / "cut.zip", match="cut short")

@@ -36,7 +36,7 @@ def test_encode_and_decode_agree_with_diffusers():
 
 
 def test_the_published_key_table_is_followed_in_every_direction(golden_data):
-    table = json.loads((golden_data / "imm" / "vae_key_map.json").read_text())
+    table = json.loads((golden_data / "imm" / "vae_key_map.json").read_text(encoding="utf-8"))
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
     assert len(rows) == 248
     for spelling in ("diffusers_current", "diffusers_published_file"):

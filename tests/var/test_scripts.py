@@ -41,13 +41,13 @@ def pictures(folder):
 
 
 def train_losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_the_set_has_every_seed_once_with_its_label(place):
     names = sorted(pictures(place.set))
     assert [name[:6] for name in names] == [f"{seed:06d}" for seed in range(11)]
-    manifest = json.loads((place.set / "manifest.json").read_text())
+    manifest = json.loads((place.set / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["settings"] == {"cfg": 1.25, "top_k": 30, "top_p": 0.95} and manifest["vae_ckpt_sha256"]
 
 
@@ -72,7 +72,7 @@ def test_two_ranks_train_with_the_losses_of_one(place, tmp_path, mode):
 
 
 def test_the_first_step_has_a_learning_rate_of_zero(place):
-    lines = [json.loads(line) for line in (place.run / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (place.run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["lr"] for line in lines] == [0, 1e-3 * 8 / 32]
     base, first = read_checkpoint(place.var).state, read_checkpoint(place.run / "snapshot-000000008.safetensors").state
     assert all(torch.equal(base[k], first[k]) for k in base)

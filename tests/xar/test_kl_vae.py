@@ -11,7 +11,7 @@ from neon_core.kl_vae import AutoencoderKL, posterior, to_diffusers_names, to_ld
 
 @pytest.fixture
 def key_map(golden_data):
-    return json.loads((golden_data / "imm" / "vae_key_map.json").read_text())["rows"]
+    return json.loads((golden_data / "imm" / "vae_key_map.json").read_text(encoding="utf-8"))["rows"]
 
 
 @pytest.mark.parametrize("column", [0, 1], ids=["current", "published"])

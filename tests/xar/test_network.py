@@ -12,7 +12,7 @@ from neon_xar.xar import CELL_TOKENS, CELLS, SIZES, XAR, Rope, build, from_cells
 
 @pytest.mark.parametrize("name", SIZES)
 def test_published_keys_load_strictly_into_a_network_on_the_meta_device(name, golden_data):
-    spec = json.loads((golden_data / "xar" / f"keys_{name}.json").read_text())
+    spec = json.loads((golden_data / "xar" / f"keys_{name}.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         net = build(name)
         state = {key: torch.empty(shape) for key, shape in (spec.get("keys") or spec["state_dict"]).items()}

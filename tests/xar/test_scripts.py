@@ -19,7 +19,7 @@ from neon_xar.backbone import XARBackbone
 
 README_COMMANDS = [
     line.split("xAR/calculate_fid.py ", 1)[1]
-    for line in (ROOT / "README.md").read_text().splitlines()
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     if line.startswith("PYTHONPATH=xAR torchrun") and "xAR/calculate_fid.py" in line
 ]
 SHORT = ("--images", 16, "--batch_size", 8, "--micro_batch_size", 4, "--lr", 1e-3, "--ramp_images", 16, "--ema_decay",
@@ -53,7 +53,7 @@ def test_any_number_of_images_comes_out_once_each_and_the_same_from_one_process_
     two, one = pixels(folder / "S"), pixels(tmp_path / "one")
     assert sorted(two) == [f"{seed:06d}_label{seed % 10}.png" for seed in range(11)]
     assert two.keys() == one.keys() and all(np.array_equal(two[name], one[name]) for name in two)
-    manifest = json.loads((folder / "S" / "manifest.json").read_text())
+    manifest = json.loads((folder / "S" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["settings"] == {"cfg": 2.7, "flow_steps": 3} and manifest["row"] == "xar/xar_base"
 
 
@@ -63,7 +63,10 @@ def test_a_fine_tune_on_two_ranks_has_the_losses_of_one_process_and_leaves_buffe
     assert "unused" not in run.stderr  # as DistributedDataParallel warns of a needless search
     assert len(list(folder.glob("S.prepared/moments-*/part-*.npy"))) == 1  # encoded once, beside the set
     call("xAR/finetune.py", *flags, "--data", folder / "S", "--outdir", tmp_path / "one", *SHORT, "--device", "cpu")
-    logs = [[json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    logs = [
+        [json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        for n in ("one", "two")
+    ]
     losses = [[line["loss"] for line in log] for log in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert [line["lr"] for line in logs[0]] == [0, 5e-4]
@@ -102,7 +105,7 @@ def test_the_readme_commands_run_with_stand_ins_for_their_files(place, tmp_path,
     capsys.readouterr()
     out = call("xAR/calculate_fid.py", *flags)
     err = capsys.readouterr().err
-    result = json.loads((tmp_path / "r.json").read_text())
+    result = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert seen == [("fid", "is")] and given[-1] == "fid_stats/adm_in256_stats.npz"
     assert out.startswith("FID=") and f"cfg={given[5]} | steps=3 | n=13 | model={given[1]} | ckpt=base" in out
     assert "note: the settings of xar/" in err

@@ -452,7 +452,7 @@ def latent_zip(case: Case) -> dict:
         images.mkdir()
         for file, pixels in zip(config["png_names_in_sorted_order"], case.array("png_pixels"), strict=True):
             PIL.Image.fromarray(pixels.astype(np.uint8)).save(images / file)
-        (images / "dataset.json").write_text(json.dumps(expected_listing))
+        (images / "dataset.json").write_text(json.dumps(expected_listing), encoding="utf-8")
         vae = filled_vae(config["vae"])
         encode_images(images, dest, VaeCodec(vae, factor=vae.stride), torch.device("cpu"))
         with zipfile.ZipFile(dest) as ours, zipfile.ZipFile(folder / case.spec.get("zip", "latents.zip")) as theirs:

@@ -465,7 +465,7 @@ def data_preprocessing_odd(case: Case) -> dict:
             path.parent.mkdir(exist_ok=True)
             palette = case.array(f"palette_{i}") if case.has(f"palette_{i}") else None
             picture(case.array(f"image_{i}"), spec["mode"], palette).save(path)
-            path.with_suffix(".txt").write_text("not a picture")
+            path.with_suffix(".txt").write_text("not a picture", encoding="utf-8")
             numbers[path] = i
         items = official_var.list_class_folders(Path(folder))
         for run in case.config["runs"]:
