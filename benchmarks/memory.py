@@ -77,7 +77,7 @@ def main() -> None:
     for name in ROWS:
         print(sampling(name), flush=True)
     print("\n## Fine-tune\n")
-    print("One micro batch of the row's recipe on each GPU; weights, gradients, Adam's moments, average included.")
+    print("One micro batch with the row's settings on each GPU; weights, gradients, Adam's moments, average included.")
     print(f"With `--parallel fsdp` and recomputation: these are {RANKS} times smaller (computed, not run).\n")
     print("| row | precision | images | peak, GiB | with `--activation_checkpointing` | and `--parallel fsdp`, "
           f"{RANKS} GPUs | cards of so many GB |\n|---|---|---|---|---|---|---|")  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from neon_core.backbone import Backbone
-from neon_core.distributed import barrier, broadcast_object, file_hash, gather_objects, is_main, rank, world_size
+from neon_core.distributed import barrier, broadcast_object, gather_objects, is_main, rank, world_size
 from neon_core.pixels import sample
 from neon_core.seeds import check_seeds, deal, format_seeds, global_batches
 from neon_files.atomic import atomic_path, flush, remove_stale_below, write_json
@@ -36,11 +36,6 @@ def image_name(seed: int, label: int | None, subfolders: bool = True, suffix: st
     """ "005000/005999_label7.png": the official naming."""
     name = f"{seed:06d}{suffix}" if label is None else f"{seed:06d}_label{label}{suffix}"
     return f"{seed - seed % 1000:06d}/{name}" if subfolders else name
-
-
-def origin(recipe: str | None, base: Path) -> dict[str, str | None]:
-    """What a set, and a fine-tune on it, say of theta_base: the row's name, the file's name, its hash."""
-    return {"recipe": recipe, "base": base.name, "base_sha256": file_hash(base)}
 
 
 def generate_set(

@@ -17,7 +17,7 @@ from neon_core.seeds import PerImageRandom
 from neon_edm.augment import AugmentPipe
 from neon_edm.layers import UNetBlock
 from neon_edm.loss import LOSSES, EDMLoss, GeneratorRandom, Loss, Random
-from neon_edm.precond import Precond, build_network, named_arguments
+from neon_edm.precond import PRECISIONS, Precond, build_network, named_arguments
 from neon_edm.sampler import Denoiser, edm_sampler, to_uint8
 from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
 from neon_files.downloads import fetch
@@ -92,9 +92,13 @@ class EDMBackbone(Backbone):
         return cls(net, config, device, augment=augmentation(augment) if augment > 0 else None)
 
     @classmethod
-    def check_settings(cls, *, sigma_min: float = 0.002, sigma_max: float = 80.0, **settings: Any) -> None:
+    def check_settings(
+        cls, *, sigma_min: float = 0.002, sigma_max: float = 80.0, precision: str = "auto", **settings: Any
+    ) -> None:
         if sigma_min >= sigma_max:
             raise UserError(f"--sigma_min {sigma_min}: must be below --sigma_max {sigma_max}")
+        if precision not in ("auto", *PRECISIONS):
+            raise UserError(f"--precision {precision}: choose auto, {', '.join(PRECISIONS)}")
 
     def check_network(self, *, class_idx: int | None = None, **settings: Any) -> None:
         if class_idx is not None and not self.num_classes:
@@ -136,10 +140,16 @@ class EDMBackbone(Backbone):
 
     @torch.no_grad()
     def sample(
-        self, seeds: Sequence[int], labels: Tensor | None, class_idx: int | None = None, **settings: Any
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None,
+        class_idx: int | None = None,
+        precision: str = "auto",
+        **settings: Any,
     ) -> Tensor:
         """uint8 [B, C, R, R]. `settings` are those of `edm_sampler`; a network left in train mode samples in eval mode.
 
+        `precision` is of the U-Net, the state is float64. "auto": what the checkpoint says, as in the official scripts.
         Every image draws from its own generator, in the official order: latents, its class (unless `class_idx` fixes
         it), and the noise of each step.
         """
@@ -151,7 +161,7 @@ class EDMBackbone(Backbone):
         was_training = self.net.training
         self.net.eval()
         try:
-            with self.net.frozen(self.device):
+            with self.net.frozen(self.device, precision):
                 images = edm_sampler(self.denoiser(), latents, self.one_hot(labels), noise, **settings)
             return to_uint8(images).contiguous()
         finally:

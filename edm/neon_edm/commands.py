@@ -15,6 +15,7 @@ from neon_edm import official
 from neon_edm.backbone import EDMBackbone
 from neon_edm.layers import FourierEmbedding
 from neon_edm.networks import SongUNet
+from neon_edm.precond import PRECISIONS
 from neon_edm.rows import ANY_NETWORK, ROWS, SNAPSHOT_TICKS, TICK_IMAGES
 from neon_files.errors import UserError
 from neon_run.backbones import BackboneCommands
@@ -33,6 +34,8 @@ SAMPLE = (
     flag("--S_min", "--s_min", "S_min", type=NOT_NEGATIVE, help="Lowest level that gets noise.  [default: 0]"),
     flag("--S_max", "--s_max", "S_max", type=NOT_NEGATIVE, help="Highest level that gets noise.  [default: inf]"),
     flag("--S_noise", "--s_noise", "S_noise", type=NOT_NEGATIVE, help="Factor of that noise.  [default: 1]"),
+    flag("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto",
+         help="Of the U-Net; auto: fp16 on GPUs where the checkpoint says so, else fp32."),
 )  # fmt: skip
 LOAD_TRAINING = (
     flag("--dropout", type=SHARE, help="Dropout probability."),
@@ -137,6 +140,7 @@ COMMANDS = BackboneCommands(
     synthetic=("--network_pkl_aux_file",),
     load_training=LOAD_TRAINING,
     sample=SAMPLE,
+    neutral={"precision": "auto"},
     sampler_settings=sampler_settings,
     train=TRAIN,
     train_settings=train_settings,

@@ -12,8 +12,8 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from neon_edm.layers import Conv2d, GroupNorm
 from neon_edm.networks import DhariwalUNet, SongUNet
 
 UNETS: dict[str, type[nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Precond(nn.Module, ABC):
@@ -48,6 +49,7 @@ class Precond(nn.Module, ABC):
             raise ValueError(f"model_type {model_type!r} is not one of {', '.join(UNETS)}")
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.use_fp16 = use_fp16
+        self.precision = "auto"  # of the U-Net: see `unet_dtype`
         self.model = UNETS[model_type](
             img_resolution=img_resolution,
             in_channels=img_channels,
@@ -56,15 +58,25 @@ class Precond(nn.Module, ABC):
             **unet_kwargs,
         )
 
-    def half(self, device: torch.device) -> bool:
-        """Does the U-Net compute in float16 on such a device?"""
-        return self.use_fp16 and device.type == "cuda"
+    def unet_dtype(self, device: torch.device) -> torch.dtype:
+        """Of the U-Net's activations: `precision`, one of PRECISIONS; "auto", as in the original: float16 for a
+        `use_fp16` network on CUDA, else float32."""
+        if self.precision != "auto":
+            return PRECISIONS[self.precision]
+        return torch.float16 if self.use_fp16 and device.type == "cuda" else torch.float32
 
-    def frozen(self, device: torch.device) -> AbstractContextManager[None]:
-        """Inside, weights are held in the precision that they are used in: for many calls without a gradient. The
-        embedding is float32 in half precision too."""
+    @contextmanager
+    def frozen(self, device: torch.device, precision: str = "auto") -> Iterator[None]:
+        """Inside, the U-Net has this precision, and its weights are held in it: for many calls without a gradient.
+        The embedding is float32 in half precision too."""
+        before, self.precision = self.precision, precision
+        dtype = self.unet_dtype(device)
         layers = [m for m in self.model.modules() if isinstance(m, (Conv2d, GroupNorm))]
-        return weights_as(torch.float16 if self.half(device) else None, layers)
+        try:
+            with weights_as(None if dtype == torch.float32 else dtype, layers):
+                yield
+        finally:
+            self.precision = before
 
     def compile_unet(self, backend: str = "inductor") -> None:
         """torch.compile of the U-Net in place, as one graph; a second one for a last batch that is smaller serves all
@@ -89,8 +101,8 @@ class Precond(nn.Module, ABC):
     ) -> Tensor:
         """The denoised image D(x; sigma), float32 [B, C, R, R].
 
-        sigma: one level or [B]. class_labels: rows [B, K] or [K]; None stands for a row of zeros. `use_fp16` networks
-        compute in half precision on CUDA unless `force_fp32`. `augment_labels` passes through to the U-Net.
+        sigma: one level or [B]. class_labels: rows [B, K] or [K]; None stands for a row of zeros. The U-Net computes
+        in `unet_dtype`, or in float32 with `force_fp32`. `augment_labels` passes through to the U-Net.
         """
         x = x.to(torch.float32)
         sigma = torch.as_tensor(sigma, device=x.device).to(torch.float32).reshape(-1, 1, 1, 1)
@@ -100,10 +112,10 @@ class Precond(nn.Module, ABC):
             class_labels = torch.zeros([1, self.label_dim], device=x.device)
         else:
             class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
-        half = self.half(x.device) and not force_fp32
+        dtype = torch.float32 if force_fp32 else self.unet_dtype(x.device)
 
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
-        F_in = (c_in * x).to(torch.float16 if half else torch.float32)
+        F_in = (c_in * x).to(dtype)
         F_x = self.model(F_in, c_noise.flatten(), class_labels=class_labels, **unet_kwargs)
         return c_skip * x + c_out * F_x[:, : self.img_channels].to(torch.float32)
 

@@ -199,3 +199,21 @@ def test_a_compiled_network_gives_the_same_images_from_two_graphs(backbone):
     for seeds, images in zip(batches, plain, strict=True):
         assert torch.equal(backbone.sample(seeds, backbone.assign_labels(seeds), num_steps=2), images)
     assert counters["stats"]["unique_graphs"] == before + 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_moves_pixels_a_little_and_leaves_the_network_as_it_was(backbone, precision):
+    labels, before = backbone.assign_labels([1, 2]), {k: v.clone() for k, v in backbone.net.state_dict().items()}
+    exact = backbone.sample([1, 2], labels, num_steps=4)
+    half = backbone.sample([1, 2], labels, num_steps=4, precision=precision)
+    difference = (half.float() - exact.float()).abs()
+    assert 0 < difference.mean() < 2, "of 256 levels; single pixels of a random network move by some twenty"
+    after = backbone.net.state_dict()
+    assert all(torch.equal(after[k], v) and after[k].dtype == v.dtype for k, v in before.items())
+    assert torch.equal(backbone.sample([1, 2], labels, num_steps=4, precision="auto"), exact)
+    assert torch.equal(backbone.sample([1, 2], labels, num_steps=4, precision="fp32"), exact)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(UserError, match="--precision fp8: choose auto, fp32, fp16, bf16"):
+        EDMBackbone.check_settings(precision="fp8")

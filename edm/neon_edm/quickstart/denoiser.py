@@ -6,6 +6,8 @@ B batch, D width, E embedding width, K classes.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,9 +62,14 @@ class DigitsDenoiser(nn.Module):
         nn.init.zeros_(self.image_out.bias)
 
     def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels=None) -> Tensor:
-        """[B, C, H, W], [B] or [1], [B or 1, K] -> [B, C, H, W]."""
+        """[B, C, H, W], [B] or [1], [B or 1, K] -> [B, C, H, W]. A half-precision x means that the products are."""
         if augment_labels is not None:
             raise ValueError("this network is trained without augmentation and takes no augment_labels")
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(x.device.type, x.dtype) if half else nullcontext():
+            return self._output(x, noise_labels, class_labels)
+
+    def _output(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None) -> Tensor:
         angles = noise_labels[:, None] * self.frequencies  # [B, 16]
         e = self.map_layer1(F.silu(self.map_layer0(torch.cat([angles.sin(), angles.cos()], dim=1))))  # [B, E]
         e = F.silu(e + self._embed(class_labels, len(x)))
