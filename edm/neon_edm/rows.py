@@ -56,8 +56,7 @@ def _row(name: str, num_steps: int, w_max: float, **fields: Any) -> Row:
         generate={"num_steps": num_steps},
         evaluate={"num_steps": num_steps},
         subfolders=False,
-        tf32="conv",  # PyTorch's default, which the official scripts leave as it is
-        train_tf32="conv",
+        tf32="conv",  # PyTorch's default, which the official sampling scripts leave; the training loop switches it off
         grid=Grid(tuple(0.25 * i for i in range(round(4 * w_max) + 1)), first_images=51_000, last_images=10_000_000),
         w_range=(0.0, 3.0),
         evaluations=lambda settings: 2 * settings["num_steps"] - 1,

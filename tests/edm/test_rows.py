@@ -76,3 +76,8 @@ def test_the_search_is_the_official_one():
     assert BY_NAME["ffhq64"].grid.ws[-1] == 3.0 and len(BY_NAME["ffhq64"].grid.ws) == 13
     for row in (*ROWS[:3], ANY_NETWORK):
         assert (row.grid.first_images, row.grid.last_images, row.grid.tolerance) == (51_000, 10_000_000, 0.03)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.base_fid])
+def test_convolutions_sample_in_tf32_and_train_in_float32_as_in_the_official_scripts(row):
+    assert (row.tf32, row.train_tf32, row.train.precision) == ("conv", "none", "fp32")
