@@ -13,6 +13,7 @@ from neon_run.commands import STAGES, command, run_words
 from neon_run.image_commands import are_images, measure_command, reference_command
 from neon_run.merging.command import merge_command
 from neon_run.merging.push import push_command
+from neon_run.pipelines import improve_command
 from neon_run.reproduce.commands import compare_command, reproduce_command, rows_command, status_command
 
 DISTRIBUTION = "neon-reference"
@@ -65,15 +66,9 @@ def stage_command(stage: str, name: str) -> click.Command:
 
 for stage, name in (("generate", "generate"), ("finetune", "finetune"), ("sweep", "sweep"), ("calculate_fid", "fid")):
     neon.add_command(stage_command(stage, name))
-for other in (
-    rows_command,
-    reproduce_command,
-    status_command,
-    compare_command,
-    merge_command,
-    push_command,
-    reference_command,
-):
+for other in (rows_command, reproduce_command, status_command, compare_command, merge_command, push_command):
+    neon.add_command(other)
+for other in (improve_command, reference_command):
     neon.add_command(other)
 neon.add_command(download_command, "download")
 

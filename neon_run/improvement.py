@@ -11,7 +11,6 @@ only the length of the fine-tune, which is measured by the distance that the wei
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -39,7 +38,7 @@ from neon_metrics.own_score import ScoreEvaluator
 from neon_metrics.reference import write_reference
 from neon_run import stages
 from neon_run.cli import check_writable
-from neon_run.own_generator import Parts, backbone_of, examined, fingerprint
+from neon_run.own_generator import Parts, backbone_of, examined, fingerprint, fingerprint_of
 from neon_run.reproduce.reproduction import Plan, Reproduction
 from neon_run.row import Row
 
@@ -264,7 +263,7 @@ def _reference(real: Path, parts: Parts, detector: Any, device: torch.device, ou
             f"{' x '.join(map(str, parts.shape))}; bring them to one size and one number of channels"
         )
     detector = open_detector(detector, device)
-    about = hashlib.sha256(f"{real_set.digest} {detector.name}".encode()).hexdigest()[:12]
+    about = fingerprint_of(f"{real_set.digest} {detector.name}")
     path = out / f"reference-{about}.npz"
     if not agree(path, path.exists):
         reference = reference_of(real_set, detector, device)

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import CodeType
 from typing import Any, ClassVar
@@ -160,9 +161,15 @@ def fingerprint(function: Callable | None) -> str:
     """12 hex digits that change with the code of a function (not with what it calls), "" for None."""
     if function is None:
         return ""
+    if isinstance(function, partial):
+        return fingerprint_of(f"{fingerprint(function.func)} {function.args} {sorted(function.keywords.items())}")
     code = getattr(function, "__code__", None)
     content = _code(code) if code else f"{type(function).__module__}.{type(function).__qualname__}"
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+    return fingerprint_of(content)
+
+
+def fingerprint_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _code(code: CodeType) -> str:

@@ -152,7 +152,7 @@ def test_the_api_example_runs():
     """The README's ten lines, on a network of one layer."""
     import torch
 
-    code = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
+    code = re.search(r"```python\n(import torch\nfrom neon_core .*?)```", README, flags=re.S)[1]
     model = torch.nn.Linear(2, 2)
     theta_base = {k: v.clone() for k, v in model.state_dict().items()}
     theta_syn = {k: v + 1 for k, v in theta_base.items()}

@@ -1,8 +1,13 @@
 """`improve`: five lines for any module; its effect, kill and resume, ranks, and what it says of what it cannot use."""
 
+import ast
+import dataclasses
+import inspect
 import json
+import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +24,7 @@ from neon_files.errors import UserError
 from neon_metrics.reference import Reference, write_reference
 from neon_metrics.statistics import FeatureStatistics
 from neon_run import improve
+from neon_run.improvement import Result
 from neon_run.own_generator import fingerprint
 
 
@@ -277,6 +283,17 @@ def test_a_fingerprint_changes_with_the_code_alone():
     one = make("def f(x):\n    return [i + 1 for i in x]")
     assert fingerprint(one) == fingerprint(make("\n\ndef f(x):\n    # why\n    return [i + 1 for i in x]"))
     assert fingerprint(one) != fingerprint(make("def f(x):\n    return [i + 2 for i in x]"))
+    assert fingerprint(partial(sample, steps=10)) == fingerprint(partial(sample, steps=10))
+    assert len({fingerprint(f) for f in (sample, partial(sample, steps=10), partial(sample, steps=50))}) == 3
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/improve.md"])
+def test_the_lines_of_the_pages_are_a_call_that_can_be_made(page):
+    (code,) = re.findall(r"```python\n(from neon_run import improve.*?)```", (ROOT / page).read_text("utf-8"), re.S)
+    (call,) = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and node.keywords]
+    inspect.signature(improve).bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
+    attributes = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
+    assert attributes <= {field.name for field in dataclasses.fields(Result)}
 
 
 def test_the_package_alone_imports_no_torch():
