@@ -289,7 +289,9 @@ def test_a_fingerprint_changes_with_the_code_alone():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/improve.md"])
 def test_the_lines_of_the_pages_are_a_call_that_can_be_made(page):
-    (code,) = re.findall(r"```python\n(from neon_run import improve.*?)```", (ROOT / page).read_text("utf-8"), re.S)
+    (code,) = re.findall(
+        r"```python\n(from neon_run import improve.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S
+    )
     (call,) = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and node.keywords]
     inspect.signature(improve).bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
     attributes = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}

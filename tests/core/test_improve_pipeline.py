@@ -81,9 +81,9 @@ def test_a_pipeline_is_improved_and_opened_as_any_other(folder, tmp_path, pixels
     assert (out / "pipeline/scheduler/scheduler_config.json").read_bytes() == (
         folder / "scheduler/scheduler_config.json"
     ).read_bytes()
-    card = (out / "pipeline/README.md").read_text()
+    card = (out / "pipeline/README.md").read_text(encoding="utf-8")
     assert "library_name: diffusers" in card and "Neon" in card
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert results["second_block"]["neon"]["fid"] < results["second_block"]["base"]["fid"]
     status, said = run(folder, out, "--steps", 5)
     assert status == 2 and "holds a run with another sample" in said
