@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from neon_core.backbone import Backbone
 from neon_core.distributed import agree, barrier, gather_objects, is_main, rank, world_size
@@ -21,6 +20,7 @@ from neon_core.seeds import deal, global_batches
 from neon_core.synthetic import check_labels
 from neon_files.atomic import atomic_path
 from neon_files.image_set import ImageSet
+from neon_files.progress import progress_bar
 
 PART_ITEMS = 1024
 
@@ -55,7 +55,7 @@ def training_data(
     paths = [folder / f"part-{number:05d}.npy" for number in range(len(parts))]
     folder.mkdir(parents=True, exist_ok=True)
     finished = gather_objects([number for number, path in enumerate(paths) if _is_whole(path, len(parts[number]))])[0]
-    for number in tqdm(deal(len(parts), rank(), world_size(), finished), desc="prepare", disable=not is_main()):
+    for number in progress_bar(deal(len(parts), rank(), world_size(), finished), desc="prepare", disable=not is_main()):
         rows = []
         for start in range(parts[number].start, parts[number].stop, batch_size):
             items = np.arange(start, min(start + batch_size, parts[number].stop))

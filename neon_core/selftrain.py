@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from neon_core import parallel
 from neon_core.backbone import Backbone, TrainSettings
@@ -34,6 +33,7 @@ from neon_files.atomic import atomic_path
 from neon_files.checkpoint import write_checkpoint
 from neon_files.errors import UserError
 from neon_files.finetune_folder import claim, earlier_lines, find_snapshots, snapshot_path
+from neon_files.progress import progress_bar
 from neon_files.run_files import intact, one_run, read_tensors, set_aside
 from neon_files.stopping import Stopped, signals_wait
 
@@ -280,7 +280,7 @@ class _Loop:
         show = {"desc": "fine-tune", "unit": "img", "disable": not (progress and is_main())}
         steps = range(run.images_seen // settings.batch_size, end // settings.batch_size)
         saved_at = time.monotonic()
-        with tqdm(total=end, initial=run.images_seen, **show) as bar, signals_wait() as stop_asked:
+        with progress_bar(total=end, initial=run.images_seen, **show) as bar, signals_wait() as stop_asked:
             for step, micro_batches in _prefetched(run, data, steps, seed):
                 # the step
                 lr = run.lr

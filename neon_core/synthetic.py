@@ -20,7 +20,6 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, broadcast_object, gather_objects, is_main, rank, world_size
@@ -29,6 +28,7 @@ from neon_core.seeds import check_seeds, deal, format_seeds, global_batches
 from neon_files.atomic import atomic_path, flush, remove_stale_below, write_json
 from neon_files.errors import UserError, say
 from neon_files.image_set import ImageSet
+from neon_files.progress import progress_bar
 from neon_files.run_files import read_record
 
 
@@ -98,7 +98,7 @@ def generate_set(
     if is_main() and not finished:
         (out_dir / "dataset.json").unlink(missing_ok=True)  # it certifies that all images exist
     share = deal(len(batches), rank(), world_size(), list(digests))
-    bar = tqdm(total=len(seeds), initial=sum(len(batches[b]) for b in digests), unit="img", desc="generate",
+    bar = progress_bar(total=len(seeds), initial=sum(len(batches[b]) for b in digests), unit="img", desc="generate",
                disable=not (progress and is_main()))  # fmt: skip
     added: dict[int, int] = {}
     with ThreadPoolExecutor(max_workers=4) as writers:

@@ -19,11 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 from neon_files.atomic import write_json
 from neon_files.errors import UserError
 from neon_files.kinds import stand_in
+from neon_files.progress import progress_bar
 from neon_files.streams import Broken, Source, Stream, network, open_stream
 
 _CHUNK = 1 << 18
@@ -152,7 +151,7 @@ def _writing(part: Path) -> Iterator[None]:
 
 
 def _copy(stream: Stream, part: Path, total: int | None, name: str) -> None:
-    bar = tqdm(total=total, initial=stream.start, unit="B", unit_scale=True, desc=name, disable=None, leave=False)
+    bar = progress_bar(total=total, initial=stream.start, unit="B", unit_scale=True, desc=name, leave=False)
     with bar, open(part, "r+b" if stream.start else "wb") as file:
         file.seek(stream.start)
         try:

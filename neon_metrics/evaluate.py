@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from neon_core.backbone import Backbone
 from neon_core.distributed import agree, gather_objects, is_main, print0, rank, world_size
@@ -27,6 +26,7 @@ from neon_core.synthetic import image_name, write_images
 from neon_files.downloads import fetch
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
+from neon_files.progress import progress_bar
 from neon_files.stopping import Stopped, signals_wait
 from neon_metrics.accumulator import MetricAccumulator, MetricSettings, check_sizes
 from neon_metrics.detector import Detector
@@ -200,7 +200,7 @@ def evaluate(
     show = {"desc": "evaluate", "unit": "img", "disable": not (output.progress and is_main())}
     num_resumed = sum(len(batches[b]) for b in resumed)
     finished, saved_at, problem = list(resumed) if is_main() else [], time.monotonic(), None
-    with tqdm(total=len(seeds), initial=num_resumed, **show) as bar, signals_wait() as stop_asked:
+    with progress_bar(total=len(seeds), initial=num_resumed, **show) as bar, signals_wait() as stop_asked:
         for number, b in enumerate(mine):
             part = list(batches[b])
             try:

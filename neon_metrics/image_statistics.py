@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from neon_core.distributed import gather_objects, is_main, rank, world_size
 from neon_core.seeds import deal, global_batches
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
+from neon_files.progress import progress_bar
 from neon_metrics.accumulator import MetricAccumulator
 from neon_metrics.detector import Detector
 from neon_metrics.reference import Reference
@@ -35,7 +35,7 @@ def take_in(
     """The empty `accumulator` with every image of the set, over all ranks, which all call it."""
     batches = global_batches(len(images), batch_size)
     mine = deal(len(batches), rank(), world_size())
-    for b in tqdm(mine, desc="images", unit="batch", disable=not (progress and is_main())):
+    for b in progress_bar(mine, desc="images", unit="batch", disable=not (progress and is_main())):
         items = np.arange(batches[b].start, batches[b].stop)
         accumulator.update(images.images(items).to(device), torch.from_numpy(items))
     return accumulator.reduced()

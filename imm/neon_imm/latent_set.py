@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
+from neon_files.progress import progress_bar
 from neon_imm.latents import Codec
 
 
@@ -68,7 +68,7 @@ def encode_images(
     labels = None if images.class_indices is None else images.class_indices[:count].tolist()
 
     def moments() -> Iterator[Tensor]:
-        for start in tqdm(range(0, count, batch_size), desc="encode", unit="batch"):
+        for start in progress_bar(range(0, count, batch_size), desc="encode", unit="batch"):
             pixels = images.images(range(start, min(start + batch_size, count)))
             yield from codec.moments(pixels.to(device)).cpu()
 

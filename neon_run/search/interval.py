@@ -7,8 +7,8 @@ import warnings
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from neon_files.progress import progress_bar
 from neon_metrics.reference import Reference
 from neon_metrics.scores import BiasedFidWarning, fid
 from neon_metrics.statistics import FeatureStatistics
@@ -38,7 +38,7 @@ def bootstrap_fids(
     values = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BiasedFidWarning)  # given once already, for the FID itself
-        for _ in tqdm(range(resamples), desc="bootstrap"):
+        for _ in progress_bar(range(resamples), desc="bootstrap"):
             counts = rng.multinomial(len(blocks), np.full(len(blocks), 1 / len(blocks)))
             values.append(fid(_drawn(blocks, counts.tolist()), reference))
     return np.array(values)
