@@ -277,7 +277,7 @@ class _Loop:
 
     def train(self, data: TrainingData, seed: int, progress: bool) -> None:
         run, settings, end = self.run, self.run.settings, self.missing[-1]
-        show = {"desc": "fine-tune", "unit": "img", "disable": not (progress and is_main())}
+        show: dict[str, Any] = {"desc": "fine-tune", "unit": "img", "disable": not (progress and is_main())}
         steps = range(run.images_seen // settings.batch_size, end // settings.batch_size)
         saved_at = time.monotonic()
         with progress_bar(total=end, initial=run.images_seen, **show) as bar, signals_wait() as stop_asked:

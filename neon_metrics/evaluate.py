@@ -197,7 +197,7 @@ def evaluate(
     if kept and resumed:
         print0(f"continuing: {len(resumed)} of {len(batches)} batches were done in {kept.folder}")
     mine = deal(len(batches), rank(), world_size(), resumed)
-    show = {"desc": "evaluate", "unit": "img", "disable": not (output.progress and is_main())}
+    show: dict[str, Any] = {"desc": "evaluate", "unit": "img", "disable": not (output.progress and is_main())}
     num_resumed = sum(len(batches[b]) for b in resumed)
     finished, saved_at, problem = list(resumed) if is_main() else [], time.monotonic(), None
     with progress_bar(total=len(seeds), initial=num_resumed, **show) as bar, signals_wait() as stop_asked:
