@@ -207,6 +207,8 @@ class Improvement(Reproduction):
             steps = min(wanted, 8 * steps, most)
         if wanted > most:
             say(f"note: {most} steps are too few to move the weights by {100 * self.distance:.2g} %; raise lr=")
+        if wanted < RAMP_STEPS:
+            say(f"note: {wanted} steps move the weights by {100 * self.distance:.2g} %, too few to average; lower lr=")
         return min(wanted, most) * batch
 
     def probe(self, steps: int) -> list[Path]:

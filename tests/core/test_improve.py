@@ -193,6 +193,50 @@ def test_a_score_of_any_samples_with_classes(tmp_path):
     assert "score" in result.report.read_text(encoding="utf-8")
 
 
+class Odd(nn.Module):
+    """Tied weights, running statistics, a mask, a reparametrization, dropout, and a layer that the loss leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            self.first, self.second, self.left_out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(2, 2)
+            self.second.weight = self.first.weight
+            self.norm, self.dropout = nn.BatchNorm1d(4), nn.Dropout(0.1)
+            self.last = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+            self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+
+    def forward(self, z):
+        return self.last(self.dropout(self.norm(self.second(torch.tanh(self.first(z))))))
+
+
+def points_of(net, seeds, labels):
+    return net(PerImageRandom(seeds).randn(4))
+
+
+def far_loss(net, x, labels, generator):
+    return (net(torch.randn(x.shape, generator=generator)) - x - 0.1).square().mean()
+
+
+def spread(images):
+    return images.square().mean().item()
+
+
+def test_odd_modules_an_average_and_half_precision(tmp_path, capsys):
+    net = Odd()
+    given = {"sample": points_of, "loss": far_loss, "score": spread, **QUICK}
+    result = improve(net, out=tmp_path, ema=0.9, precision="bf16", lr=1e-4, **given)
+    settings = result.details["provenance"]["train"]
+    assert settings["precision"] == "bf16" and settings["ema"]["decay"] == 0.9 and settings["lr"] == 1e-4
+    written, before = read_checkpoint(tmp_path / "neon.safetensors").state, state_of(net)
+    assert written.keys() == before.keys()
+    for name in ("mask", "left_out.weight", "norm.running_mean"):
+        assert torch.equal(written[name], before[name]), name
+    assert torch.equal(written["first.weight"], written["second.weight"])
+    improve(net, out=tmp_path / "far", lr=0.05, **given)
+    assert "too few to average; lower lr=" in capsys.readouterr().err
+
+
 # What cannot be used, in one sentence
 
 
