@@ -36,6 +36,7 @@ from neon_files.finetune_folder import claim, earlier_lines, find_snapshots, sna
 from neon_files.progress import progress_bar
 from neon_files.run_files import intact, one_run, read_tensors, set_aside
 from neon_files.stopping import Stopped, signals_wait
+from neon_files.tracking import track
 
 MicroBatch = tuple[Tensor, Tensor | None, torch.Generator]  # encoded images, labels, random stream
 OPTIMIZERS = {  # one kernel for all parameters where there is one
@@ -411,6 +412,7 @@ class StepLog:
                     "--precision fp32"
                 )
             self.lines.append(json.dumps({"images": images, "loss": loss, "lr": lr}))
+            track({"fine-tune/loss": loss, "fine-tune/lr": lr}, images)
         self.open = []
         if is_main():
             with atomic_path(self.path) as temporary:

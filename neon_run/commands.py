@@ -13,11 +13,12 @@ import click
 import torch
 
 from neon_core.backbone import TrainSettings
-from neon_core.distributed import session
+from neon_core.distributed import is_main, session
 from neon_core.schedules import Ema, LinearRamp
 from neon_core.seeds import parse_seeds
 from neon_files.errors import UserError, say
 from neon_files.published import find_all
+from neon_files.tracking import tracking
 from neon_metrics.detector import WEIGHTS_NAME, default_weight_paths
 from neon_metrics.detectors import is_detector_name
 from neon_metrics.evaluate import Evaluator
@@ -161,7 +162,8 @@ def prepared(commands: BackboneCommands, values: Values) -> Iterator[torch.devic
     for option in commands.ignored:
         if values.get(option.name) and option.help:
             say(f"{option.opts[0]}: {option.help}")
-    with session(values["device"]) as device:
+    out = values.get("out_dir") or Path("evaluation")  # a set's folder, for one, holds images only
+    with session(values["device"]) as device, tracking(values["log"], out.with_name(f"{out.name}.logs"), is_main()):
         yield device
 
 
@@ -315,7 +317,7 @@ def _generate_flags(commands: BackboneCommands) -> list[click.Option]:
     subfolders = f.flag("--subdirs", "subfolders", is_flag=True, default=None, help="A folder per 1000 seeds.")
     return [
         base_flag(commands), f.ENTRY, *commands.load, f.OUT_DIR, *f.IMAGES, f.BATCH_SIZE, *commands.sample, subfolders,
-        *f.CHECKED, f.TF32, f.DEVICE, f.JSON,
+        *f.CHECKED, f.TF32, f.DEVICE, f.LOG, f.JSON,
     ]  # fmt: skip
 
 
@@ -324,7 +326,7 @@ def _finetune_flags(commands: BackboneCommands) -> list[click.Option]:
     return [
         base_flag(commands), f.ENTRY, *commands.load, f.DATA, f.OUT_DIR, *commands.load_training,
         *(option for option in f.TRAINING if option.name not in names), *commands.train, *commands.check,
-        *f.TRAINING_RUN, f.TF32, f.DEVICE, f.JSON,
+        *f.TRAINING_RUN, f.TF32, f.DEVICE, f.LOG, f.JSON,
     ]  # fmt: skip
 
 
@@ -346,7 +348,7 @@ def _sweep_flags(commands: BackboneCommands) -> list[click.Option]:
         *f.metric_flags(None),
         f.flag("--out_dir", "--outdir", "--out_dir_fid", "out_dir", required=True, type=f.FOLDER,
                help="Folder of the results."),
-        f.TF32, f.DEVICE, f.JSON,
+        f.TF32, f.DEVICE, f.LOG, f.JSON,
     ]  # fmt: skip
 
 
@@ -357,7 +359,7 @@ def _calculate_fid_flags(commands: BackboneCommands) -> list[click.Option]:
                help="theta_syn: measure base - w (synthetic - base)."),
         f.flag("--w", "--neon_w", "w", type=float, callback=f.parse_finite, help="That w.  [default: the row's]"),
         *f.IMAGES, f.BATCH_SIZE, *commands.sample, *f.metric_flags(commands.metrics), *f.KEPT, *f.CHECKED,
-        f.TF32, f.DEVICE, f.JSON,
+        f.TF32, f.DEVICE, f.LOG, f.JSON,
     ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from neon_core.parallel import MODES
 from neon_core.seeds import parse_seeds
 from neon_core.selftrain import OPTIMIZERS, PRECISIONS
 from neon_files.errors import UserError
+from neon_files.tracking import KINDS
 
 COUNT = click.IntRange(1)
 TWO_OR_MORE = click.IntRange(2)
@@ -105,6 +106,10 @@ BATCH_SIZE = flag(
     help="Images sampled at once by one process.  [default: the row's]",
 )  # fmt: skip
 DEVICE = flag("--device", default="auto", help="auto, cpu or cuda; each local rank takes its own GPU.")
+LOG = flag(
+    "--log", type=click.Choice(KINDS), default="none",
+    help="Also track loss, rate, search points, metrics, samples with this package, in OUT.logs.",
+)  # fmt: skip
 JSON = flag("--json", "json_path", type=FILE, help="Also write the result and every setting.")
 TF32 = flag(
     "--tf32/--no_tf32", " /--no-tf32", "tf32", default=None,

@@ -22,6 +22,8 @@ from neon_core.precision import float32_precision
 from neon_core.synthetic import generate_set
 from neon_files.checkpoint import read_state
 from neon_files.errors import UserError
+from neon_files.image_set import ImageSet
+from neon_files.tracking import is_tracked, track, track_picture
 from neon_metrics.evaluate import Evaluator
 from neon_run.cli import check_writable
 from neon_run.merging.files import merge_files
@@ -30,6 +32,9 @@ from neon_run.row import Row
 from neon_run.search.find import SearchPlan, find
 from neon_run.search.growing import GrowingSweep
 from neon_run.search.sweep import BASE
+
+TRACKED_IMAGES = 36  # of S
+TRACKED_METRICS = ("fid", "is_mean", "kid_mean", "precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def generate(model: Model, out_dir: Path, seeds: Sequence[int] | None = None) ->
     check_writable(out_dir, "--outdir")
     model.backbone.check_network(**row.generate)
     with float32_precision(row.tf32):
-        return generate_set(
+        manifest = generate_set(
             model.backbone,
             range(row.synthetic_seed, row.synthetic_seed + row.num_synthetic) if seeds is None else seeds,
             out_dir,
@@ -98,6 +103,10 @@ def generate(model: Model, out_dir: Path, seeds: Sequence[int] | None = None) ->
             provenance=model.provenance,
             subfolders=row.subfolders,
         )
+    if is_tracked():
+        images = ImageSet(out_dir, use_labels=False)
+        track_picture("S", images.arrays(range(min(TRACKED_IMAGES, len(images)))))
+    return manifest
 
 
 def finetune(model: Model, data: Path, out_dir: Path, run: TrainingRun | None = None) -> dict[int, Path]:
@@ -228,6 +237,7 @@ def calculate_fid(
             identity=identity,
             save_images=save_images,
         )
+    track({f"evaluation/{name}": value for name, value in result.items() if name in TRACKED_METRICS}, len(seeds))
     described = {"row": row.id, "checkpoint": str(model.checkpoint), "network_config": backbone.network_config()}
     return {**result, **identity, **described, "img_size": backbone.img_size}
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from neon_core.distributed import print0, session
+from neon_core.distributed import is_main, print0, session
 from neon_core.seeds import format_seeds
+from neon_files.tracking import tracking
 from neon_run import flags as f
 from neon_run.backbones import find_row, find_rows
 from neon_run.cli import check_writable
@@ -96,13 +97,13 @@ PLAN_FLAGS = (  # -> Plan
 OUT = f.flag("--out", "out_dir", type=f.FOLDER, required=True, help="Folder of the run; the same one continues it.")
 
 
-def reproduce(row_name: str, out_dir: Path, device: str, **values: Any) -> None:
+def reproduce(row_name: str, out_dir: Path, device: str, log: str = "none", **values: Any) -> None:
     """Take ROW (see `neon rows`) from its published files to its final FID: fetch, generate S, fine-tune, search,
     merge, evaluate, report. Stop it whenever you like; the same command goes on, on any number of processes."""
     row = changed(find_row(row_name), f.given(values, ROW_FLAGS))
     plan = Plan(**f.given(values, PLAN_FLAGS))
     check_writable(out_dir, "--out")
-    with session(device) as where:
+    with session(device) as where, tracking(log, out_dir.with_name(f"{out_dir.name}.logs"), is_main()):
         results = Reproduction(row, out_dir, plan, where, shlex.join(["neon", *sys.argv[1:]])).run()
         final, best = results["intervals"], results["best"]
         guided = "" if best["guidance"] is None else f" | {row.guidance}={best['guidance']:g}"
@@ -114,7 +115,15 @@ def reproduce(row_name: str, out_dir: Path, device: str, **values: Any) -> None:
 
 reproduce_command = click.Command(
     "reproduce",
-    params=[click.Argument(["row_name"], metavar="ROW"), OUT, *PLAN_FLAGS[:6], *ROW_FLAGS, *PLAN_FLAGS[6:], f.DEVICE],
+    params=[
+        click.Argument(["row_name"], metavar="ROW"),
+        OUT,
+        *PLAN_FLAGS[:6],
+        *ROW_FLAGS,
+        *PLAN_FLAGS[6:],
+        f.DEVICE,
+        f.LOG,
+    ],
     callback=reproduce,
     help=reproduce.__doc__,
 )

@@ -22,6 +22,7 @@ from neon_core.seeds import format_seeds
 from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
 from neon_files.run_files import intact, read_tensors, write_record
+from neon_files.tracking import track
 from neon_metrics.accumulator import MetricAccumulator
 from neon_metrics.evaluate import evaluate
 from neon_metrics.kept import KeptWork
@@ -85,6 +86,7 @@ class GrowingSweep(Sweep):
                 write_record(path, point)
             barrier()
         text = "".join(f" | {name}={value:g}" for name, value in varied.items() if value is not None)
+        track({f"search/FID of {identity['snapshot']}{text}, over 1000 w": point["fid"]}, round(1000 * w))
         print0(f"{identity['snapshot']} | w={w:g}{text} | images={count} | FID={point['fid']:.6f}")
         return point
 

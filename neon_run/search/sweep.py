@@ -22,6 +22,7 @@ from neon_core.seeds import format_seeds
 from neon_files.checkpoint import read_state
 from neon_files.errors import UserError
 from neon_files.run_files import NUMBER, intact, read_record, write_record
+from neon_files.tracking import track
 from neon_metrics.evaluate import Evaluator
 
 POINT = {"snapshot": str, "w": NUMBER, "seeds": str, "fid": NUMBER}  # entries of a point's file
@@ -145,6 +146,7 @@ class Sweep:
             self.evaluator.clear()
             barrier()
         text = "".join(f" | {name}={value}" for name, value in varied.items())
+        track({f"search/FID of {snapshot}{text}, over 1000 w": point["fid"]}, round(1000 * w))
         print0(f"{snapshot} | w={w:g}{text} | images={len(seeds)} | FID={point['fid']:.6f}")
         return point
 

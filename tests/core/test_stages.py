@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import types
 from contextlib import suppress
 from pathlib import Path
 
@@ -141,6 +142,34 @@ def driver(files, out, search):
     trained = reproduction.finetune()
     reproduction.snapshots = find_checkpoints(out / "finetune")
     return reproduction.search(trained)
+
+
+def test_every_stage_logs_what_it_measures_where_that_is_wanted(files, tmp_path, own_detector, monkeypatch):
+    """Into a stand-in for the package. Images and numbers are those of a run without."""
+    given = []
+    tracked = types.SimpleNamespace(log=given.append, finish=lambda: None)
+    package = types.SimpleNamespace(init=lambda **options: tracked, Image=lambda pixels: pixels)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.chdir(files)
+    log = ("--log", "wandb")
+    run("generate", "--outdir", tmp_path / "S", *log)
+    run("finetune", "--data", tmp_path / "S", "--outdir", tmp_path / "run", *log)
+    found = ("--snapshots", tmp_path / "run", "--out_dir", tmp_path / "search", "--no_final")
+    run("sweep", *found, *log)
+    base = ("--checkpoint", "tiny.safetensors", "--seeds", "6000-6019", *log, "--json", tmp_path / "fid.json")
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny.safetensors", "tiny.npz"):
+        shutil.copy(files / name, tmp_path)
+    run("calculate_fid", *base)
+    names = [name for entry in given for name in entry]
+    assert given[0]["S"].ndim == 3 and {"fine-tune/loss", "fine-tune/lr", "evaluation/fid"} <= set(names)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [e["fine-tune/loss"] for e in given if "fine-tune/loss" in e] == [line["loss"] for line in logged]
+    points = len(list((tmp_path / "search" / "points").iterdir()))
+    assert len([name for name in names if name.startswith("search/FID of")]) >= points > 0
+    result = json.loads((tmp_path / "fid.json").read_text(encoding="utf-8"))
+    assert result["fid"] in [entry.get("evaluation/fid") for entry in given]
+    assert (tmp_path / "S" / "manifest.json").read_bytes() == (files / "S" / "manifest.json").read_bytes()
 
 
 @pytest.mark.parametrize("search", ["official", "quick"])
