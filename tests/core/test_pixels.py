@@ -111,7 +111,7 @@ def test_the_official_grid_goes_on_from_a_broken_snapshot():
     grid = Grid(ws=(1.0, 2.0), guidances=(None,), num_images=10)
     fid = lambda s, w, g, n: math.inf if s == "a" else w  # noqa: E731
     assert _official(grid, ["a", "b"], fid, 10)[0] == ("b", 1.0, None)
-    for broken, message in ((("a",), "no setting of the search"), (("a", BASE), "the base's own images")):
+    for broken, message in ((("a",), "no setting of the search"), (("a", BASE), "the base's images are not finite")):
         fid = lambda s, w, g, n: math.inf if s in broken else w  # noqa: B023, E731
         with pytest.raises(UserError, match=message):
             _official(grid, ["a"], fid, 10)
