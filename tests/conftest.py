@@ -26,6 +26,13 @@ def one_thread():
 
 
 @pytest.fixture
+def offline(monkeypatch):
+    """No download is tried; without a network the hub's client would retry for 20 seconds."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read when it is imported
+
+
+@pytest.fixture
 def golden_data() -> Path:
     """Folder of the golden cases that ship with the tests."""
     return GOLDEN_DATA

@@ -30,13 +30,11 @@ def test_the_readme_has_the_commands_of_all_rows():
 
 
 @pytest.fixture
-def run_offline(tmp_path, monkeypatch, capsys):
+def run_offline(tmp_path, monkeypatch, capsys, offline):
     """stderr of a script with these words, in an empty folder and offline. The first check that fails is then a missing
     file: exit code 2, before any model is built."""
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read when it is imported
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", list(sys.path))
 

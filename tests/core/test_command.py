@@ -20,7 +20,7 @@ def test_a_stage_of_a_row_has_the_flags_of_its_script(name, row):
     assert result.exit_code == 0 and f"[default: {row}]" in " ".join(result.output.split())
 
 
-def test_the_row_chooses_backbone_and_settings(tmp_path, monkeypatch):
+def test_the_row_chooses_backbone_and_settings(tmp_path, monkeypatch, offline):
     monkeypatch.chdir(tmp_path)
     result = run("fid", "vard36", "--var_ckpt", "x.pth")
     assert result.exit_code == 2 and "adm_in512_stats.npz" in result.output and "--vae_ckpt" in result.output

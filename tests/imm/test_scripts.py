@@ -131,12 +131,12 @@ def test_from_images_over_moments_to_a_merged_network(files, tmp_path):
 # Bad input
 
 
-def test_a_missing_checkpoint_is_named_with_its_remedy(files, tmp_path):
+def test_a_missing_checkpoint_is_named_with_its_remedy(files, tmp_path, offline):
     args = ["--fid_stats", files / "stats.npz", "--detector", files / "inception.safetensors"]
     fails("imm/calculate_fid.py", "--model_ckpt", tmp_path / "no.pkl", *args, match=r"no\.pkl.*download_models")
 
 
-def test_a_missing_reference_is_found_before_the_network_is_built(files, tmp_path):
+def test_a_missing_reference_is_found_before_the_network_is_built(files, tmp_path, offline):
     fails(
         "imm/calculate_fid.py",
         "--model_ckpt",
