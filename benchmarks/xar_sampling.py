@@ -22,8 +22,9 @@ import torch
 from reference_path import sample_latents_plainly
 
 from neon_core.kl_vae import AutoencoderKL
+from neon_core.precision import PRECISIONS, autocast
 from neon_core.seeds import PerImageRandom
-from neon_xar.backbone import PRECISIONS, XARBackbone
+from neon_xar.backbone import XARBackbone
 from neon_xar.sampler import sample_latents
 from neon_xar.xar import SIZES, XAR, build
 
@@ -48,13 +49,12 @@ def ratio(args: argparse.Namespace, device: torch.device) -> None:
     if args.compile:
         net.compile_blocks()
     labels = torch.arange(args.batch_size, device=device)
-    dtype = PRECISIONS[args.precision]
     print(
         f"{args.blocks} blocks of {args.model}, batch {args.batch_size}, {args.steps} steps per cell, {args.precision}"
     )
     for cfg in (1.0, 3.8):
         times, latents = {sample_latents: [], sample_latents_plainly: []}, {}
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with autocast(device, args.precision):
             for _ in range(args.repeats):  # in turn, so that a busy machine slows both
                 for path, seconds in times.items():
                     random = PerImageRandom(range(args.batch_size), device)

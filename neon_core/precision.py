@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from neon_files.errors import UserError
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TF32 = ("none", "conv", "all")  # nowhere, in cuDNN's convolutions (PyTorch's default), in cuBLAS' products too
 
 
@@ -31,6 +34,19 @@ def float32_precision(tf32: str) -> Iterator[None]:
     finally:
         for place, old in zip(places, before, strict=True):
             setattr(place, name, old)
+
+
+def check_precision(precision: str) -> None:
+    """UserError unless it is "auto" or one of PRECISIONS."""
+    if precision not in ("auto", *PRECISIONS):
+        raise UserError(f"--precision {precision}: choose auto, {', '.join(PRECISIONS)}")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Inside, products have this precision, one of PRECISIONS; "auto": fp16 on CUDA, elsewhere fp32."""
+    if precision == "auto":
+        precision = "fp16" if device.type == "cuda" else "fp32"
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, PRECISIONS[precision])
 
 
 def autocast_dtype(device: torch.device | str) -> torch.dtype | None:

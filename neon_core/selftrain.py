@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from neon_core import parallel
 from neon_core.backbone import Backbone, TrainSettings
 from neon_core.distributed import agree, all_reduce_, barrier, broadcast_object, is_main, largest, world_size
+from neon_core.precision import autocast
 from neon_core.prepared import TrainingData
 from neon_core.seeds import derive_seed
 from neon_files.atomic import atomic_path
@@ -44,7 +45,6 @@ OPTIMIZERS = {  # one kernel for all parameters where there is one
     "adamw": (torch.optim.AdamW, {"fused": True}),
     "radam": (torch.optim.RAdam, {}),
 }
-PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class FineTune:
@@ -335,8 +335,7 @@ class _Loss(nn.Module):
         self.loss = backbone.self_training_loss
 
     def forward(self, x: Tensor, labels: Tensor | None, generator: torch.Generator, precision: str) -> Tensor:
-        dtype = PRECISIONS[precision]
-        with torch.autocast(x.device.type, dtype) if dtype else nullcontext():
+        with autocast(x.device, precision):
             return self.loss(x, labels, generator)
 
 

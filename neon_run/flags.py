@@ -13,8 +13,9 @@ from typing import Any
 import click
 
 from neon_core.parallel import MODES
+from neon_core.precision import PRECISIONS
 from neon_core.seeds import parse_seeds
-from neon_core.selftrain import OPTIMIZERS, PRECISIONS
+from neon_core.selftrain import OPTIMIZERS
 from neon_files.errors import UserError
 from neon_files.tracking import KINDS
 

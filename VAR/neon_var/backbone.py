@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
+from neon_core.precision import autocast, check_precision
 from neon_core.seeds import PerImageRandom
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
@@ -23,7 +23,6 @@ from neon_var.sampler import BatchNoise, PerImageNoise, sample_images, to_uint8
 from neon_var.var import VAR
 from neon_var.vqvae import VQVAE
 
-AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 ENCODE_BATCH = 32  # images at a time through the VQVAE encoder, whose activations are large
 
 
@@ -100,8 +99,7 @@ class VARBackbone(Backbone):
             raise UserError(f"--top_p {top_p}: a probability is required, 0 (off) to 1")
         if not np.isfinite(cfg):
             raise UserError(f"--cfg {cfg}: a finite number is required")
-        if precision not in (*AUTOCAST, "auto"):
-            raise UserError(f"--precision {precision}: choose auto, {', '.join(AUTOCAST)}")
+        check_precision(precision)
 
     def check_network(self, *, top_k: int = 0, **settings: Any) -> None:
         if top_k > self.net.vocab_size:
@@ -140,10 +138,7 @@ class VARBackbone(Backbone):
             noise = BatchNoise(torch.Generator(device).manual_seed(seeds[0]))
         else:
             noise = PerImageNoise(PerImageRandom(seeds, device))
-        if precision == "auto":
-            precision = "fp16" if device.type == "cuda" else "fp32"
-        dtype = AUTOCAST[precision]
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        with autocast(device, precision):
             images = sample_images(
                 self.net,
                 self.vae,

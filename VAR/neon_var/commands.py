@@ -10,13 +10,14 @@ from typing import Any
 import click
 
 from neon_core.backbone import TrainSettings
+from neon_core.precision import PRECISIONS
 from neon_core.schedules import LinearRamp
 from neon_files.errors import UserError
 from neon_run.backbones import BackboneCommands
 from neon_run.flags import COMPILE, COUNT, FILE, SHARE, flag, parse_finite
 from neon_run.row import Row
 from neon_var.architectures import ARCHITECTURES
-from neon_var.backbone import AUTOCAST, VARBackbone
+from neon_var.backbone import VARBackbone
 from neon_var.official import merge_rule
 from neon_var.rows import ROWS
 
@@ -36,7 +37,7 @@ SAMPLE = (
     flag("--top_k", type=click.IntRange(0), help="Draw from the k most probable tokens, 0: all.  [default: 900]"),
     flag("--top_p", type=SHARE, help="Draw from this probability mass, 0: all.  [default: 0.95]"),
     flag("--more_smooth", is_flag=True, help="Soft codes instead of drawn ones; smoother, not for FID."),
-    flag("--precision", type=click.Choice(["auto", *AUTOCAST]), default="auto",
+    flag("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto",
          help="Of the sampler; auto: fp16 on GPUs, fp32 on CPUs."),
     flag("--official_seeds", is_flag=True,
          help="Labels, and one generator per batch, as in the official script on one process."),

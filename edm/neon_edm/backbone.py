@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
 from neon_core.data_order import batched, windowed_shuffle
+from neon_core.precision import check_precision
 from neon_core.seeds import PerImageRandom
 from neon_edm.augment import AugmentPipe
 from neon_edm.layers import UNetBlock
 from neon_edm.loss import LOSSES, EDMLoss, GeneratorRandom, Loss, Random
-from neon_edm.precond import PRECISIONS, Precond, build_network, named_arguments
+from neon_edm.precond import Precond, build_network, named_arguments
 from neon_edm.sampler import Denoiser, edm_sampler, to_uint8
 from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
 from neon_files.downloads import fetch
@@ -97,8 +98,7 @@ class EDMBackbone(Backbone):
     ) -> None:
         if sigma_min >= sigma_max:
             raise UserError(f"--sigma_min {sigma_min}: must be below --sigma_max {sigma_max}")
-        if precision not in ("auto", *PRECISIONS):
-            raise UserError(f"--precision {precision}: choose auto, {', '.join(PRECISIONS)}")
+        check_precision(precision)
 
     def check_network(self, *, class_idx: int | None = None, **settings: Any) -> None:
         if class_idx is not None and not self.num_classes:

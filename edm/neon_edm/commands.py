@@ -10,12 +10,12 @@ from typing import Any
 import click
 
 from neon_core.backbone import TrainSettings
+from neon_core.precision import PRECISIONS
 from neon_core.schedules import Ema
 from neon_edm import official
 from neon_edm.backbone import EDMBackbone
 from neon_edm.layers import FourierEmbedding
 from neon_edm.networks import SongUNet
-from neon_edm.precond import PRECISIONS
 from neon_edm.rows import ANY_NETWORK, ROWS, SNAPSHOT_TICKS, TICK_IMAGES
 from neon_files.errors import UserError
 from neon_run.backbones import BackboneCommands

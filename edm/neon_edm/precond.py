@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neon_core.precision import weights_as
+from neon_core.precision import PRECISIONS, weights_as
 from neon_edm.layers import Conv2d, GroupNorm
 from neon_edm.networks import DhariwalUNet, SongUNet
 
 UNETS: dict[str, type[nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Precond(nn.Module, ABC):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
 from neon_core.kl_vae import AutoencoderKL, to_ldm_names, weights_digest
+from neon_core.precision import autocast, check_precision
 from neon_core.seeds import PerImageRandom
 from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
 from neon_files.errors import UserError
@@ -26,7 +26,6 @@ from neon_xar.vae import ROUNDINGS, both_moments, center_crop, decode, scaled_la
 from neon_xar.xar import GRID, SIZES, XAR, build
 
 DEFAULT_VAE = Path(__file__).resolve().parents[1] / "pretrained" / "kl16.ckpt"
-PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 LABEL_RULES = ("balanced", "official")
 
 
@@ -90,8 +89,7 @@ class XARBackbone(Backbone):
             raise UserError(f"--flow_steps {flow_steps}: xAR's sampler needs at least {MIN_STEPS} steps per cell")
         if not math.isfinite(cfg):
             raise UserError(f"--cfg {cfg}: a finite number is required")
-        if precision not in (*PRECISIONS, "auto"):
-            raise UserError(f"--precision {precision}: choose auto, {', '.join(PRECISIONS)}")
+        check_precision(precision)
         if rounding not in ROUNDINGS:
             raise UserError(f"--rounding {rounding}: choose {' or '.join(ROUNDINGS)}")
         if label_rule not in LABEL_RULES:
@@ -133,10 +131,7 @@ class XARBackbone(Backbone):
         device = self.net.mask.device
         labels = self.assign_labels(seeds) if labels is None else labels
         random = PerImageRandom(seeds, device)
-        if precision == "auto":
-            precision = "fp16" if device.type == "cuda" else "fp32"
-        dtype = PRECISIONS[precision]
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        with autocast(device, precision):
             latents = sample_latents(self.net, labels.to(device), flow_steps, cfg, random.randn)
         return decode(self.autoencoder, latents, rounding)
 

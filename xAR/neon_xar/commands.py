@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
+from neon_core.precision import PRECISIONS
 from neon_files.errors import UserError
 from neon_run.backbones import BackboneCommands
 from neon_run.flags import COMPILE, COUNT, FILE, flag, parse_finite
-from neon_xar.backbone import LABEL_RULES, PRECISIONS, XARBackbone
+from neon_xar.backbone import LABEL_RULES, XARBackbone
 from neon_xar.rows import ROWS
 from neon_xar.vae import ROUNDINGS
 
