@@ -6,15 +6,17 @@ The scripts of a backbone and `neon reproduce` read the same object, so they can
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from neon_core.backbone import Backbone, TrainSettings
 from neon_metrics.detector import Detector
+from neon_run.search.quick import Budget
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,41 @@ class Grid:
     last_images: float = math.inf
 
 
-class Prepare(Protocol):
+@dataclass(frozen=True)
+class Acceptance:
+    """What a row claims of its distances, each as a ratio to the base at its own best settings; fixed before the runs
+    that are held against it."""
+
+    neon: float  # Neon: at most
+    self_trained: float  # at least
+    controls: float  # a random direction, and away from a fine-tune on real data, of Neon's length: at least
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The numbers of images that a reproduction measures, and what its result is held against."""
+
+    ranking_images: int = Budget.ranking_images  # per setting of the search
+    deciding_images: int = Budget.deciding_images  # of its best two
+    control_images: int | None = None  # None: as many as decide
+    fresh_blocks: int = 1  # of seeds that no search has seen, each as many as the evaluation has
+    acceptance: Acceptance | None = None
+
+
+class Prepare(typing.Protocol):
     """Creates the files of a row without published ones: a frozen dataclass, whose fields are its settings."""
 
-    training_images: int  # of theta_base, for the ledger
+    @property
+    def training_images(self) -> int:
+        """Of theta_base, for the ledger."""
+        ...
 
     def __call__(self, row: Row, folder: Path, seed: int) -> Mapping[str, Path]:
-        """{"base", "reference"} and, where the row has them, {"detector", "heldout", "real_training"} -> file below
-        `folder`; continues a killed call. Every rank calls it. Raises UserError."""
+        """{"base", "reference"} and, where the row has them, {"detector", "heldout", "real_training", "longer"} -> file
+        below `folder`; continues a killed call. "longer" is the base after more training, as an opponent.
+
+        Every rank calls it. Raises UserError.
+        """
         ...
 
 
@@ -83,6 +112,7 @@ class Row:
     prepare: Prepare | None = None
     detector: Callable[[Path, torch.device], Detector] | None = None  # reads the file "detector"; None: Inception
     distance: str = "FID"  # the name of the distance in that detector's features
+    protocol: Protocol = Protocol()
 
     @property
     def name(self) -> str:

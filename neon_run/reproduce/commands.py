@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from neon_core.distributed import is_main, print0, session
-from neon_core.seeds import format_seeds
+from neon_core.seeds import format_seeds, parse_seeds
 from neon_files.tracking import tracking
 from neon_run import flags as f
 from neon_run.backbones import find_row, find_rows
@@ -80,37 +81,80 @@ PLAN_FLAGS = (  # -> Plan
     f.flag("--tokenizer", metavar="FILE", help="Frozen tokenizer, where the row has one."),
     f.DETECTOR,
     f.flag("--real_images", metavar="PATH", help="Real images: adds KID, precision, recall, density, coverage."),
-    f.flag("--search", type=click.Choice(["quick", "official"]), default="quick",
-           help="Ours, or the official early-stopped grid, for comparison."),
+    f.flag(
+        "--search",
+        type=click.Choice(["quick", "official"]),
+        default="quick",
+        help="Ours, or the official early-stopped grid, for comparison.",
+    ),
     f.flag("--snapshots", type=f.COUNT, default=4, help="That the quick search visits."),
     f.flag("--ranking_images", type=f.TWO_OR_MORE, help="Per setting of the quick search.  [default: the search's]"),
-    f.flag("--deciding_images", type=f.TWO_OR_MORE,
-           help="Of the best two, and of the controls.  [default: 10000, or all seeds]"),
+    f.flag(
+        "--deciding_images",
+        type=f.TWO_OR_MORE,
+        help="Of the best two, and of the controls.  [default: 10000, or all seeds]",
+    ),
     f.flag("--second_block/--no_second_block", default=True, help="Evaluate base and Neon on other seeds too."),
     f.flag("--controls/--no_controls", default=True, help="Curve over w, self-trained and a random direction."),
-    f.flag("--curve", callback=f.parse_numbers, metavar="W,W,...",
-           help="Also measured, for the plot.  [default: parts of the best w]"),
+    f.flag(
+        "--curve",
+        callback=f.parse_numbers,
+        metavar="W,W,...",
+        help="Also measured, for the plot.  [default: parts of the best w]",
+    ),
+    f.flag("--data", metavar="PATH", help="Real images, where the row trains its base on them here."),
     f.flag("--real_training", metavar="PATH", help="Training set: the control of more training on real data."),
     f.flag("--resamples", type=f.TWO_OR_MORE, default=30, help="Of the bootstrap."),
-    f.flag("--seed", type=click.IntRange(0), default=0, help="Of the fine-tune."),
-)  # fmt: skip
+    f.flag("--seed", type=click.IntRange(0), default=0, help="Of the fine-tune, and of a base that is trained here."),
+)
+REPEAT = f.flag(
+    "--repeat",
+    type=f.COUNT,
+    default=1,
+    help="So many runs, OUT/seed-0 and so on, each with a seed of its own and images of its own, and one "
+    "page over them, OUT/compare.html.",
+)
+REPEAT_STRIDE = 10_000_000  # between the seeds of images of two repetitions  # fmt: skip
 OUT = f.flag("--out", "out_dir", type=f.FOLDER, required=True, help="Folder of the run; the same one continues it.")
 
 
-def reproduce(row_name: str, out_dir: Path, device: str, log: str = "none", **values: Any) -> None:
+def reproduce(row_name: str, out_dir: Path, device: str, log: str = "none", repeat: int = 1, **values: Any) -> None:
     """Take ROW (see `neon rows`) from its published files to its final FID: fetch, generate S, fine-tune, search,
     merge, evaluate, report. Stop it whenever you like; the same command goes on, on any number of processes."""
     row = changed(find_row(row_name), f.given(values, ROW_FLAGS))
     plan = Plan(**f.given(values, PLAN_FLAGS))
     check_writable(out_dir, "--out")
+    runs = [(row, out_dir, plan)]
+    if repeat > 1:
+        runs = [repetition(row, out_dir, plan, number) for number in range(repeat)]
     with session(device) as where, tracking(log, out_dir.with_name(f"{out_dir.name}.logs"), is_main()):
-        results = Reproduction(row, out_dir, plan, where, shlex.join(["neon", *sys.argv[1:]])).run()
-        final, best = results["intervals"], results["best"]
-        guided = "" if best["guidance"] is None else f" | {row.guidance}={best['guidance']:g}"
-        print0(
-            f"{row.id} | FID {final['base']['value']:.4f} -> {final['neon']['value']:.4f} | w={best['w']:g}{guided} | "
-            f"{best['snapshot']} | {out_dir / 'report.html'}"
-        )
+        for number, run in enumerate(runs):
+            if repeat > 1:
+                print0(f"run {number + 1} of {repeat}: {run[1]}")
+            _reproduce(*run, where)
+        if repeat > 1 and is_main():
+            for line in write_comparison([folder for _, folder, _ in runs], out_dir / "compare.html"):
+                print0(line)
+            print0(str(out_dir / "compare.html"))
+
+
+def _reproduce(row: Row, out_dir: Path, plan: Plan, device: torch.device) -> None:
+    results = Reproduction(row, out_dir, plan, device, shlex.join(["neon", *sys.argv[1:]])).run()
+    final, best = results["intervals"], results["best"]
+    guided = "" if best["guidance"] is None else f" | {row.guidance}={best['guidance']:g}"
+    ends = f"{row.distance} {final['base']['value']:.4f} -> {final['neon']['value']:.4f}"
+    print0(f"{row.id} | {ends} | w={best['w']:g}{guided} | {best['snapshot']} | {out_dir / 'report.html'}")
+
+
+def repetition(row: Row, out_dir: Path, plan: Plan, number: int) -> tuple[Row, Path, Plan]:
+    """Run `number` of several: the seed of its training, and the seeds of its images, are no other run's."""
+    offset = number * REPEAT_STRIDE
+    shifted = with_settings(
+        row,
+        synthetic_seed=row.synthetic_seed + offset,
+        evaluate_seeds=format_seeds([seed + offset for seed in parse_seeds(row.evaluate_seeds)]),
+    )
+    return shifted, out_dir / f"seed-{plan.seed + number}", dataclasses.replace(plan, seed=plan.seed + number)
 
 
 reproduce_command = click.Command(
@@ -121,6 +165,7 @@ reproduce_command = click.Command(
         *PLAN_FLAGS[:6],
         *ROW_FLAGS,
         *PLAN_FLAGS[6:],
+        REPEAT,
         f.DEVICE,
         f.LOG,
     ],

@@ -20,10 +20,18 @@ from neon_core.seeds import parse_seeds
 from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
 from neon_files.run_files import read_record
-from neon_run.reproduce import charts
+from neon_run.reproduce import acceptance, charts
 from neon_run.reproduce.pages import fid_text, margin, page, short
 
-NEEDED = {"row": str, "distance": str, "best": dict, "intervals": dict, "final": dict, "provenance": dict}
+NEEDED = {
+    "row": str,
+    "distance": str,
+    "best": dict,
+    "intervals": dict,
+    "final": dict,
+    "provenance": dict,
+    "points": dict,
+}
 SETTINGS = ("generate", "train", "evaluate", "versions")
 
 
@@ -51,7 +59,9 @@ def write_comparison(folders: Sequence[Path], out: Path) -> list[str]:
     runs = read_runs(folders)
     with atomic_path(out) as temporary:
         temporary.write_text(page("compare.html", view(runs)), encoding="utf-8")
-    return [" | ".join([run.name, *_cells(run)]) for run in runs]
+    groups = view(runs)["groups"]
+    lines = [" | ".join([run.name, *_cells(run)]) for run in runs]
+    return [*lines, *(line for group in groups for line in (group["verdict"] or {}).get("lines", ()))]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -89,6 +99,7 @@ def _group(number: int, runs: Sequence[Run]) -> dict[str, Any]:
     one_row = len(runs) > 1 and len({run.results["row"] for run in runs}) == 1
     if one_row:
         rows.append(["mean ± sd", runs[0].results["row"], *_mean_cells(runs), *([""] if guided else []), ""])
+    verdict = _verdict(runs) if len({run.results["row"] for run in runs}) == 1 else None
     head = ["run", "row", f"base {distance}", f"Neon {distance}", "gain", "gain, %", "w"]
     return {
         "id": f"group-{number}",
@@ -97,9 +108,42 @@ def _group(number: int, runs: Sequence[Run]) -> dict[str, Any]:
         "count": count,
         "head": [*head, *(["guidance"] if guided else []), "snapshot"],
         "rows": rows,
+        "verdict": verdict,
         "several": len(runs) if one_row else 0,
         "svg": Markup(charts.runs(intervals, distance)),
     }
+
+
+def _verdict(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Runs of one row against the base at its own best, on seeds that no search has seen: a table with mean and
+    standard deviation of the ratios, and sentences. None where nothing was measured on such seeds."""
+    table = [acceptance.distances(run.results) for run in runs]
+    names = [name for name in acceptance.PLACES if all(name in found for found in table)]
+    if len(names) < 3:
+        return None
+    base = acceptance.BASE_OWN_BEST
+    rows = []
+    for run, found in zip(runs, table, strict=True):
+        texts = [" / ".join(fid_text(value) for value in found[name]) for name in names]
+        rows.append([run.name, *texts])
+    shares = [acceptance.ratios(run.results) for run in runs]
+    others = [name for name in names if name != base]
+    if len(runs) > 1:
+        spread = {name: np.array([share[name] for share in shares]) for name in others}
+        cells = [f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" for values in spread.values()]
+        rows.append(["ratio to the base", "1", *cells])
+    lines = [f"{run.name}: {problem}" for run in runs for problem in acceptance.failures(run.results)]
+    if runs[0].results.get("acceptance") and not lines:
+        lines.append(f"the claim of {runs[0].results['row']} holds in all {len(runs)} runs")
+    gain = acceptance.gains([run.results for run in runs])
+    if gain:
+        word = "beats" if gain["sigmas"] >= acceptance.SIGMAS else "does NOT beat"
+        lines.append(
+            f"Neon {word} the base at its own best by {acceptance.SIGMAS:g} standard errors: gain "
+            f"{fid_text(gain['mean'])}, 95 % interval {fid_text(gain['low'])} to {fid_text(gain['high'])} over "
+            f"{len(runs)} runs, {gain['sigmas']:.1f} standard errors"
+        )
+    return {"head": ["run", *(acceptance.PLACES[name] for name in names)], "rows": rows, "lines": lines}
 
 
 def _cells(run: Run, guided: bool = True) -> list[str]:

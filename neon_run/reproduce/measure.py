@@ -15,6 +15,7 @@ from torch import Tensor
 
 from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, broadcast_object, is_main, print0
+from neon_core.seeds import parse_seeds
 from neon_files.atomic import atomic_path
 from neon_files.checkpoint import read_checkpoint, read_state, write_checkpoint
 from neon_metrics.accumulator import MetricAccumulator
@@ -26,8 +27,17 @@ from neon_run.search.growing import GrowingSweep
 from neon_run.search.interval import block_statistics, bootstrap_fids, interval
 from neon_run.search.sweep import BASE
 
-RANDOM, REAL = "random-direction", "real-data"  # snapshots that are controls
+RANDOM, REAL, LONGER = "random-direction", "real-data", "longer-training"  # snapshots that are controls
+BLOCKS = ("first", "second", "third")  # of seeds: that of the search, then fresh ones
 MAX_SAMPLE_SIDE = 192  # pixels in the report
+
+
+def fresh_blocks(row: Row, plan: Any) -> list[range]:
+    """Blocks of seeds that no search sees, behind those of the evaluation and each as long; `plan` is the `Plan`."""
+    seeds = parse_seeds(row.evaluate_seeds)
+    first, count = max(seeds) + 1, len(seeds)
+    number = row.protocol.fresh_blocks if plan.second_block else 0
+    return [range(first + i * count, first + (i + 1) * count) for i in range(number)]
 
 
 @dataclass(frozen=True)
@@ -42,39 +52,37 @@ class Measurement:
     out_dir: Path
 
     def final(self, searched: Mapping[str, Any]) -> dict[str, Any]:
-        """All measurements of the report: base and Neon on all seeds and on a second block, which no search has seen;
-        there also the curve over w and the controls (on the first block where there is no second); and samples.
+        """All measurements of the report: base and Neon on all seeds and on fresh blocks, which no search has seen;
+        there also the curve over w and the controls (on the first block where there is no other); and samples.
 
         `searched` is the result of the search. Every rank calls it; sampled images are added to, not sampled again.
         """
         plan, sweep, seeds, best = self.plan, self.sweep, self.seeds, searched["best"]
-        base_guidance, count, w_best = searched["base_best"]["guidance"], self.search_plan.deciding_images, best["w"]
+        base_guidance, w_best = searched["base_best"]["guidance"], best["w"]
+        count = self.row.protocol.control_images or self.search_plan.deciding_images
         points: list[dict[str, Any]] = []
 
-        def at(snapshot: str, w: float, guidance: float | None, block: Sequence[int], count: int) -> dict[str, Any]:
-            result = sweep.grown(snapshot, w, block, count, **self._varied(guidance))
-            points.append(point_of(result, guidance) | {"block": "first" if block is seeds else "second"})
+        def at(snapshot: str, w: float, guidance: float | None, block: str, count: int) -> dict[str, Any]:
+            result = sweep.grown(snapshot, w, blocks[block], count, **self._varied(guidance))
+            points.append(point_of(result, guidance) | {"block": block})
             return result
 
         # Base and Neon on all seeds.
+        fresh = fresh_blocks(self.row, plan)
+        blocks = dict(zip(BLOCKS, [seeds, *fresh], strict=False))
         ends = {"base": (BASE, 0.0, base_guidance), "neon": (best["snapshot"], w_best, best["guidance"])}
-        whole = {name: at(*end, seeds, len(seeds)) for name, end in ends.items()}
+        whole = {name: at(*end, "first", len(seeds)) for name, end in ends.items()}
         out: dict[str, Any] = {"final": {name: _metrics(result) for name, result in whole.items()}}
         out["intervals"] = self._intervals(ends, whole)
         # Curve and controls, on seeds that no search has seen.
-        fresh = range(max(seeds) + 1, max(seeds) + 1 + len(seeds)) if plan.second_block else seeds
-        if plan.controls:
-            curve = plan.curve or [round(w_best * part, 6) for part in (0.5, 1.5)]
-            for w in dict.fromkeys([-1.0, 0.0, *curve, w_best]):
-                at(best["snapshot"], w, best["guidance"], fresh, count)
-            at(BASE, 0.0, base_guidance, fresh, count)
-            if w_best:
-                sweep.snapshots[RANDOM] = _write_random(sweep, best["snapshot"], plan.seed, self.out_dir / "controls")
-                at(RANDOM, w_best, best["guidance"], fresh, count)
-        if REAL in sweep.snapshots:
-            at(REAL, -1.0, best["guidance"], fresh, count)
-        if plan.second_block:
-            out["second_block"] = {name: _metrics(at(*end, fresh, len(seeds))) for name, end in ends.items()}
+        if plan.controls and w_best:
+            sweep.snapshots[RANDOM] = _write_random(sweep, best["snapshot"], plan.seed, self.out_dir / "controls")
+        for block in list(blocks)[1:] or ["first"]:
+            for control in self._controls(searched, with_curve=block != "third"):
+                at(*control, block, count)
+            if fresh:
+                again = {name: _metrics(at(*end, block, len(seeds))) for name, end in ends.items()}
+                out.setdefault("second_block", again)
         # Samples, and the file against the network that was measured.
         settings = {**sweep.settings, **self._varied(best["guidance"])}
         if math.prod(plan.samples):
@@ -82,9 +90,29 @@ class Measurement:
         out["file_differs_by"] = _difference_of_file(sweep, best, self.out_dir / "neon.safetensors")
         # The cost: images of the search are counted there.
         own = [{k: v for k, v in point.items() if k != "block"} for point in points if point["block"] == "first"]
-        others = [point for point in points if point["block"] == "second"]
+        others = [[point for point in points if point["block"] == block] for block in list(blocks)[1:]]
         grown = images_of([*searched["points"], *own]) - searched["images"]
-        return {**out, "points": points, "images": grown + images_of(others)}
+        return {**out, "points": points, "images": grown + sum(map(images_of, others))}
+
+    def _controls(self, searched: Mapping[str, Any], with_curve: bool) -> list[tuple[str, float, float | None]]:
+        """(snapshot, w, guidance) of every control, and of the curve over w."""
+        best, base_guidance = searched["best"], searched["base_best"]["guidance"]
+        snapshot, w_best, guidance = best["snapshot"], best["w"], best["guidance"]
+        controls = []
+        if self.plan.controls:
+            curve = self.plan.curve or [round(w_best * part, 6) for part in (0.5, 1.5)]
+            ws = [-1.0, *([0.0, *curve] if with_curve else []), w_best]
+            controls = [(snapshot, w, guidance) for w in dict.fromkeys(ws)]
+            controls.append((BASE, 0.0, base_guidance))
+        if RANDOM in self.sweep.snapshots:
+            controls.append((RANDOM, w_best, guidance))
+        if REAL in self.sweep.snapshots:
+            controls.append((REAL, -1.0, guidance))
+            if w_best:
+                controls.append((REAL, w_best, guidance))  # away from real images: is it S that matters?
+        if LONGER in self.sweep.snapshots:
+            controls.append((LONGER, -1.0, base_guidance))
+        return controls
 
     def _varied(self, guidance: float | None) -> dict[str, Any]:
         return {self.row.guidance: guidance} if self.row.guidance and guidance is not None else {}

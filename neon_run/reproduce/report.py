@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,12 @@ from neon_core.seeds import parse_seeds
 from neon_files.atomic import atomic_path, write_json
 from neon_run.reproduce import charts
 from neon_run.reproduce.ledger import STAGES, Ledger
-from neon_run.reproduce.measure import RANDOM, REAL
+from neon_run.reproduce.measure import LONGER, RANDOM, REAL
 from neon_run.reproduce.pages import fid_text, page, short
 from neon_run.row import Row
 from neon_run.search.sweep import BASE
 
-LAYOUT = 5  # counts up when a report of the same records would look different
+LAYOUT = 6  # counts up when a report of the same records would look different
 METRICS = {
     "is_mean": ("IS", "{:.2f}"),
     "kid_mean": ("KID x 1000", "{:.3f}"),
@@ -45,6 +46,7 @@ def collect(row: Row, ledger: Ledger, versions: Mapping[str, str]) -> dict[str, 
         "final": measured["final"],
         "intervals": measured["intervals"],
         "second_block": measured.get("second_block"),
+        "acceptance": None if row.protocol.acceptance is None else dataclasses.asdict(row.protocol.acceptance),
         "points": {"search": search["points"], "evaluate": measured["points"]},
         "search": {"kind": records["search"]["settings"]["kind"], "images": search["images"]},
         "ledger": [_cost(records[stage]) for stage in STAGES[:-1]],
@@ -172,7 +174,9 @@ def _controls(results: Mapping[str, Any]) -> dict[str, Any] | None:
         ("base, at Neon's guidance", (BASE, 0.0, best["guidance"])),
         ("self-trained (w = -1)", (best["snapshot"], -1.0, best["guidance"])),
         ("random direction of equal length", (RANDOM, best["w"], best["guidance"])),
+        ("away from real data, equal w", (REAL, best["w"], best["guidance"])),
         ("as much more training on real data", (REAL, -1.0, best["guidance"])),
+        (f"base trained twice as long{tuned}", (LONGER, -1.0, results["base_best"]["guidance"])),
         (f"Neon (w = {best['w']:.4g})", (best["snapshot"], best["w"], best["guidance"])),
     )
     base, heldout = _fid(measured, *lines[0][1]), any("fid_heldout" in point for point in measured)

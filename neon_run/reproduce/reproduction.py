@@ -33,10 +33,10 @@ from neon_run.merging.files import merge_files
 from neon_run.merging.steps import steps_of
 from neon_run.reproduce import measure, report
 from neon_run.reproduce.ledger import Ledger
-from neon_run.row import Row
+from neon_run.reproduce.measure import fresh_blocks
+from neon_run.row import Prepare, Protocol, Row
 from neon_run.search.find import SearchPlan
 from neon_run.search.growing import GrowingSweep
-from neon_run.search.quick import Budget
 from neon_run.search.sweep import find_checkpoints
 
 
@@ -55,18 +55,19 @@ class Plan:
     snapshots: int = 4  # of the fine-tune, evenly spaced, that the quick search visits
     ranking_images: int | None = None  # None: the search's own numbers, as far as the evaluation has images
     deciding_images: int | None = None
-    second_block: bool = True  # base and Neon once more, on other seeds
+    second_block: bool = True  # base and Neon once more, on other seeds; False: no fresh blocks at all
     controls: bool = True
     curve: Sequence[float] | None = None  # w to be measured for the plot; None: parts of the best one
     samples: tuple[int, int] = (4, 6)  # rows and columns of each grid of samples
+    data: str | None = None  # of real images, where the row prepares its files from them
     real_training: str | Path | None = None  # a training set: the control of as much more training on real data
     resamples: int = 30
     evaluator: Evaluator | None = None  # in place of one made from reference, detector and real images
 
-    def search_plan(self, whole: int) -> SearchPlan:
+    def search_plan(self, whole: int, protocol: Protocol) -> SearchPlan:
         """With the numbers of images per setting, at most `whole`. UserError where they decrease."""
-        deciding = min(Budget().deciding_images, whole) if self.deciding_images is None else self.deciding_images
-        ranking = min(Budget().ranking_images, deciding) if self.ranking_images is None else self.ranking_images
+        deciding = min(protocol.deciding_images, whole) if self.deciding_images is None else self.deciding_images
+        ranking = min(protocol.ranking_images, deciding) if self.ranking_images is None else self.ranking_images
         if not 2 <= ranking <= deciding <= whole:
             raise UserError(
                 f"--ranking_images {ranking}, --deciding_images {deciding} and the {whole} seeds of the evaluation "
@@ -91,10 +92,10 @@ class Reproduction:
         self.out_dir = Path(out_dir).resolve()
         check_sizes(row.train)
         self.seeds = parse_seeds(row.evaluate_seeds)
-        self.search_plan = plan.search_plan(len(self.seeds))
-        blocks = [(row.synthetic_seed, row.num_synthetic), (max(self.seeds) + 1, len(self.seeds))]
-        for first, count in blocks if plan.second_block else blocks[:1]:
-            check_seeds(range(first, first + count))
+        self.search_plan = plan.search_plan(len(self.seeds), row.protocol)
+        for block in (range(row.synthetic_seed, row.synthetic_seed + row.num_synthetic), *fresh_blocks(row, plan)):
+            check_seeds(block)
+        self.prepare = with_data(row, plan.data)
         if plan.tokenizer and not row.backbone.frozen_files(Path(plan.base or row.base), **row.load):
             raise UserError(f"--tokenizer: {row.id} has none; leave it out")
         self.ledger = Ledger(self.out_dir, on_stage)
@@ -122,7 +123,7 @@ class Reproduction:
 
     def fetch(self) -> dict[str, dict]:
         """Base, references, frozen parts and detector, on this machine (or prepared here), each with its hash."""
-        plan, prepare = self.plan, self.row.prepare
+        plan, prepare = self.plan, self.prepare
         sources = {"base": plan.base, "reference": plan.reference, "heldout": plan.heldout}
         if isinstance(plan.detector, str | Path) and not is_detector_name(plan.detector):
             sources["detector"] = plan.detector
@@ -246,7 +247,7 @@ class Reproduction:
         return self.ledger.run("merge", {"snapshot": best["snapshot"], "w": best["w"]}, ["search"], work)
 
     def evaluate(self, searched: Mapping[str, Any]) -> dict:
-        plan = self.plan
+        plan, row = self.plan, self.row
         real = plan.real_training or (plan.controls and self.files.get("real_training")) or None
         settings = {
             "second_block": plan.second_block,
@@ -254,6 +255,7 @@ class Reproduction:
             "curve": plan.curve,
             "samples": plan.samples,
             "real_training": plan.real_training,
+            "protocol": [row.protocol.control_images, row.protocol.fresh_blocks],
             "resamples": plan.resamples,
             "seed": plan.seed,
             **self.measured_with,
@@ -265,10 +267,12 @@ class Reproduction:
                 path = self.train_on_real(searched["best"]["snapshot"], Path(real))
                 self.sweep.snapshots[measure.REAL] = path
                 trained["training_images"] = max(find_snapshots(path.parent))
-            report_data = measure.Measurement(self.row, plan, self.search_plan, self.sweep, self.seeds, self.out_dir)
-            with float32_precision(self.row.tf32):
+            if "longer" in self.files:
+                self.sweep.snapshots[measure.LONGER] = self.files["longer"]
+            report_data = measure.Measurement(row, plan, self.search_plan, self.sweep, self.seeds, self.out_dir)
+            with float32_precision(row.tf32):
                 measured = report_data.final(searched)
-            return {"outputs": measured, **self.cost(measured["images"], self.row.evaluate), **trained}
+            return {"outputs": measured, **self.cost(measured["images"], row.evaluate), **trained}
 
         return self.ledger.run("evaluate", settings, ["search", "merge"], work)
 
@@ -341,6 +345,16 @@ class Reproduction:
     def cost(self, images: int, settings: Mapping[str, Any]) -> dict[str, int]:
         count = self.row.evaluations
         return {"images": images, **({"network_evaluations": images * count(settings)} if count else {})}
+
+
+def with_data(row: Row, data: str | None) -> Prepare | None:
+    """The row's `prepare`, from the files in the folder `data` where it is given. Raises UserError."""
+    prepare: Any = row.prepare
+    if data is None:
+        return prepare
+    if not hasattr(prepare, "data"):
+        raise UserError(f"--data: {row.id} is not trained here on a data set; leave it out")
+    return dataclasses.replace(prepare, data=data)
 
 
 def _hashed_file(path: Path) -> Path:

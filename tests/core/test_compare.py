@@ -20,6 +20,8 @@ def write_run(folder, base, neon, *, row="edm/x", reference="aa" * 32, seeds="0-
         "row": row,
         "distance": "FID",
         "best": {"w": w, "guidance": None, "snapshot": "snapshot-1"},
+        "base_best": {"guidance": None},
+        "points": {"evaluate": []},
         "intervals": {"base": interval(base), "neon": interval(neon), "gain": interval(base - neon)},
         "final": {"neon": {"seeds": seeds}},
         "provenance": {

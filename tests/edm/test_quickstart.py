@@ -12,9 +12,9 @@ from neon_edm.quickstart import digits, pictures, report
 from neon_edm.quickstart.backbone import DigitsBackbone, Guided, passes_per_image
 from neon_edm.quickstart.denoiser import DigitsDenoiser
 from neon_edm.quickstart.features import NUM_FEATURES, DigitsDetector, accuracy, read_detector, train_features
-from neon_edm.quickstart.prepare import write_digits
 from neon_files.checkpoint import write_checkpoint
 from neon_files.image_set import ImageSet
+from neon_files.image_zip import write_image_zip
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_the_feature_network_learns_digits_and_its_file_brings_it_back(split, tm
 def test_the_real_digits_survive_their_archive_and_equal_digits_make_equal_files(split, tmp_path):
     few, labels = split.train_images[:30], split.train_labels[:30]
     for name in ("one.zip", "two.zip"):
-        write_digits(tmp_path / name, few, labels)
+        write_image_zip(tmp_path / name, few, labels)
     read = ImageSet(tmp_path / "one.zip")
     assert torch.equal(read.images(range(30)), few) and torch.equal(read.class_indices, labels)
     assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()

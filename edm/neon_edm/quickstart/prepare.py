@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import PIL.Image
 import torch
-from torch import Tensor
 
 from neon_core.backbone import TrainSettings
 from neon_core.distributed import barrier, is_main
@@ -18,9 +13,9 @@ from neon_core.finetune import train_on
 from neon_core.seeds import derive_seed
 from neon_edm.quickstart.digits import load_digits_split
 from neon_edm.quickstart.features import accuracy, read_detector, train_features
-from neon_files.atomic import atomic_path
 from neon_files.checkpoint import write_checkpoint
 from neon_files.image_set import ImageSet
+from neon_files.image_zip import write_image_zip
 from neon_metrics.reference import Reference, write_reference
 from neon_metrics.statistics import FeatureStatistics
 from neon_run.row import Row
@@ -63,7 +58,7 @@ class PrepareDigits:
             for name, images in (("reference", digits.train_images), ("heldout", digits.heldout_images)):
                 statistics = FeatureStatistics(detector.num_features).update(detector(images)["features"])
                 write_reference(files[name], Reference.from_statistics(statistics))
-            write_digits(files["real_training"], digits.train_images, digits.train_labels)
+            write_image_zip(files["real_training"], digits.train_images, digits.train_labels)
         barrier()
         backbone = row.backbone.create(derive_seed("quickstart", "initial weights", seed))
         snapshots = train_on(
@@ -76,15 +71,3 @@ class PrepareDigits:
             seed=derive_seed("quickstart", "train base", seed),
         )
         return {"base": snapshots[max(snapshots)], **files}
-
-
-def write_digits(path: Path, images: Tensor, labels: Tensor) -> None:
-    """uint8 [N, 1, 8, 8] and int64 [N] as a data set in EDM's layout: PNGs and dataset.json in a .zip."""
-    names = [f"{i:05d}_label{int(label)}.png" for i, label in enumerate(labels)]
-    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for name, image in zip(names, images, strict=True):
-            encoded = io.BytesIO()
-            PIL.Image.fromarray(image[0].numpy()).save(encoded, format="png")
-            archive.writestr(zipfile.ZipInfo(name), encoded.getvalue())  # without a date: equal digits, equal file
-        entries = [[name, int(label)] for name, label in zip(names, labels, strict=True)]
-        archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": entries}))

@@ -1,0 +1,37 @@
+"""The settings that all rows on Fashion-MNIST share, and how their results are judged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from neon_core.backbone import Backbone
+from neon_run.fashion.features import read_detector
+from neon_run.fashion.prepare import PrepareFashion
+from neon_run.row import Acceptance, Protocol, Row
+
+SYNTHETIC_FROM, EVALUATE_FROM, NUM_EVALUATE = 0, 1_000_000, 5_000
+SEARCH_IMAGES = 2_000  # per setting
+
+
+def fashion_row(
+    id: str, backbone: type[Backbone], prepare: PrepareFashion, acceptance: Acceptance | None = None, **fields: Any
+) -> Row:
+    """A row on Fashion-MNIST: searched against the training part, reported on two fresh blocks of seeds against
+    held-out images."""
+    return Row(
+        id=id,
+        backbone=backbone,
+        prepare=prepare,
+        detector=read_detector,
+        distance="feature distance",
+        synthetic_seed=SYNTHETIC_FROM,
+        evaluate_seeds=f"{EVALUATE_FROM}-{EVALUATE_FROM + NUM_EVALUATE - 1}",
+        protocol=Protocol(
+            ranking_images=SEARCH_IMAGES,
+            deciding_images=SEARCH_IMAGES,
+            control_images=NUM_EVALUATE,
+            fresh_blocks=2,
+            acceptance=acceptance,
+        ),
+        **fields,
+    )

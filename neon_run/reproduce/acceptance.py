@@ -1,0 +1,100 @@
+"""Does the claim of a row hold? Distances as ratios to the base at its own best, over runs and blocks of seeds.
+
+Every distance is to the held-out reference where there is one, on blocks of seeds that no search has seen. The claim
+(`neon_run.row.Acceptance`) must hold in every run, for the means over its blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from neon_run.reproduce.measure import LONGER, RANDOM, REAL
+from neon_run.search.sweep import BASE
+
+BASE_OWN_BEST = "base"
+PLACES = {  # name -> heading
+    BASE_OWN_BEST: "base, own best",
+    "self_trained": "self-trained",
+    "neon": "Neon",
+    "random": "random direction",
+    "away": "away from real",
+    "real": "as long on real",
+    "longer": "base, twice as long",
+}
+SIGMAS = 3.0
+
+
+def distances(results: Mapping[str, Any]) -> dict[str, list[float]]:
+    """name of `PLACES` -> the distance on every fresh block, of as many images as the controls had; {} where there was
+    no fresh block."""
+    points = [point for point in results["points"]["evaluate"] if point["block"] != "first"]
+    if not points:
+        return {}
+    count = min(point["num_images"] for point in points)
+    best, base_guidance = results["best"], results["base_best"]["guidance"]
+    snapshot, w, guidance = best["snapshot"] if best["w"] else BASE, best["w"], best["guidance"]
+    wanted = {
+        BASE_OWN_BEST: (BASE, 0.0, base_guidance),
+        "self_trained": (best["snapshot"], -1.0, guidance),
+        "neon": (snapshot, w, guidance),
+        "random": (RANDOM, w, guidance),
+        "away": (REAL, w, guidance),
+        "real": (REAL, -1.0, guidance),
+        "longer": (LONGER, -1.0, base_guidance),
+    }
+    found: dict[str, list[float]] = {}
+    for name, place in wanted.items():
+        at = {
+            point["block"]: point.get("fid_heldout", point["fid"])
+            for point in points
+            if point["num_images"] == count and (point["snapshot"], point["w"], point["guidance"]) == place
+        }
+        if at:
+            found[name] = [at[block] for block in sorted(at)]  # "second" before "third"
+    return found
+
+
+def ratios(results: Mapping[str, Any]) -> dict[str, float]:
+    """name -> mean distance over the fresh blocks, divided by that of the base."""
+    found = {name: float(np.mean(values)) for name, values in distances(results).items()}
+    return {name: value / found[BASE_OWN_BEST] for name, value in found.items() if BASE_OWN_BEST in found}
+
+
+def failures(results: Mapping[str, Any]) -> list[str]:
+    """What one run does not hold of its row's claim, a sentence each; [] also where the row claims nothing."""
+    claim = results.get("acceptance")
+    if not claim:
+        return []
+    found = ratios(results)
+    limits = {"neon": claim["neon"], **dict.fromkeys(("random", "away"), claim["controls"])}
+    limits["self_trained"] = claim["self_trained"]
+    problems = []
+    for name, limit in limits.items():
+        value, bound = found.get(name, math.nan), "most" if name == "neon" else "least"
+        if not (value <= limit if name == "neon" else value >= limit):
+            problems.append(f"{PLACES[name]}: {value:.3f} of the base, claimed at {bound} {limit:g}")
+    return problems
+
+
+def gains(runs: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Base minus Neon over several runs: {"mean", "standard_error", "low", "high", "sigmas"}; None for fewer than two.
+
+    A run counts once, with its mean over blocks, so the error holds the chance of training and of sampling. The 95 %
+    interval is Student's with n - 1 degrees of freedom.
+    """
+    values = []
+    for run in runs:
+        found = distances(run)
+        if BASE_OWN_BEST in found and "neon" in found:
+            values.append(float(np.mean(found[BASE_OWN_BEST]) - np.mean(found["neon"])))
+    if len(values) < 2:
+        return None
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    reach = float(stdtrit(len(values) - 1, 0.975)) * error
+    sigmas = mean / error if error else math.copysign(math.inf, mean)
+    return {"mean": mean, "standard_error": error, "low": mean - reach, "high": mean + reach, "sigmas": sigmas}
