@@ -75,9 +75,9 @@ def command(stage: str, commands: BackboneCommands, preset: str | None = None) -
 def chosen_row(commands: BackboneCommands, default: str | None, values: Values, stage: str) -> Row:
     """The row of --preset with the settings of the command line; `stage` is the field with its sampler settings."""
     row = commands.find_row(values["preset"], default)
-    given = f.given(values, commands.sample)
-    given = {name: value for name, value in given.items() if value != commands.neutral.get(name)}
-    settings = commands.sampler_settings({**getattr(row, stage), **given}, given)
+    given, own = f.given(values, commands.sample), getattr(row, stage)
+    given = {name: value for name, value in given.items() if value != commands.neutral.get(name) or name in own}
+    settings = commands.sampler_settings({**own, **given}, given)
     tf32 = {None: row.tf32, True: "all", False: "none"}[values["tf32"]]
     return stages.with_settings(row, **{stage: settings}, batch_size=values["batch_size"], tf32=tf32)
 

@@ -15,7 +15,6 @@ from neon_core.precision import product_layers, weights_as
 from neon_metrics.accumulator import MetricAccumulator
 from neon_metrics.detector import InceptionDetector
 from neon_metrics.inception import InceptionV3
-from neon_xar.xar import CELL_TOKENS
 from neon_xar.xar import build as xar_network
 
 MEMORY = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
@@ -70,8 +69,8 @@ def test_a_network_call_of_xar_large_launches_at_most_1100_kernels():
     with fake_cuda() as record, torch.no_grad(), torch.autocast("cuda", torch.float16):
         net = built(xar_network, "xar_large").eval()
         cache = net.new_cache(64)
-        cache.length = 3 * CELL_TOKENS
-        x, condition = torch.zeros(64, CELL_TOKENS, 16, device=GPU), torch.zeros(64, 1, 1024, device=GPU)
+        cache.length = 3 * net.cell_tokens
+        x, condition = torch.zeros(64, net.cell_tokens, 16, device=GPU), torch.zeros(64, 1, 1024, device=GPU)
         with weights_as(torch.float16, product_layers(net)):
             record.reset()
             net.velocity(x, condition, 3, cache)

@@ -28,10 +28,11 @@ def pico_vae(seed: int = 0) -> AutoencoderKL:
         return AutoencoderKL(**VAE).eval()
 
 
-def pico_net(seed: int = 0) -> XAR:
+def pico_net(seed: int = 0, grid: int = 16) -> XAR:
+    """With another grid, images of 2 x 2 pixels per position, so that its 4 channels can be these pixels."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return XAR(**NET).eval()
+        return XAR(**{**NET, "img_size": 2 * grid, "grid": grid}).eval()
 
 
 def write_pico(folder: Path) -> tuple[Path, Path]:

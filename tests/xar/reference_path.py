@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from neon_xar.flow import sde_times
-from neon_xar.xar import CELL_TOKENS, CELLS, NULL_CLASS, XAR, Block, from_cells
+from neon_xar.xar import CELLS, NULL_CLASS, XAR, Block, from_cells
 
 
 def rms(x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -27,12 +27,13 @@ class PlainBlock:
 
     def __init__(self, block: Block):
         self.block, self.k, self.v = block, None, None
+        self.cell_tokens = len(block.attn.rope.freqs_cos) // CELLS
 
     def __call__(self, x: Tensor, condition: Tensor, first: int, write: bool, mask: Tensor | None) -> Tensor:
         block, attn = self.block, self.block.attn
         B, L, D = x.shape
         slots = block.ada_lin(condition).view(-1, B, 6, D)  # cell by cell
-        slots = slots.repeat_interleave(CELL_TOKENS, dim=0).transpose(0, 1)  # [B, L, 6, D]
+        slots = slots.repeat_interleave(self.cell_tokens, dim=0).transpose(0, 1)  # [B, L, 6, D]
         gamma1, gamma2, scale1, scale2, shift1, shift2 = slots.unbind(2)
         h = rms(x) * (1 + scale1) + shift1
         q, k, v = attn.qkv(h).view(B, L, 3, attn.heads, -1).permute(2, 0, 3, 1, 4)
@@ -41,7 +42,7 @@ class PlainBlock:
         if self.k is not None:
             k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)
         if write:
-            self.k, self.v = k[:, :, :-CELL_TOKENS], v[:, :, :-CELL_TOKENS]
+            self.k, self.v = k[:, :, : -self.cell_tokens], v[:, :, : -self.cell_tokens]
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         if mask is not None:
             scores = scores + mask
@@ -59,19 +60,19 @@ class PlainNet:
         self.decoder = [PlainBlock(block) for block in net.decoder_blocks]
 
     def __call__(self, z: Tensor, labels: Tensor, k: Tensor, cell: int, write: bool) -> Tensor:
-        """z [B, 64 or 128, C], labels [B], integer times k [B or 2B], cell by cell."""
+        """z [B, T or 2T, C], labels [B], integer times k [B or 2B], cell by cell."""
         net, L = self.net, z.shape[1]
-        end = CELL_TOKENS * (cell + 1)
+        end = net.cell_tokens * (cell + 1)
         first = end - L
         mask = net.mask[:, :, first:end, :end] if write else None
-        condition = net.class_emb(labels).repeat(L // CELL_TOKENS, 1) + net.time_embed(k)
+        condition = net.class_emb(labels).repeat(L // net.cell_tokens, 1) + net.time_embed(k)
         x = rms(net.z_proj(z) + net.encoder_pos_embed_learned[:, first:end], net.z_proj_ln.weight)
         for block in self.encoder:
             x = block(x, condition, first, write, mask)
         x = net.decoder_embed(rms(x, net.encoder_norm.weight)) + net.decoder_pos_embed_learned[:, first:end]
         for block in self.decoder:
             x = block(x, condition, first, write, mask)
-        return net.pred(rms(x, net.decoder_norm.weight))[:, -CELL_TOKENS:]
+        return net.pred(rms(x, net.decoder_norm.weight))[:, -net.cell_tokens :]
 
 
 @torch.no_grad()
@@ -83,10 +84,10 @@ def sample_latents_plainly(net: XAR, labels: Tensor, num_steps: int, cfg: float,
     done: list[Tensor] = []
     for cell in range(CELLS):
         g = 1 + (cfg - 1) * cell / 3
-        x = draw(CELL_TOKENS, net.channels, dtype=torch.float32).double()
+        x = draw(net.cell_tokens, net.channels, dtype=torch.float32).double()
         for i in range(num_steps):
             t, dt = times[i], times[i + 1] - times[i]
-            eps = draw(CELL_TOKENS, net.channels, dtype=torch.float64) if i < num_steps - 1 else None
+            eps = draw(net.cell_tokens, net.channels, dtype=torch.float64) if i < num_steps - 1 else None
             z = torch.cat([x, x]).float()
             k = (t.float() * 1000).long().repeat(2 * B)
             if i == 0 and cell > 0:

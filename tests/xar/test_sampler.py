@@ -14,9 +14,9 @@ from neon_xar.sampler import sample_latents
 from neon_xar.vae import to_uint8
 
 
-@pytest.mark.parametrize("cfg", [0.5, 1.0, 3.8])
-def test_the_product_gives_the_numbers_of_the_plain_path(cfg):
-    net, labels, seeds = pico_net(), torch.tensor([0, 4, 9]), range(3)
+@pytest.mark.parametrize(("cfg", "grid"), [(0.5, 16), (1.0, 16), (3.8, 16), (1.0, 4), (3.8, 4)])
+def test_the_product_gives_the_numbers_of_the_plain_path(cfg, grid):
+    net, labels, seeds = pico_net(grid=grid), torch.tensor([0, 4, 9]), range(3)
     ours = sample_latents(net, labels, 5, cfg, PerImageRandom(seeds).randn)
     plain = sample_latents_plainly(net, labels, 5, cfg, PerImageRandom(seeds).randn)
     assert torch.allclose(ours, plain, atol=1e-5)

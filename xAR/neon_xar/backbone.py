@@ -23,23 +23,24 @@ from neon_xar.loss import draw_randomness, velocity_loss
 from neon_xar.official import official_labels
 from neon_xar.sampler import sample_latents
 from neon_xar.vae import ROUNDINGS, both_moments, center_crop, decode, scaled_latent
-from neon_xar.xar import GRID, SIZES, XAR, build
+from neon_xar.xar import SIZES, XAR, build
 
 DEFAULT_VAE = Path(__file__).resolve().parents[1] / "pretrained" / "kl16.ckpt"
 LABEL_RULES = ("balanced", "official")
 
 
 class XARBackbone(Backbone):
-    """`vae_name` identifies the autoencoder weights of prepared moments, for `prepared_key` only.
+    """`autoencoder`: an AutoencoderKL, or in a subclass another module with its `embed_dim` and `stride`. `vae_name`
+    identifies the weights of prepared moments, for `prepared_key` only.
 
     `flip`: the fine-tune sees every image mirrored half of the time, as officially.
     """
 
-    def __init__(self, net: XAR, autoencoder: AutoencoderKL, vae_name: str = "kl16", flip: bool = True):
-        if (autoencoder.embed_dim, autoencoder.stride * GRID) != (net.channels, net.img_size):
+    def __init__(self, net: XAR, autoencoder: Any, vae_name: str = "kl16", flip: bool = True):
+        if (autoencoder.embed_dim, autoencoder.stride * net.grid) != (net.channels, net.img_size):
             raise UserError(
                 f"the autoencoder has {autoencoder.embed_dim} latent channels and stride {autoencoder.stride}, the "
-                f"transformer requires {net.channels} and {net.img_size // GRID}; give its --vae_path"
+                f"transformer requires {net.channels} and {net.img_size // net.grid}; give its --vae_path"
             )
         self.net, self.autoencoder = net, autoencoder.eval().requires_grad_(False)
         self.img_size, self.num_classes, self.flip = net.img_size, net.class_num, flip
@@ -61,14 +62,8 @@ class XARBackbone(Backbone):
 
         The size is the checkpoint's configuration where it has one (files that Neon wrote), else `model`.
         """
-        weights = read_checkpoint(checkpoint, entry)
-        net = _empty_net(weights, model)
-        autoencoder, vae_name = load_autoencoder(vae_path, device)
-        load_strict(net, weights)
-        net = net.to(device).eval().requires_grad_(False)
-        if compiled:
-            net.compile_blocks()
-        return cls(net, autoencoder, vae_name, flip)
+        net = load_net(checkpoint, device, model, compiled=compiled, entry=entry)
+        return cls(net, *load_autoencoder(vae_path, device), flip)
 
     @classmethod
     def frozen_files(cls, checkpoint: Path, *, vae_path: Path = DEFAULT_VAE, **options: Any) -> dict[str, Path]:
@@ -122,7 +117,7 @@ class XARBackbone(Backbone):
         rounding: str = "truncate",
         **_,
     ) -> Tensor:
-        """uint8 [B, 3, img_size, img_size]. Initial and step noise come from each image's own generator on the device.
+        """uint8 [B, C, img_size, img_size]. Initial and step noise come from each image's own generator on the device.
 
         `precision` is of the transformer; the sampler's state stays in float64 and the autoencoder in float32. "auto":
         float16 on CUDA, as in the official evaluation, and float32 on the CPU.
@@ -133,6 +128,10 @@ class XARBackbone(Backbone):
         random = PerImageRandom(seeds, device)
         with autocast(device, precision):
             latents = sample_latents(self.net, labels.to(device), flow_steps, cfg, random.randn)
+        return self.decode(latents, rounding)
+
+    def decode(self, latents: Tensor, rounding: str) -> Tensor:
+        """uint8 images of scaled latents [B, z, g, g]."""
         return decode(self.autoencoder, latents, rounding)
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -147,13 +146,16 @@ class XARBackbone(Backbone):
     def encode(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
         """Scaled latents [B, z, 16, 16], from the posterior of the image or, half of the time, its mirror image."""
         B, device = len(prepared), generator.device
-        mirrored = (torch.rand(B, generator=generator, device=device) >= 0.5).long() * self.flip
-        moments = prepared[torch.arange(B, device=device), mirrored]
+        moments = prepared[torch.arange(B, device=device), self.draw_mirrored(B, generator).long()]
         shape = (B, moments.shape[1] // 2, *moments.shape[2:])
         return scaled_latent(moments, torch.randn(shape, generator=generator, device=device))
 
+    def draw_mirrored(self, B: int, generator: torch.Generator) -> Tensor:
+        """bool [B]: which images are mirrored this time, half of them where `flip` is on."""
+        return (torch.rand(B, generator=generator, device=generator.device) >= 0.5) & self.flip
+
     def self_training_loss(self, x: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-        random = draw_randomness(len(x), x.shape[1], generator)
+        random = draw_randomness(x.shape, generator)
         return velocity_loss(self.net, x, labels, random, self.net.label_drop_prob)
 
     def blocks(self) -> list[nn.Module]:
@@ -166,6 +168,24 @@ class XARBackbone(Backbone):
         for name, parameter in self.net.named_parameters():
             (plain if parameter.ndim < 2 or name.endswith(".bias") else decayed).append(parameter)
         return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+
+
+def load_net(
+    checkpoint: str | Path,
+    device: torch.device,
+    model: str | None = None,
+    *,
+    compiled: bool = False,
+    entry: str | None = None,
+) -> XAR:
+    """The network with the weights of `checkpoint`, frozen and in eval mode; see `XARBackbone.load`."""
+    weights = read_checkpoint(checkpoint, entry)
+    net = _empty_net(weights, model)
+    load_strict(net, weights)
+    net = net.to(device).eval().requires_grad_(False)
+    if compiled:
+        net.compile_blocks()
+    return net
 
 
 def load_autoencoder(path: str | Path, device: torch.device) -> tuple[AutoencoderKL, str]:

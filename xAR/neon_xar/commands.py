@@ -25,8 +25,8 @@ SAMPLE = (
     flag("--flow_steps", type=int, help="Network calls per cell, at least 3.  [default: the row's]"),
     flag("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto",
          help="Of the transformer; auto: fp16 on CUDA, as officially, fp32 on the CPU."),
-    flag("--rounding", type=click.Choice(ROUNDINGS), default="truncate",
-         help="Of pixels; truncate as for the published FIDs."),
+    flag("--rounding", type=click.Choice(ROUNDINGS),
+         help="Of pixels.  [default: the row's, which for the published FIDs is truncate]"),
     flag("--labels", "label_rule", type=click.Choice(LABEL_RULES), default="balanced",
          help="balanced: class = seed mod number of classes. official: equal blocks in class order."),
 )  # fmt: skip

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from neon_core.precision import autocast_dtype, product_layers, weights_as
 from neon_xar.flow import MIN_STEPS, cell_guidance, euler_maruyama, guide, sde_times, time_index
-from neon_xar.xar import CELL_TOKENS, CELLS, NULL_CLASS, XAR, from_cells
+from neon_xar.xar import CELLS, NULL_CLASS, XAR, from_cells
 
 Draw = Callable[..., Tensor]  # draw(*shape, dtype=...) -> standard normal [B, *shape] on the network's device
 
 
 @torch.no_grad()
 def sample_latents(net: XAR, labels: Tensor, num_steps: int, cfg: float, draw: Draw) -> Tensor:
-    """Scaled latents, float32 [B, C, 16, 16], for labels int64 [B].
+    """Scaled latents, float32 [B, C, g, g], for labels int64 [B].
 
-    `draw` is called in a fixed order: per cell the initial noise [64, C] in float32, then before every step but the
-    last its noise [64, C] in float64. Raises ValueError for num_steps < 3.
+    `draw` is called in a fixed order: per cell of T tokens the initial noise [T, C] in float32, then before every
+    step but the last its noise [T, C] in float64. Raises ValueError for num_steps < 3.
     """
     if num_steps < MIN_STEPS:
         raise ValueError(f"num_steps {num_steps}: at least {MIN_STEPS} steps are needed")
@@ -28,8 +28,8 @@ def sample_latents(net: XAR, labels: Tensor, num_steps: int, cfg: float, draw: D
 
 
 def _cells(net: XAR, labels: Tensor, num_steps: int, cfg: float, draw: Draw) -> list[Tensor]:
-    """The tokens of the four cells, float32 [B, 64, C] each."""
-    B, shape = len(labels), (CELL_TOKENS, net.channels)
+    """The tokens of the four cells, float32 [B, T, C] each."""
+    B, shape = len(labels), (net.cell_tokens, net.channels)
     k = torch.cat([time_index(sde_times(num_steps)[:-1]), torch.zeros(1, dtype=torch.int64)])
     times = net.time_embed(k.to(labels.device))  # [n + 1, D]: one embedding per step, for all cells; the last is t = 0
     classes = net.class_emb(labels)[:, None]  # [B, 1, D]
@@ -50,12 +50,12 @@ def _cells(net: XAR, labels: Tensor, num_steps: int, cfg: float, draw: Draw) -> 
 
         def velocity(x: Tensor, t: float, first: bool, cell=cell, g=g, condition=condition, steps=steps) -> Tensor:
             now = condition + times[next(steps)]  # [B or 2B, 1, D]
-            x = x.repeat(len(condition) // B, 1, 1)  # [B or 2B, 64, C]
+            x = x.repeat(len(condition) // B, 1, 1)  # [B or 2B, T, C]
             if cell > 0 and first:  # the cell before, now clean, is encoded once, at time 0
                 context = cells[-1].repeat(len(condition) // B, 1, 1)
-                x = torch.cat([context, x], dim=1)  # [., 128, C]
+                x = torch.cat([context, x], dim=1)  # [., 2T, C]
                 now = torch.cat([condition + times[-1], now], dim=1)  # [., 2, D]
-            v = net.velocity(x, now, cell, cache if cell > 0 else None)[:, -CELL_TOKENS:]
+            v = net.velocity(x, now, cell, cache if cell > 0 else None)[:, -net.cell_tokens :]
             return guide(v, g) if len(condition) > B else v
 
         cells.append(euler_maruyama(velocity, x, num_steps, lambda: draw(*shape, dtype=torch.float64)).float())

@@ -18,7 +18,9 @@ from neon_xar.loss import Randomness, drop_labels, logit_normal, noised, velocit
 from neon_xar.official import official_labels
 from neon_xar.sampler import sample_latents
 from neon_xar.vae import SCALE, center_crop, from_uint8, scaled_latent, to_uint8
-from neon_xar.xar import CELL_TOKENS, CELLS, NULL_CLASS, SIZES, XAR, GatedMLP, Rope, build, from_cells, to_cells
+from neon_xar.xar import CELLS, NULL_CLASS, SIZES, XAR, GatedMLP, Rope, build, from_cells, to_cells
+
+CELL_TOKENS = 64  # of the published grid
 
 
 def _net(config: dict, **more) -> XAR:
