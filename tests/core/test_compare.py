@@ -8,7 +8,9 @@ from click.testing import CliRunner
 
 from neon_files.errors import UserError
 from neon_run.command import neon
+from neon_run.reproduce import commands
 from neon_run.reproduce.compare import read_runs, view, write_comparison
+from neon_run.row import Row
 
 
 def interval(value, error=0.01):
@@ -74,3 +76,20 @@ def test_two_different_finished_runs_are_needed(tmp_path):
     result = CliRunner().invoke(neon, ["compare", str(run), str(tmp_path / "b"), "--out", str(tmp_path / "c.html")])
     assert result.exit_code == 2 and "row is missing or of another type" in result.output
     assert not (tmp_path / "c.html").exists()
+
+
+def test_repeated_runs_share_no_seed_and_end_in_one_page(tmp_path, monkeypatch, capsys):
+    row = Row(id="x/one", backbone=None, num_synthetic=100, generate={}, train=None, w=1.0, evaluate={})
+    seen = []
+
+    def finished(row, folder, plan, device):
+        seen.append((folder.name, plan.seed, row.synthetic_seed, row.evaluate_seeds))
+        write_run(folder, 2.0 + len(seen), 1.0)
+
+    monkeypatch.setattr(commands, "find_row", lambda name: row)
+    monkeypatch.setattr(commands, "_reproduce", finished)
+    commands.reproduce_command.main(["x/one", "--out", str(tmp_path / "runs"), "--repeat", "2", "--seed", "4",
+                                     "--device", "cpu"], standalone_mode=False)  # fmt: skip
+    assert seen == [("seed-4", 4, 0, "1000000-1049999"), ("seed-5", 5, 10_000_000, "11000000-11049999")]
+    assert "seed-5" in (tmp_path / "runs/compare.html").read_text(encoding="utf-8")
+    assert "run 2 of 2" in capsys.readouterr().out
