@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help quickstart quickstart-fast test lint notebook clean
+.PHONY: help quickstart quickstart-fast evidence test lint notebook clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -22,6 +22,10 @@ quickstart: $(READY)  ## Neon on real images, three seeds, under 5 minutes on 2 
 
 quickstart-fast: $(READY)  ## the same with one seed, a shorter training and a smaller set, under a minute
 	$(BIN)/python edm/quickstart.py --fast --out runs/quickstart-fast
+
+evidence: $(READY)  ## Neon on real images in every family, three training seeds each: hours on 2 cores; goes on where it stopped
+	for row in xar edm imm var; do $(BIN)/neon reproduce $$row/fashion --repeat 3 --out runs/evidence/$$row || exit; done
+	$(BIN)/python benchmarks/evidence.py
 
 test: $(READY)  ## all tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
