@@ -52,7 +52,6 @@ class Backbone(Protocol):
     prepared_key: str = ""  # not "": the output of `prepare` is kept on disk beside the set under this name, which must
     # change with the tokenizer and its weights
     micro_batch_multiple: int = 1  # the loss takes micro batches of a multiple of this
-    arrays: bool = False  # True: `sample` gives numbers [B, C, H, W], uint8 or float32, no pictures: kept as .npy
     unused_parameters: bool = False  # True: a loss may leave parameters of `net` out, which ranks must then search for
 
     @classmethod
@@ -102,6 +101,10 @@ class Backbone(Protocol):
 
     def check_network(self, **settings: Any) -> None:
         """UserError for sampler settings that this network cannot use."""
+
+    def arrays(self, **settings: Any) -> bool:
+        """Whether `sample` gives numbers [B, C, H, W], uint8 or float32, and no pictures: they are kept as .npy."""
+        return False
 
     def check_set(self, images: ImageSet) -> None:
         """UserError where the network cannot be trained on this set: sizes, channels, labels."""

@@ -78,7 +78,7 @@ def generate_set(
         remove_stale_below(out_dir)
     versions = broadcast_object(versions)
 
-    suffix, write = (".npy", write_array) if backbone.arrays else (".png", write_png)
+    suffix, write = (".npy", write_array) if backbone.arrays(**settings) else (".png", write_png)
     classes = [None] * len(seeds) if labels is None else labels.tolist()
     names = [image_name(seed, k, subfolders, suffix) for seed, k in zip(seeds, classes, strict=True)]
     batches = global_batches(len(seeds), batch_size)

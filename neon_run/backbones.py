@@ -52,6 +52,7 @@ class BackboneCommands:
     load: Flags = ()  # -> options of `backbone.load`
     load_training: Flags = ()  # -> the same, of finetune only
     sample: Flags = ()  # -> settings of `backbone.sample`: the row's with those given, through `sampler_settings`
+    generate: Flags = ()  # -> the same, of generate only
     neutral: Mapping[str, Any] = field(default_factory=dict)  # values of those that leave a setting out
     sampler_settings: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda settings, given: settings
     train: Flags = ()  # -> training settings, through `train_settings`, beside the common ones

@@ -75,7 +75,7 @@ def command(stage: str, commands: BackboneCommands, preset: str | None = None) -
 def chosen_row(commands: BackboneCommands, default: str | None, values: Values, stage: str) -> Row:
     """The row of --preset with the settings of the command line; `stage` is the field with its sampler settings."""
     row = commands.find_row(values["preset"], default)
-    given, own = f.given(values, commands.sample), getattr(row, stage)
+    given, own = f.given(values, (*commands.sample, *commands.generate)), getattr(row, stage)
     given = {name: value for name, value in given.items() if value != commands.neutral.get(name) or name in own}
     settings = commands.sampler_settings({**own, **given}, given)
     tf32 = {None: row.tf32, True: "all", False: "none"}[values["tf32"]]
@@ -316,7 +316,8 @@ def result_line(commands: BackboneCommands, result: Mapping[str, Any]) -> str:
 def _generate_flags(commands: BackboneCommands) -> list[click.Option]:
     subfolders = f.flag("--subdirs", "subfolders", is_flag=True, default=None, help="A folder per 1000 seeds.")
     return [
-        base_flag(commands), f.ENTRY, *commands.load, f.OUT_DIR, *f.IMAGES, f.BATCH_SIZE, *commands.sample, subfolders,
+        base_flag(commands), f.ENTRY, *commands.load, f.OUT_DIR, *f.IMAGES, f.BATCH_SIZE, *commands.sample,
+        *commands.generate, subfolders,
         *f.CHECKED, f.TF32, f.DEVICE, f.LOG, f.JSON,
     ]  # fmt: skip
 

@@ -74,7 +74,7 @@ class OwnGenerator(Backbone):
     def __init__(self, net: nn.Module, device: torch.device):
         self.trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
         self.net, self.device = net.to(device).eval().requires_grad_(False), device
-        self.num_classes, self.arrays = self.parts.num_classes, not self.parts.pictures
+        self.num_classes = self.parts.num_classes
         self.img_size = self.parts.shape[-1]
 
     @classmethod
@@ -82,6 +82,9 @@ class OwnGenerator(Backbone):
         net = copy.deepcopy(cls.parts.net)
         load_strict(net, read_checkpoint(checkpoint))
         return cls(net, device)
+
+    def arrays(self, **settings: Any) -> bool:
+        return not self.parts.pictures
 
     def network_config(self) -> dict[str, Any]:
         return {"class": type(self.net).__name__, "kwargs": {}}
@@ -91,7 +94,7 @@ class OwnGenerator(Backbone):
 
     def sample(self, seeds: Sequence[int], labels: Tensor | None, **settings: Any) -> Tensor:
         images = self.parts.sampled(self.net, seeds, None if labels is None else labels.to(self.device))
-        return images.reshape(len(images), 1, 1, -1) if self.arrays else images
+        return images.reshape(len(images), 1, 1, -1) if self.arrays() else images
 
     def encode(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
         return prepared.reshape(len(prepared), *self.parts.shape)

@@ -13,30 +13,38 @@ import torch
 from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
+from neon_core.distributed import file_hash
 from neon_core.precision import autocast, check_precision
 from neon_core.seeds import PerImageRandom
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
 from neon_var import loss, official, preprocessing
 from neon_var.loading import find_vae, load_vae, load_var
-from neon_var.sampler import BatchNoise, PerImageNoise, sample_images, to_uint8
+from neon_var.sampler import BatchNoise, PerImageNoise, decode_images, sample_tokens, to_uint8
 from neon_var.var import VAR
 from neon_var.vqvae import VQVAE
 
+CROPS = ("official", "none")
 ENCODE_BATCH = 32  # images at a time through the VQVAE encoder, whose activations are large
 
 
 class VARBackbone(Backbone):
     """See `neon_core.backbone.Backbone`. `encode` returns tokens int64 [B, L]."""
 
-    def __init__(self, net: VAR, vae: VQVAE, net_kwargs: dict[str, Any], token_crops: int = 0):
-        """token_crops > 0: the fine-tune sees that many fixed crops of each image, whose tokens are kept on disk;
-        0: a new random crop at every visit, as officially."""
+    vae_path: Path | None = None  # of the tokenizer, where it came from a file
+
+    def __init__(self, net: VAR, vae: VQVAE, net_kwargs: dict[str, Any], token_crops: int = 0, crop: str = "official"):
+        """How the fine-tune sees an image. crop "official": cut from the enlarged image, at a new random place at every
+        visit, or with token_crops > 0 at that many fixed places, whose tokens are kept on disk; "none": the image as it
+        is, whose tokens are kept too."""
         self.net, self.vae, self._net_kwargs = net, vae, net_kwargs
-        self.img_size, self.num_classes = 16 * net.patch_nums[-1], net.num_classes
-        self.token_crops = token_crops
-        if token_crops:
-            self.prepared_key = f"var-tokens{token_crops}-{_weights_digest(vae)}"
+        self.img_size, self.num_classes = vae.downsampling * net.patch_nums[-1], net.num_classes
+        self.token_crops, self.crop = token_crops, crop
+        if crop not in CROPS or (token_crops and crop == "none"):
+            raise UserError(f"--crop {crop}: must be official or none, and --token_crops {token_crops} needs official")
+        if token_crops or crop == "none":
+            kept = f"tokens{token_crops}" if token_crops else "uncropped"
+            self.prepared_key = f"var-{kept}-{_weights_digest(vae)}"
 
     @classmethod
     def load(
@@ -49,6 +57,7 @@ class VARBackbone(Backbone):
         model_depth: int | None = None,
         compiled: bool = False,
         token_crops: int = 0,
+        crop: str = "official",
         entry: str | None = None,
     ) -> VARBackbone:
         """The network of `checkpoint` beside the VQVAE of `vae_ckpt` (default: where download_models.sh puts it).
@@ -56,10 +65,13 @@ class VARBackbone(Backbone):
         `architecture`, a key of `ARCHITECTURES`, describes a published file, which carries no configuration.
         """
         net, net_kwargs = load_var(checkpoint, architecture, model_depth, entry)
-        vae = load_vae(vae_ckpt, net)
+        vae_path = find_vae(vae_ckpt)
+        vae = load_vae(vae_path, net)
         if compiled:
             net.compile_blocks()
-        return cls(net.to(device).eval().requires_grad_(False), vae.to(device), net_kwargs, token_crops)
+        backbone = cls(net.to(device).eval().requires_grad_(False), vae.to(device), net_kwargs, token_crops, crop)
+        backbone.vae_path = vae_path
+        return backbone
 
     def network_config(self) -> dict[str, Any]:
         return {"class": "VAR", "kwargs": self._net_kwargs}
@@ -91,7 +103,14 @@ class VARBackbone(Backbone):
 
     @classmethod
     def check_settings(
-        cls, *, cfg: float = 0.0, top_k: int = 0, top_p: float = 0.0, precision: str = "auto", **settings: Any
+        cls,
+        *,
+        cfg: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        temperature: float = 1.0,
+        precision: str = "auto",
+        **settings: Any,
     ) -> None:
         if top_k < 0:
             raise UserError(f"--top_k {top_k}: a number of tokens is required, 0: all")
@@ -99,15 +118,41 @@ class VARBackbone(Backbone):
             raise UserError(f"--top_p {top_p}: a probability is required, 0 (off) to 1")
         if not np.isfinite(cfg):
             raise UserError(f"--cfg {cfg}: a finite number is required")
+        if not 0 < temperature < np.inf:
+            raise UserError(f"--temperature {temperature}: a finite number above 0 is required, 1: off")
         check_precision(precision)
 
     def check_network(self, *, top_k: int = 0, **settings: Any) -> None:
         if top_k > self.net.vocab_size:
             raise UserError(f"--top_k {top_k}: the vocabulary has {self.net.vocab_size} tokens; use 0 (off) to that")
 
+    def arrays(self, *, tokens: bool = False, **settings: Any) -> bool:
+        return tokens
+
     def check_set(self, images: ImageSet) -> None:
-        if min(images.shape[1:]) < 16:
-            raise UserError(f"{images.path}: images of shape {images.shape} are too small for the tokenizer")
+        shape, place = images.shape, images.path
+        if (images.manifest or {}).get("settings", {}).get("tokens"):
+            self._check_tokens(images)
+        elif images.dtype != np.uint8:
+            raise UserError(f"{place}: holds arrays of {images.dtype}; images, or tokens of --tokens, are required")
+        elif shape[0] not in (1, self.vae.in_channels):
+            raise UserError(f"{place}: colour images, but the tokenizer is for grey ones; use a set of grey images")
+        elif min(shape[1:]) < self.vae.downsampling:
+            raise UserError(f"{place}: images of shape {shape} are too small for the tokenizer")
+        elif self.crop == "none" and shape[1:] != (self.img_size, self.img_size):
+            raise UserError(f"{place}: images of shape {shape}; --crop none requires {self.img_size} pixels a side")
+
+    def _check_tokens(self, images: ImageSet) -> None:
+        """UserError where the tokens of a set are not this tokenizer's."""
+        place, made_with = images.path, (images.manifest or {}).get("vae_ckpt_sha256")
+        if self.vae_path is not None and made_with != file_hash(self.vae_path):
+            raise UserError(f"{place}: holds tokens of another tokenizer; name it with --vae_ckpt")
+        if images.shape != (1, 1, self.net.num_tokens):
+            raise UserError(f"{place}: items of shape {images.shape}; this network has {self.net.num_tokens} tokens")
+        if images.flipped.any():
+            raise UserError(f"{place}: holds tokens, which cannot be mirrored; leave --xflip out")
+        if self.token_crops:
+            raise UserError(f"{place}: holds tokens, which cannot be cropped; leave --token_crops out")
 
     @torch.no_grad()
     def sample(
@@ -123,13 +168,16 @@ class VARBackbone(Backbone):
         official_seeds: bool = False,
         rounding: str = "truncate",
         decode_batch: int | None = None,
+        temperature: float = 1.0,
+        tokens: bool = False,
     ) -> Tensor:
-        """uint8 [B, 3, img_size, img_size]. A negative label is no class.
+        """uint8 [B, 3, img_size, img_size], or with `tokens` instead the tokens that were drawn, float32 [B, 1, 1, L].
+        A negative label is no class.
 
         official_seeds: one generator for the batch, seeded with its first seed (the official script on one rank).
         precision "auto": float16 on CUDA, as the official evaluation, and float32 on the CPU.
         """
-        self.check_settings(cfg=cfg, top_k=top_k, top_p=top_p, precision=precision)
+        self.check_settings(cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, precision=precision)
         self.check_network(top_k=top_k)
         device = self.device
         labels = self.assign_labels(seeds, official_seeds=official_seeds) if labels is None else labels
@@ -139,7 +187,7 @@ class VARBackbone(Backbone):
         else:
             noise = PerImageNoise(PerImageRandom(seeds, device))
         with autocast(device, precision):
-            images = sample_images(
+            drawn, f_hat = sample_tokens(
                 self.net,
                 self.vae,
                 labels,
@@ -148,19 +196,29 @@ class VARBackbone(Backbone):
                 top_k=top_k,
                 top_p=top_p,
                 more_smooth=more_smooth,
-                decode_batch=decode_batch,
+                temperature=temperature,
             )
+            if tokens:
+                return drawn[:, None, None].float()
+            images = decode_images(self.vae, f_hat, decode_batch)
         return to_uint8(images, rounding)
 
     # Training
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Enlarged images, uint8 [B, 3, h, w]; with `token_crops` the tokens of that many crops, int32 [B, n, L].
+        """Enlarged images, uint8 [B, 3, h, w]; or tokens, int32 [B, n, L]: of `token_crops` crops, of the image itself
+        (crop "none"), or those that a set of tokens holds.
 
         The crops of an image are a function of its pixels.
         """
+        if images.is_floating_point():
+            return images[:, 0].int()
+        if self.crop == "none":
+            whole = images.expand(-1, self.vae.in_channels, -1, -1)
+            return self._tokens(whole.to(self.device))[:, None].int()
         with ThreadPoolExecutor(max_workers=min(8, len(images))) as pool:
             large = torch.cat(list(pool.map(lambda x: preprocessing.enlarge_batch(x[None], self.img_size), images)))
+        large = large[:, : self.vae.in_channels]  # of a grey image all channels are equal
         if not self.token_crops:
             return large
         tokens = []
@@ -172,17 +230,24 @@ class VARBackbone(Backbone):
         return torch.stack(tokens)
 
     def encode(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
-        """Tokens int64 [B, L] of a random crop of each image, or of one of its kept crops."""
-        if self.token_crops:
-            choice = torch.randint(self.token_crops, (len(prepared),), generator=generator, device=generator.device)
+        """Tokens int64 [B, L] of a random crop of each image, or one of its rows of kept tokens."""
+        if prepared.dim() == 3:
+            kept = prepared.shape[1]
+            choice = torch.randint(kept, (len(prepared),), generator=generator, device=generator.device)
             return prepared[torch.arange(len(prepared), device=prepared.device), choice].long()
         return self._tokens(preprocessing.random_crops(prepared, self.img_size, generator))
 
     @torch.no_grad()
     def _tokens(self, crops: Tensor) -> Tensor:
-        """int64 [B, L] of uint8 [B, 3, img_size, img_size]."""
+        """int64 [B, L] of uint8 [B, C, img_size, img_size]."""
         parts = crops.split(ENCODE_BATCH)
         return torch.cat([torch.cat(self.vae.encode(preprocessing.to_unit_range(part)), dim=1) for part in parts])
+
+    @torch.no_grad()
+    def redraw(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, img_size, img_size], through the tokenizer and back: the best that any tokens of its make."""
+        *_, (_, f_hat) = self.vae.quantize.scales(self.vae.features(preprocessing.to_unit_range(images)))
+        return to_uint8(decode_images(self.vae, f_hat))
 
     def self_training_loss(self, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Cross-entropy of the tokens `x` [B, L] in teacher forcing, with label drop and stochastic depth."""

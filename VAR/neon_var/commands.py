@@ -14,10 +14,10 @@ from neon_core.precision import PRECISIONS
 from neon_core.schedules import LinearRamp
 from neon_files.errors import UserError
 from neon_run.backbones import BackboneCommands
-from neon_run.flags import COMPILE, COUNT, FILE, SHARE, flag, parse_finite
+from neon_run.flags import COMPILE, COUNT, FILE, POSITIVE, SHARE, flag, parse_finite
 from neon_run.row import Row
 from neon_var.architectures import ARCHITECTURES
-from neon_var.backbone import VARBackbone
+from neon_var.backbone import CROPS, VARBackbone
 from neon_var.official import merge_rule
 from neon_var.rows import ROWS
 
@@ -31,11 +31,16 @@ LOAD_TRAINING = (
         "--token_crops", type=click.IntRange(0),
         help="Fixed crops per image, whose tokens are kept on disk; 0 (default): a new random crop at every visit.",
     ),
+    flag(
+        "--crop", type=click.Choice(CROPS),
+        help="Of an image: official, enlarged by 1.125 and cropped at random; none, as it is.  [default: official]",
+    ),
 )  # fmt: skip
 SAMPLE = (
     flag("--cfg", type=float, callback=parse_finite, help="Guidance at the last scale.  [default: the row's]"),
     flag("--top_k", type=click.IntRange(0), help="Draw from the k most probable tokens, 0: all.  [default: 900]"),
     flag("--top_p", type=SHARE, help="Draw from this probability mass, 0: all.  [default: 0.95]"),
+    flag("--temperature", type=POSITIVE, callback=parse_finite, help="Of the draw; divides the logits.  [default: 1]"),
     flag("--more_smooth", is_flag=True, help="Soft codes instead of drawn ones; smoother, not for FID."),
     flag("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto",
          help="Of the sampler; auto: fp16 on GPUs, fp32 on CPUs."),
@@ -45,6 +50,13 @@ SAMPLE = (
          help="To 8 bits; truncate is official."),
     flag("--decode_batch", type=COUNT, help="Images decoded at once.  [default: the batch]"),
 )  # fmt: skip
+GENERATE = (
+    flag(
+        "--tokens/--no_tokens",
+        default=None,
+        help="Keep S as the tokens that were drawn, which the fine-tune reads as they are.  [default: the row's]",
+    ),
+)
 HALF = {"0": "fp32", "1": "fp16", "2": "bf16"}  # the official numbers of --fp16
 TRAIN = (
     flag("--total_images", type=COUNT, help="Official: --images and --ramp_images at once."),
@@ -76,7 +88,9 @@ REFUSED = {
     "--pg": "the fine-tune is not progressive, as the official default; leave it out",
 }
 OFF = {  # left out, so that equal settings have equal manifests
+    "temperature": 1.0,
     "more_smooth": False,
+    "tokens": False,
     "precision": "auto",
     "official_seeds": False,
     "rounding": "truncate",
@@ -133,6 +147,7 @@ COMMANDS = BackboneCommands(
     load=LOAD,
     load_training=LOAD_TRAINING,
     sample=SAMPLE,
+    generate=GENERATE,
     neutral=OFF,
     train=TRAIN,
     train_settings=train_settings,

@@ -1,4 +1,5 @@
-"""The two rows of the paper's table that are VAR: S, the fine-tune, the merge, the search and the evaluation.
+"""The two rows of the paper's table that are VAR: S, the fine-tune, the merge, the search and the evaluation. Then
+those on Fashion-MNIST.
 
 Sources: arXiv 2510.03597 v3, and the official run scripts where the paper is silent. Lengths count images.
 """
@@ -10,6 +11,7 @@ from neon_core.schedules import LinearRamp
 from neon_run.row import Grid, Row
 from neon_var.architectures import ARCHITECTURES
 from neon_var.backbone import VARBackbone
+from neon_var.fashion.rows import FASHION_ROWS
 
 
 def _fine_tune(images: int, batch_size: int, lr: float, ramp_images: int, snapshot_images: int) -> TrainSettings:
@@ -90,4 +92,5 @@ ROWS = (
         base_fid=2.63,
         neon_fid=1.70,
     ),
+    *FASHION_ROWS,
 )

@@ -119,10 +119,12 @@ def sample_scales(
     top_k: int = 0,
     top_p: float = 0.0,
     more_smooth: bool = False,
+    temperature: float = 1.0,
 ) -> Iterator[ScaleResult]:
     """The scales of images of classes `labels` [B], one after the other.
 
     Guidance grows linearly from none at the first scale to `cfg` at the last: (1 + t) conditional - t unconditional.
+    `temperature` divides these logits before they are filtered.
     """
     B, S = len(labels), len(var.patch_nums)
     context = var.begin(torch.cat((labels, torch.full_like(labels, var.num_classes))))
@@ -133,7 +135,7 @@ def sample_scales(
         raw = var.next_logits(context, following)  # [2B, l, V]
         t = cfg * ratio
         guided = (1 + t) * raw[:B] - t * raw[B:]
-        filtered = filter_logits(guided, top_k, top_p)
+        filtered = filter_logits(guided if temperature == 1 else guided / temperature, top_k, top_p)
         tokens = noise.draw(filtered.softmax(dim=-1))
         if more_smooth:
             h = gumbel_codes(filtered, noise.exponential(filtered), ratio, quantizer.embedding.weight)
@@ -145,22 +147,21 @@ def sample_scales(
 
 
 @torch.no_grad()
-def sample_images(
-    var: VAR,
-    vae: VQVAE,
-    labels: Tensor,
-    noise: TokenNoise,
-    *,
-    decode_batch: int | None = None,
-    **settings,
-) -> Tensor:
-    """Images in [0, 1], [B, 3, 16P, 16P] in the autocast type; `decode_batch` images at a time through the decoder."""
+def sample_tokens(var: VAR, vae: VQVAE, labels: Tensor, noise: TokenNoise, **settings) -> tuple[Tensor, Tensor]:
+    """(tokens int64 [B, L] of all scales, their feature map [B, C, P, P] in the autocast type)."""
+    tokens: list[Tensor] = []
     dtype = autocast_dtype(labels.device)
     with weights_as(dtype, [*var.autocast_layers(), *product_layers(vae.quantize)]):
         for result in sample_scales(var, vae.quantize, labels, noise, **settings):
-            f_hat = result.f_hat
+            tokens, f_hat = [*tokens, result.tokens], result.f_hat
             del result  # before the next scale needs the memory
-    with weights_as(dtype, product_layers(vae.decoder)):
+    return torch.cat(tokens, dim=1), f_hat
+
+
+@torch.no_grad()
+def decode_images(vae: VQVAE, f_hat: Tensor, decode_batch: int | None = None) -> Tensor:
+    """Images in [0, 1] of feature maps [B, C, P, P], in the autocast type, `decode_batch` at a time."""
+    with weights_as(autocast_dtype(f_hat.device), product_layers(vae.decoder)):
         return torch.cat([(vae.decode(part) + 1) * 0.5 for part in f_hat.split(decode_batch or len(f_hat))])
 
 

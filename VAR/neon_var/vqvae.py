@@ -1,6 +1,7 @@
 """The frozen tokenizer of VAR: convolutional encoder and decoder around the multi-scale quantizer.
 
-Shapes: B batch, H W pixels, P = H / 16 side of the feature map, C code width, S scales. Pixels are in [-1, 1].
+Shapes: B batch, H W pixels, P side of the feature map (H / 16 in the published one), C code width, S scales. Pixels are
+in [-1, 1].
 State-dict names are those of the published `vae_ch160v4096z32.pth`.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -200,11 +202,20 @@ class VQVAE(nn.Module):
         default_qresi_counts: int = 0,
         v_patch_nums: Sequence[int] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
         test_mode: bool = True,
+        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        in_channels: int = 3,
     ):
+        """`ch_mult`: a level each, with a halving of the side between two; the published tokenizer's four halvings turn
+        16 x 16 pixels into one feature."""
         super().__init__()
-        ch_mult = (1, 1, 2, 2, 4)  # four halvings: 16 pixels a side make one feature
-        self.encoder = Encoder(ch=ch, ch_mult=ch_mult, dropout=dropout, z_channels=z_channels)
-        self.decoder = Decoder(ch=ch, ch_mult=ch_mult, dropout=dropout, z_channels=z_channels)
+        self.downsampling, self.in_channels = 2 ** (len(ch_mult) - 1), in_channels
+        sizes: dict[str, Any] = {
+            "ch": ch, "ch_mult": ch_mult, "num_res_blocks": num_res_blocks, "dropout": dropout,
+            "in_channels": in_channels, "z_channels": z_channels,
+        }  # fmt: skip
+        self.encoder = Encoder(**sizes)
+        self.decoder = Decoder(**sizes)
         self.quantize = MultiScaleQuantizer(
             vocab_size, z_channels, using_znorm, beta, default_qresi_counts, v_patch_nums, quant_resi, share_quant_resi
         )

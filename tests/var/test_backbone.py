@@ -8,11 +8,13 @@ import torch
 from var.tiny import random_tokens, tiny_backbone, write_tiny
 
 from neon_core.selftrain import FineTune
+from neon_files.errors import UserError
 from neon_run.commands import common_training
 from neon_var import official, preprocessing
 from neon_var.backbone import VARBackbone
 from neon_var.commands import train_settings
 from neon_var.rows import ROWS
+from neon_var.sampler import to_uint8
 
 TRAIN = dataclasses.replace(ROWS[0].train, images=64, batch_size=8, micro_batch_size=8, lr=1e-3, precision="fp32")
 
@@ -65,6 +67,25 @@ def test_kept_token_crops_spare_the_tokenizer_and_are_the_same_every_time(monkey
     tokens = backbone.encode(prepared, torch.Generator().manual_seed(0))
     assert all(any(torch.equal(row, kept) for kept in three) for row, three in zip(tokens, prepared, strict=True))
     assert backbone.prepared_key.startswith("var-tokens3-") and not tiny_backbone().prepared_key
+
+
+def test_without_crops_the_tokens_are_those_of_the_image_itself():
+    backbone = tiny_backbone(crop="none")
+    prepared = backbone.prepare(images(4))
+    assert prepared.shape == (4, 1, 14) and backbone.prepared_key.startswith("var-uncropped-")
+    assert torch.equal(backbone.encode(prepared, torch.Generator()), backbone._tokens(images(4)))
+    with pytest.raises(UserError, match="--token_crops 3 needs official"):
+        tiny_backbone(token_crops=3, crop="none")
+
+
+def test_tokens_that_were_drawn_are_trained_on_as_they_are():
+    backbone = tiny_backbone()
+    drawn = backbone.sample([0, 1], None, tokens=True, top_k=9)
+    assert drawn.shape == (2, 1, 1, 14) and drawn.dtype == torch.float32 and backbone.arrays(tokens=True)
+    scales = torch.split(drawn[:, 0, 0].long(), [1, 4, 9], dim=1)
+    decoded = to_uint8((backbone.vae.decode_tokens(scales)[-1] + 1) * 0.5)
+    assert torch.equal(decoded, backbone.sample([0, 1], None, top_k=9))
+    assert torch.equal(backbone.encode(backbone.prepare(drawn), torch.Generator()), drawn[:, 0, 0].long())
 
 
 def test_the_loss_is_a_function_of_the_generator_and_reaches_every_parameter():
@@ -130,7 +151,7 @@ def test_batches_repeat_a_set_that_is_smaller_than_one():
 
 
 def test_the_rows_are_those_of_the_paper():
-    small, large = ROWS
+    small, large, *_ = ROWS
     assert (small.num_synthetic, small.train.lr, small.train.batch_size, small.w) == (750_000, 1e-5, 768, 1.0)
     assert (large.num_synthetic, large.train.lr, large.train.batch_size, large.w) == (90_000, 1e-6, 24, 0.6)
     assert small.train.schedule(0) == 0 and small.train.schedule(3_750_000) == 0.5
@@ -157,7 +178,7 @@ def test_images_of_another_size_are_enlarged_to_the_same_crop():
 
 
 def test_the_grids_of_the_search_are_the_official_ones():
-    small, large = (row.grid for row in ROWS)
+    small, large = (row.grid for row in ROWS[:2])
     assert (len(small.ws), len(small.guidances), len(large.ws), len(large.guidances)) == (10, 14, 11, 13)
     assert small.ws[:3] == (0.1, 0.4, 0.6) and small.guidances[:3] == (1.35, 1.6, 1.8)
     assert large.ws[:2] == (0.0, 0.2) and large.guidances[:2] == (2.0, 2.2)

@@ -103,8 +103,26 @@ def test_truncation_is_half_a_level_darker_than_rounding():
         ({"top_p": 1.5}, "--top_p"),
         ({"cfg": float("nan")}, "--cfg"),
         ({"precision": "fp8"}, "--precision"),
+        ({"temperature": 0.0}, "--temperature 0.0"),
+        ({"temperature": float("inf")}, "--temperature inf"),
     ],
 )
 def test_settings_that_cannot_be_are_named(settings, message):
     with pytest.raises(UserError, match=message):
         tiny_backbone().sample([0], None, **settings)
+
+
+def test_temperature_divides_the_logits_before_the_filters_and_1_changes_nothing():
+    net, vae, labels = tiny_var(), tiny_vae(), torch.arange(4)
+
+    def scales(**settings):
+        noise = PerImageNoise(PerImageRandom(range(4)))
+        with torch.no_grad():
+            return list(sample_scales(net, vae.quantize, labels, noise, cfg=2.0, top_p=0.9, **settings))
+
+    first, at_1, at_2 = scales()[0], scales(temperature=1.0)[0], scales(temperature=2.0)[0]
+    assert torch.equal(first.filtered_logits, at_1.filtered_logits) and torch.equal(first.tokens, at_1.tokens)
+    assert torch.equal(at_2.filtered_logits, filter_logits(first.guided_logits / 2, top_p=0.9))
+    cold = torch.cat([scale.tokens for scale in scales(temperature=1e-3)], dim=1)
+    noise = PerImageNoise(PerImageRandom(range(50, 54)))
+    assert torch.equal(cold, tokens_of(net, labels, noise, cfg=2.0, top_k=1))  # the most probable, whatever the noise

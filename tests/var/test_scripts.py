@@ -10,7 +10,7 @@ from launch import call, fails, launch
 from PIL import Image
 from var.tiny import write_tiny
 
-from neon_files.checkpoint import read_checkpoint
+from neon_files.checkpoint import read_checkpoint, write_checkpoint
 from neon_var.commands import COMMANDS, train_settings
 
 TUNE = ("--images", 16, "--batch_size", 8, "--micro_batch_size", 4, "--lr", 1e-3, "--ramp_images", 32,
@@ -82,6 +82,30 @@ def test_kept_token_crops_train_too(place, tmp_path):
     args = ("VAR/finetune.py", *place.models, "--data", place.set, *TUNE, "--token_crops", 2)
     call(*args, "--outdir", tmp_path / "run")
     assert np.isfinite(train_losses(tmp_path / "run")).all()
+
+
+def test_a_set_of_tokens_is_trained_on_and_refused_where_it_does_not_fit(place, tmp_path):
+    call("VAR/generate.py", *place.models, "--outdir", tmp_path / "set", "--num_images", 4, "--top_k", 30, "--tokens")
+    args = ("VAR/finetune.py", *place.models, "--data", tmp_path / "set", *TUNE)
+    call(*args, "--outdir", tmp_path / "run")
+    assert np.isfinite(train_losses(tmp_path / "run")).all()
+    bad = (*args, "--outdir", tmp_path / "bad")
+    fails(*bad, "--xflip", match="cannot be mirrored; leave --xflip out")
+    fails(*bad, "--token_crops", 2, match="cannot be cropped; leave --token_crops out")
+    checkpoint, other = read_checkpoint(place.vae), tmp_path / "other.safetensors"
+    write_checkpoint(other, {name: value + 1 for name, value in checkpoint.state.items()}, config=checkpoint.config)
+    fails(*bad, "--vae_ckpt", other, match="holds tokens of another tokenizer")
+
+
+def test_crop_none_is_on_record_and_needs_images_of_the_networks_size(place, tmp_path):
+    args = ("VAR/finetune.py", *place.models, *TUNE, "--crop", "none")
+    call(*args, "--data", place.set, "--outdir", tmp_path / "run")
+    snapshot = read_checkpoint(tmp_path / "run" / "snapshot-000000016.safetensors")
+    assert '"crop": "none"' in json.dumps(snapshot.metadata).replace("\\", "")
+    (tmp_path / "large").mkdir()
+    Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(tmp_path / "large" / "0_label0.png")
+    (tmp_path / "large" / "dataset.json").write_text('{"labels": [["0_label0.png", 0]]}', encoding="utf-8")
+    fails(*args, "--data", tmp_path / "large", "--outdir", tmp_path / "bad", match="--crop none requires 48 pixels")
 
 
 @pytest.mark.slow

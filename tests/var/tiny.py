@@ -36,8 +36,8 @@ def tiny_var(**changes) -> VAR:
     return net
 
 
-def tiny_backbone(token_crops: int = 0, **changes) -> VARBackbone:
-    return VARBackbone(tiny_var(**changes), tiny_vae(), VAR_KWARGS | changes, token_crops)
+def tiny_backbone(token_crops: int = 0, crop: str = "official", **changes) -> VARBackbone:
+    return VARBackbone(tiny_var(**changes), tiny_vae(), VAR_KWARGS | changes, token_crops, crop)
 
 
 def write_tiny(folder: Path, **changes) -> tuple[Path, Path]:
