@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from neon_core.precision import PRECISIONS, weights_as
 from neon_edm.layers import Conv2d, GroupNorm
 from neon_edm.networks import DhariwalUNet, SongUNet
+from neon_edm.perceptron import PixelPerceptron
 
-UNETS: dict[str, type[nn.Module]] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+UNETS: dict[str, type[nn.Module]] = {c.__name__: c for c in (SongUNet, DhariwalUNet, PixelPerceptron)}
 
 
 class Precond(nn.Module, ABC):

@@ -8,9 +8,10 @@ import PIL.Image
 import pytest
 import torch
 
+from neon_edm.guidance import Guided, passes_per_image
+from neon_edm.perceptron import PixelPerceptron
 from neon_edm.quickstart import digits, pictures, report
-from neon_edm.quickstart.backbone import DigitsBackbone, Guided, passes_per_image
-from neon_edm.quickstart.denoiser import DigitsDenoiser
+from neon_edm.quickstart.backbone import DigitsBackbone
 from neon_edm.quickstart.features import NUM_FEATURES, DigitsDetector, accuracy, read_detector, train_features
 from neon_files.checkpoint import write_checkpoint
 from neon_files.image_set import ImageSet
@@ -63,7 +64,7 @@ def test_sigma_data_is_that_of_the_digits(split):
 
 
 def test_denoiser_has_the_stated_size_and_begins_at_zero():
-    net = DigitsDenoiser(8, 1, 1, 10)
+    net = PixelPerceptron(8, 1, 1, 10)
     assert sum(p.numel() for p in net.parameters()) == 536_704
     assert not net(torch.randn(3, 1, 8, 8), torch.zeros(3), torch.eye(10)[:3]).any()
 

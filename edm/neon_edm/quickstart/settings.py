@@ -9,7 +9,8 @@ from typing import Any
 
 from neon_core.backbone import TrainSettings
 from neon_core.schedules import Ema, LinearRamp, RampThenCosine
-from neon_edm.quickstart.backbone import DigitsBackbone, passes_per_image
+from neon_edm.guidance import passes_per_image
+from neon_edm.quickstart.backbone import DigitsBackbone
 from neon_edm.quickstart.features import read_detector
 from neon_edm.quickstart.prepare import BATCH, PrepareDigits
 from neon_run.reproduce.reproduction import Plan
