@@ -1,0 +1,75 @@
+"""The row `edm/fashion`: Fashion-MNIST with a small perceptron in EDM's preconditioner, its sampler and its loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neon_core.backbone import Backbone, TrainSettings
+from neon_core.schedules import Ema, LinearRamp
+from neon_edm.guidance import GuidedBackbone, passes_per_image
+from neon_run.fashion.data import IMG_SIZE, NUM_CLASSES, Fashion
+from neon_run.fashion.prepare import PrepareFashion
+from neon_run.fashion.rows import fashion_row
+
+BATCH = 128
+NO_SNAPSHOTS = 1 << 60  # but the last
+SAMPLER = {"num_steps": 8, "guidance": 1.5}
+NETWORK: dict[str, Any] = {  # the arguments of EDMPrecond and, after model_type, of the perceptron
+    "img_resolution": IMG_SIZE,
+    "img_channels": 1,
+    "label_dim": NUM_CLASSES,
+    "sigma_data": 0.63,  # the images' standard deviation
+    "model_type": "PixelPerceptron",
+    "width": 384,
+    "label_dropout": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class PrepareEDM(PrepareFashion):
+    """The base: a network of `width`."""
+
+    width: int = NETWORK["width"]
+
+    def create(self, folder: Path, fashion: Fashion, seed: int) -> tuple[Backbone, dict[str, Path]]:
+        return GuidedBackbone.fresh({**NETWORK, "width": self.width}, seed), {}
+
+
+# Real images -> theta_base: briefly, so that there is something left to repair. A rate that does not fall: the run goes
+# on to twice this length.
+BASE = TrainSettings(
+    images=4000 * BATCH,
+    batch_size=BATCH,
+    micro_batch_size=BATCH // 2,  # so that two ranks can share a step
+    lr=1e-3,
+    schedule=LinearRamp(100 * BATCH),
+    ema=Ema(decay=0.998, warmup_steps=10),
+    snapshot_images=NO_SNAPSHOTS,
+)
+FINE_TUNE = TrainSettings(
+    images=50 * BATCH,
+    batch_size=BATCH,
+    micro_batch_size=BATCH // 2,
+    lr=1e-4,
+    schedule=LinearRamp(20 * BATCH),
+    ema=Ema(decay=0.99, warmup_steps=10),
+    snapshot_images=NO_SNAPSHOTS,
+)
+
+FASHION = fashion_row(
+    "edm/fashion",
+    GuidedBackbone,
+    PrepareEDM(BASE),
+    num_synthetic=6_000,
+    generate=SAMPLER,
+    train=FINE_TUNE,
+    w=1.0,  # where the search begins
+    evaluate=SAMPLER,
+    batch_size=500,
+    w_range=(0.0, 3.0),
+    guidance="guidance",
+    guidance_range=(1.0, 3.0),
+    evaluations=passes_per_image,
+)

@@ -1,0 +1,76 @@
+"""The row `imm/fashion`: Fashion-MNIST in pixels with a small transformer in IMM's model, its sampler and its loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neon_core.backbone import Backbone, TrainSettings
+from neon_core.schedules import Ema, LinearRamp
+from neon_imm.backbone import IMMBackbone
+from neon_imm.latents import RgbCodec
+from neon_imm.loss import IMMLoss
+from neon_imm.precond import IMMPrecond
+from neon_run.fashion.data import IMG_SIZE, NUM_CLASSES, Fashion
+from neon_run.fashion.prepare import PrepareFashion
+from neon_run.fashion.rows import fashion_row
+
+BATCH = 128
+NO_SNAPSHOTS = 1 << 60  # but the last
+SAMPLER = {"num_steps": 2, "cfg": 1.5, "label_rule": "balanced"}
+NETWORK: dict[str, Any] = {  # the arguments of IMMPrecond and, after model_type, of the transformer
+    "img_resolution": IMG_SIZE,
+    "img_channels": 1,
+    "label_dim": NUM_CLASSES,
+    "temb_type": "stride",
+    "model_type": "DiT",
+    "num_classes": NUM_CLASSES,
+    "patch_size": 4,
+    "hidden_size": 96,
+    "depth": 3,
+    "num_heads": 4,
+}
+LOSS = IMMLoss(sample_t_mode="uniform", matrix_size=8, a=1.0, k=8.0)
+
+
+@dataclass(frozen=True)
+class PrepareIMM(PrepareFashion):
+    """The base: a transformer of `depth` blocks."""
+
+    depth: int = NETWORK["depth"]
+
+    def create(self, folder: Path, fashion: Fashion, seed: int) -> tuple[Backbone, dict[str, Path]]:
+        kwargs = {**NETWORK, "depth": self.depth}
+        config = {
+            "class": "IMMPrecond",
+            "kwargs": kwargs,
+            "codec": {"kind": "rgb"},
+            "loss": dataclasses.asdict(LOSS),
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return IMMBackbone(IMMPrecond(**kwargs), RgbCodec(1), LOSS, config), {}
+
+
+BASE = TrainSettings(
+    images=100_096,
+    batch_size=BATCH,
+    micro_batch_size=BATCH // 2,  # so that two ranks can share a step
+    lr=2e-3,
+    schedule=LinearRamp(50 * BATCH),
+    ema=Ema(decay=0.995, warmup_steps=10),
+    snapshot_images=NO_SNAPSHOTS,
+)
+FINE_TUNE = TrainSettings(
+    images=50 * BATCH,
+    batch_size=BATCH,
+    micro_batch_size=BATCH // 2,
+    lr=2e-4,
+    schedule=LinearRamp(20 * BATCH),
+    ema=Ema(decay=0.95, warmup_steps=10),
+    snapshot_images=NO_SNAPSHOTS,
+)
