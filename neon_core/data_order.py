@@ -22,7 +22,7 @@ def shuffled_epochs(num_items: int, batch_size: int, seed: int) -> Iterator[np.n
 def windowed_shuffle(num_items: int, seed: int, window: float = 0.5) -> Iterator[int]:
     """The endless order of EDM and IMM: a shuffled ring that keeps swapping each item just visited with one of the
     `window * num_items` before it (Karras et al. 2022, the released training loop)."""
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(seed % (1 << 32))  # takes 32 bits
     order = np.arange(num_items)
     rng.shuffle(order)
     reach = int(np.rint(num_items * window))

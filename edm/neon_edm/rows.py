@@ -1,5 +1,5 @@
-"""The three rows of the paper's table that use EDM (section 4 of the paper, run_cifar10.sh and run_ffhq.sh), and the
-digits.
+"""The three rows of the paper's table that use EDM (section 4 of the paper, run_cifar10.sh and run_ffhq.sh), the digits
+and Fashion-MNIST.
 
 No w is stated for the CIFAR-10 rows, and a range for FFHQ; the values here are starting points. `sweep.py` finds the
 best w of a fine-tune: it scales like 1 / (lr x steps), so it belongs to its snapshot. The official runs are longer
@@ -14,6 +14,7 @@ from neon_core.backbone import TrainSettings
 from neon_core.schedules import Ema, LinearRamp
 from neon_edm import official
 from neon_edm.backbone import EDMBackbone
+from neon_edm.fashion import FASHION
 from neon_edm.quickstart.settings import DEFAULT, GUIDED
 from neon_run.row import Grid, Row
 
@@ -99,6 +100,7 @@ ROWS = (
     ),
     DEFAULT.row(),
     GUIDED.row(),
+    FASHION,
 )  # fmt: skip
 
 # Any other network, without --preset: the official scripts' defaults. Base and reference must be named.

@@ -15,6 +15,7 @@ from neon_imm.backbone import IMMBackbone
 from neon_imm.latents import RgbCodec
 from neon_imm.loss import IMMLoss
 from neon_imm.precond import IMMPrecond
+from neon_imm.sampler import passes_per_image
 from neon_run.fashion.data import IMG_SIZE, NUM_CLASSES, Fashion
 from neon_run.fashion.prepare import PrepareFashion
 from neon_run.fashion.rows import fashion_row
@@ -56,8 +57,10 @@ class PrepareIMM(PrepareFashion):
             return IMMBackbone(IMMPrecond(**kwargs), RgbCodec(1), LOSS, config), {}
 
 
+# Real images -> theta_base: briefly, so that there is something left to repair. A rate that does not fall: the run goes
+# on to twice this length.
 BASE = TrainSettings(
-    images=100_096,
+    images=1200 * BATCH,
     batch_size=BATCH,
     micro_batch_size=BATCH // 2,  # so that two ranks can share a step
     lr=2e-3,
@@ -69,8 +72,26 @@ FINE_TUNE = TrainSettings(
     images=50 * BATCH,
     batch_size=BATCH,
     micro_batch_size=BATCH // 2,
-    lr=2e-4,
+    lr=1e-4,
     schedule=LinearRamp(20 * BATCH),
-    ema=Ema(decay=0.95, warmup_steps=10),
+    ema=Ema(decay=0.97, warmup_steps=10),
     snapshot_images=NO_SNAPSHOTS,
+)
+
+FASHION = fashion_row(
+    "imm/fashion",
+    IMMBackbone,
+    PrepareIMM(BASE),
+    load={"latent": False},
+    num_synthetic=6_000,
+    generate=SAMPLER,
+    train=FINE_TUNE,
+    w=1.0,  # where the search begins
+    evaluate=SAMPLER,
+    micro_batch_multiple=LOSS.matrix_size,
+    batch_size=500,
+    w_range=(0.0, 3.0),
+    guidance="cfg",
+    guidance_range=(1.0, 3.0),
+    evaluations=passes_per_image,
 )

@@ -6,15 +6,15 @@ paper states w and guidance for 8 steps only; for fewer steps `sweep.py` has to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from neon_core.backbone import TrainSettings
 from neon_core.schedules import Ema
 from neon_imm.backbone import IMMBackbone
+from neon_imm.fashion import FASHION
 from neon_imm.loss import IMMLoss
-from neon_imm.sampler import PRESETS
+from neon_imm.sampler import PRESETS, passes_per_image
 from neon_run.row import Grid, Row
 
 TICK = 102_400  # images between two official snapshots
@@ -73,12 +73,6 @@ def cfg_grid(num_steps: int | None) -> tuple[float, ...]:
     return (*((1.3, 1.4, 1.5) if num_steps == 1 else ()), 1.6, 1.7, 1.8, 2.2, 2.6)
 
 
-def _evaluations(settings: Mapping[str, Any]) -> int:
-    """Passes per image: one per step, two where guidance needs the unconditional one too."""
-    steps = settings.get("num_steps") or 1 + len(settings.get("mid_nt", ()))
-    return steps * (1 if settings.get("cfg") in (None, 1) else 2)
-
-
 def _row(name: str, **fields: Any) -> Row:
     """The settings common to the rows: TF32 while sampling and full float32 in the fine-tune, as officially."""
     return Row(
@@ -88,7 +82,7 @@ def _row(name: str, **fields: Any) -> Row:
         micro_batch_multiple=4,
         tf32="all",
         w_range=(0.0, 5.0),
-        evaluations=_evaluations,
+        evaluations=passes_per_image,
         **fields,
     )
 
@@ -142,6 +136,7 @@ ROWS = (
         evaluate={"discretization": "mid_nt", "mid_nt": (1.4,), "cfg": None},
         grid=Grid(w_grid(None)),
     ),
+    FASHION,
 )
 _BY_NAME = {row.name: row for row in ROWS}
 

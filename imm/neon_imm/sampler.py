@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,12 @@ def time_grid(
     else:
         raise UserError(f"discretization {discretization!r}: known are {', '.join(DISCRETIZATIONS)}")
     return grid.to(device)
+
+
+def passes_per_image(settings: Mapping[str, Any]) -> int:
+    """One per step, two where guidance needs the unconditional one too."""
+    steps = settings.get("num_steps") or 1 + len(settings.get("mid_nt", ()))
+    return steps * (1 if settings.get("cfg") in (None, 1) else 2)
 
 
 @torch.no_grad()
