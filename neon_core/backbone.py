@@ -122,6 +122,11 @@ class Backbone(Protocol):
         """`prepare`'s output [B, ...] -> the input of the loss: crops, flips, posterior samples, from `generator`."""
         return prepared
 
+    def through_tokenizer(self, images: Tensor) -> Tensor | None:
+        """uint8 images [B, C, H, W] of S as `prepare` and the frozen tokenizer's decoder give them back, without random
+        crops and flips; None where there is no tokenizer. `neon diagnose` measures the drift with it."""
+        return None
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups over `net`."""
         return [{"params": [p for p in self.net.parameters() if p.requires_grad], "weight_decay": weight_decay}]

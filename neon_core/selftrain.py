@@ -110,7 +110,7 @@ class FineTune:
         numbers = parallel.dealt(count)
         for number, (x, labels, generator) in zip(numbers, micro_batches, strict=True):
             ddp = self._loss if isinstance(self._loss, DistributedDataParallel) else None
-            with ddp.no_sync() if ddp and number != numbers[-1] else nullcontext(), _deterministic_dropout(generator):
+            with ddp.no_sync() if ddp and number != numbers[-1] else nullcontext(), deterministic_dropout(generator):
                 # the gradient is averaged over ranks, so the sum over all ranks is the mean over the batch
                 loss = self._loss(x, labels, generator, settings.precision) / (count / world_size()) * (number < count)
                 self.scaler.scale(loss).backward()
@@ -368,7 +368,7 @@ def _prefetched(run: FineTune, data: TrainingData, steps: range, seed: int) -> I
             yield step, micro_batches
 
 
-class _deterministic_dropout:
+class deterministic_dropout:
     """Dropout draws from the default generator, which takes no generator argument: seed it from the micro batch's
     stream, and restore its state afterwards."""
 

@@ -54,6 +54,8 @@ class BackboneCommands:
     sample: Flags = ()  # -> settings of `backbone.sample`: the row's with those given, through `sampler_settings`
     generate: Flags = ()  # -> the same, of generate only
     neutral: Mapping[str, Any] = field(default_factory=dict)  # values of those that leave a setting out
+    unbiased: Mapping[str, Any] = field(default_factory=dict)  # sampler settings of the network's own distribution: no
+    # guidance, no filter, the noise floor of `neon diagnose`; {}: there are none
     sampler_settings: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda settings, given: settings
     train: Flags = ()  # -> training settings, through `train_settings`, beside the common ones
     train_settings: Callable[[Row, Mapping[str, Any]], TrainSettings] | None = None  # None: the common ones only

@@ -214,11 +214,8 @@ class VARBackbone(Backbone):
         if images.is_floating_point():
             return images[:, 0].int()
         if self.crop == "none":
-            whole = images.expand(-1, self.vae.in_channels, -1, -1)
-            return self._tokens(whole.to(self.device))[:, None].int()
-        with ThreadPoolExecutor(max_workers=min(8, len(images))) as pool:
-            large = torch.cat(list(pool.map(lambda x: preprocessing.enlarge_batch(x[None], self.img_size), images)))
-        large = large[:, : self.vae.in_channels]  # of a grey image all channels are equal
+            return self._tokens(self._uncropped(images))[:, None].int()
+        large = self._enlarged(images)
         if not self.token_crops:
             return large
         tokens = []
@@ -236,6 +233,28 @@ class VARBackbone(Backbone):
             choice = torch.randint(kept, (len(prepared),), generator=generator, device=generator.device)
             return prepared[torch.arange(len(prepared), device=prepared.device), choice].long()
         return self._tokens(preprocessing.random_crops(prepared, self.img_size, generator))
+
+    def _uncropped(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] on the device, in the tokenizer's channels."""
+        return images.expand(-1, self.vae.in_channels, -1, -1).to(self.device)
+
+    def _enlarged(self, images: Tensor) -> Tensor:
+        """uint8 [B, C, h, w] on the CPU; of a grey image all channels are equal."""
+        with ThreadPoolExecutor(max_workers=min(8, len(images))) as pool:
+            large = torch.cat(list(pool.map(lambda x: preprocessing.enlarge_batch(x[None], self.img_size), images)))
+        return large[:, : self.vae.in_channels]
+
+    def through_tokenizer(self, images: Tensor) -> Tensor | None:
+        """The images, or with crop "official" the middle of their enlarged form, from their tokens; None of tokens,
+        which pass no tokenizer."""
+        if images.is_floating_point():
+            return None
+        seen = self._uncropped(images)
+        if self.crop == "official":
+            large, side = self._enlarged(images), self.img_size
+            top, left = ((size - side) // 2 for size in large.shape[-2:])
+            seen = large[..., top : top + side, left : left + side].to(self.device)
+        return torch.cat([self.redraw(part) for part in seen.split(ENCODE_BATCH)])
 
     @torch.no_grad()
     def _tokens(self, crops: Tensor) -> Tensor:

@@ -149,6 +149,7 @@ COMMANDS = BackboneCommands(
     sample=SAMPLE,
     generate=GENERATE,
     neutral=OFF,
+    unbiased={"cfg": 0.0, "top_k": 0, "top_p": 0.0},
     train=TRAIN,
     train_settings=train_settings,
     check=CHECK,

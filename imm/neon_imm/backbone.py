@@ -244,6 +244,13 @@ class IMMBackbone(Backbone):
         """Samples [B, C, h, w]: latents are drawn from their moments at every visit."""
         return self.codec.draw(prepared, generator)
 
+    def through_tokenizer(self, images: Tensor) -> Tensor | None:
+        """From the mean of the moments; None for a model of pixels."""
+        if not isinstance(self.codec, VaeCodec):
+            return None
+        moments = self.prepare(images)
+        return self.codec.decode(self.codec.scale_moments(moments, torch.zeros_like(moments[:, : self.codec.channels])))
+
     def self_training_loss(self, x: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
         """Mean over groups. The student runs in the precision of the autocast region around, the teacher in fp32."""
         precision = None

@@ -80,6 +80,7 @@ COMMANDS = BackboneCommands(
     load=LOAD,
     load_training=LOAD_TRAINING,
     sample=SAMPLE,
+    unbiased={"cfg": None},
     sampler_settings=sampler_settings,
     words=official_arguments,
     result_settings=result_settings,

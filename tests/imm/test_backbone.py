@@ -44,6 +44,15 @@ def pixel(tmp_path_factory) -> IMMBackbone:
     return pixel_backbone(tmp_path_factory.mktemp("pixel"))
 
 
+def test_an_image_is_redrawn_by_the_autoencoder_and_a_model_of_pixels_has_none(latent, pixel):
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    again = latent.through_tokenizer(images)
+    mean = latent.codec.moments(images)[:, :4]
+    expected = (latent.codec.vae.decode(mean) + 1) * 127.5
+    assert again.shape == images.shape and (again.float() - expected.clamp(0, 255)).abs().max() <= 1
+    assert pixel.through_tokenizer(images[..., :8, :8]) is None
+
+
 # Sampling
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from var.tiny import random_tokens, tiny_backbone, write_tiny
+from var.tiny import VAR_KWARGS, random_tokens, tiny_backbone, tiny_vae, tiny_var, write_tiny
 
 from neon_core.selftrain import FineTune
 from neon_files.errors import UserError
@@ -46,6 +46,22 @@ def test_training_tokens_are_those_of_a_random_crop_of_the_enlarged_image():
     crops = preprocessing.random_crops(prepared, 48, torch.Generator().manual_seed(5))
     assert torch.equal(tokens, backbone._tokens(crops)) and tokens.shape == (3, 14)
     assert not torch.equal(tokens, backbone.encode(prepared, torch.Generator().manual_seed(6)))
+
+
+def test_an_image_passes_the_tokenizer_again_as_the_middle_of_its_enlarged_form():
+    backbone = tiny_backbone()
+    again = backbone.through_tokenizer(images(3))
+    assert again.shape == (3, 3, 48, 48) and again.dtype == torch.uint8
+    middle = backbone.prepare(images(3))[..., 3:51, 3:51]
+    expected = backbone.vae.decode_tokens(backbone.vae.encode(preprocessing.to_unit_range(middle)))[-1]
+    assert (again.float() - (expected + 1) * 127.5).abs().max() <= 1
+    assert torch.equal(again, tiny_backbone(token_crops=2).through_tokenizer(images(3)))
+
+
+def test_without_crops_it_passes_as_it_is_and_tokens_pass_none():
+    backbone = VARBackbone(tiny_var(), tiny_vae(), VAR_KWARGS, crop="none")
+    assert torch.equal(backbone.through_tokenizer(images(3)), backbone.redraw(images(3)))
+    assert backbone.through_tokenizer(torch.zeros(3, 1, 1, 14)) is None
 
 
 def test_random_crops_reach_every_place_and_are_cut_out_whole():

@@ -49,6 +49,14 @@ def test_prepared_moments_hold_the_image_and_its_mirror_image(backbone):
     assert torch.allclose(moments[:, 0], backbone.autoencoder.encode(from_uint8(images)), atol=1e-6)
 
 
+def test_an_image_is_redrawn_from_the_mean_of_its_posterior(backbone):
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    again = backbone.through_tokenizer(images)
+    mean = backbone.autoencoder.encode(from_uint8(images))[:, :4]
+    expected = (backbone.autoencoder.decode(mean) + 1) * 127.5
+    assert again.shape == images.shape and (again.float() - expected.clamp(0, 255)).abs().max() <= 1
+
+
 def test_images_of_another_size_are_cropped_and_grey_ones_repeated(backbone):
     assert backbone.prepare(torch.zeros(2, 1, 48, 70, dtype=torch.uint8)).shape == (2, 2, 8, 16, 16)
 

@@ -22,7 +22,7 @@ from neon_xar.flow import MIN_STEPS
 from neon_xar.loss import draw_randomness, velocity_loss
 from neon_xar.official import official_labels
 from neon_xar.sampler import sample_latents
-from neon_xar.vae import ROUNDINGS, both_moments, center_crop, decode, scaled_latent
+from neon_xar.vae import ROUNDINGS, SCALE, both_moments, center_crop, decode, scaled_latent
 from neon_xar.xar import SIZES, XAR, build
 
 DEFAULT_VAE = Path(__file__).resolve().parents[1] / "pretrained" / "kl16.ckpt"
@@ -153,6 +153,12 @@ class XARBackbone(Backbone):
     def draw_mirrored(self, B: int, generator: torch.Generator) -> Tensor:
         """bool [B]: which images are mirrored this time, half of them where `flip` is on."""
         return (torch.rand(B, generator=generator, device=generator.device) >= 0.5) & self.flip
+
+    @torch.no_grad()
+    def through_tokenizer(self, images: Tensor) -> Tensor | None:
+        """From the mean of the posterior."""
+        mean = self.prepare(images)[:, 0].chunk(2, dim=1)[0]
+        return self.decode(SCALE * mean, "truncate")
 
     def self_training_loss(self, x: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
         random = draw_randomness(x.shape, generator)

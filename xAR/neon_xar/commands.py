@@ -99,6 +99,7 @@ COMMANDS = BackboneCommands(
     load_training=LOAD_TRAINING,
     sample=SAMPLE,
     neutral=PLAIN,
+    unbiased={"cfg": 1.0},
     check=CHECK,
     check_claims=check_claims,
     ignored=IGNORED,

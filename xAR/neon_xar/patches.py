@@ -82,6 +82,9 @@ class PatchXAR(XARBackbone):
         """The images, uint8 [B, 1, H, W]."""
         return images
 
+    def through_tokenizer(self, images: Tensor) -> None:
+        """None: patches are the pixels themselves."""
+
     def encode(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
         """Scaled latents [B, s s, g, g], of the image or, with `flip` half of the time, its mirror image."""
         mirrored = self.draw_mirrored(len(prepared), generator)
