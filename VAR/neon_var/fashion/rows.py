@@ -45,17 +45,17 @@ def fixed_filter(prepare: PrepareVAR, train: TrainSettings = FINE_TUNE, num_synt
         prepare,
         Acceptance(neon=0.75, self_trained=1.3, controls=0.94),
         num_synthetic=num_synthetic,
-        generate={"cfg": 0.5, **FILTER, "tokens": True},
+        generate={"cfg": 0.0, **FILTER, "tokens": True},
         train=train,
         load_training={"crop": "none"},  # of the control on real images, as in theta_base's training
         w=1.0,
-        evaluate={"cfg": 0.5, **FILTER},
+        evaluate={"cfg": 0.0, **FILTER},
         batch_size=500,
         evaluations=lambda settings: 2 * len(PATCH_NUMS),
         w_range=(0.0, 3.0),
         guidance="cfg",
-        guidance_range=(0.0, 3.0),
-        grid=Grid((0.0, 0.5, 1.0, 1.5, 2.0), (0.0, 0.5, 1.0, 1.5, 2.0)),
+        guidance_range=(-0.5, 1.5),  # the best of the base lies near 0; below, the class counts for less
+        grid=Grid((0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0), (-0.5, 0.0, 0.5, 1.0, 1.5)),
     )
 
 

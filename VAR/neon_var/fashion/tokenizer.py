@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neon_files.progress import progress_bar
 from neon_var.preprocessing import to_unit_range
 from neon_var.vqvae import VQVAE
 
@@ -43,7 +44,7 @@ def train_tokenizer(images: Tensor, *, seed: int, num_steps: int) -> VQVAE:
         vae = VQVAE(**VAE_KWARGS, test_mode=False)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     used = torch.zeros(len(vae.codes), dtype=torch.bool)  # all are placed anew in the first step
-    for step in range(num_steps):
+    for step in progress_bar(range(num_steps), desc="tokenizer"):
         factor = min((step + 1) / WARMUP_STEPS, 1) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / num_steps)))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * factor
