@@ -16,7 +16,7 @@ from neon_run.fashion.rows import fashion_row
 BATCH = 128
 NO_SNAPSHOTS = 1 << 60  # but the last
 # Few steps, whose levels lie where they matter for eight grey bits at this size: between 0.02 and 40.
-SAMPLER = {"num_steps": 8, "sigma_min": 0.02, "sigma_max": 40.0, "rho": 5.0, "guidance": 1.5}
+SAMPLER = {"num_steps": 8, "sigma_min": 0.02, "sigma_max": 40.0, "rho": 5.0}
 NETWORK: dict[str, Any] = {  # the arguments of EDMPrecond and, after model_type, of the perceptron
     "img_resolution": IMG_SIZE,
     "img_channels": 1,
@@ -70,13 +70,13 @@ FASHION = fashion_row(
     FashionBackbone,
     PrepareEDM(BASE),
     num_synthetic=6_000,
-    generate=SAMPLER,
+    generate={**SAMPLER, "guidance": 1.5},
     train=FINE_TUNE,
     w=1.0,  # where the search begins
-    evaluate=SAMPLER,
+    evaluate={**SAMPLER, "guidance": 2.0},
     batch_size=500,
     w_range=(0.0, 3.0),
     guidance="guidance",
-    guidance_range=(1.0, 2.5),
+    guidance_range=(1.0, 4.0),
     evaluations=passes_per_image,
 )
