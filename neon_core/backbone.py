@@ -106,6 +106,11 @@ class Backbone(Protocol):
         """Whether `sample` gives numbers [B, C, H, W], uint8 or float32, and no pictures: they are kept as .npy."""
         return False
 
+    def precisions(self, **settings: Any) -> dict[str, str]:
+        """{"network": a key of PRECISIONS, and "decoder" where there is one}: how `sample` computes with these settings
+        on this device, for the records of what it made."""
+        return {}
+
     def check_set(self, images: ImageSet) -> None:
         """UserError where the network cannot be trained on this set: sizes, channels, labels."""
 

@@ -36,17 +36,36 @@ def float32_precision(tf32: str) -> Iterator[None]:
             setattr(place, name, old)
 
 
-def check_precision(precision: str) -> None:
-    """UserError unless it is "auto" or one of PRECISIONS."""
+def check_precision(precision: str, flag: str = "--precision", device: torch.device | None = None) -> None:
+    """UserError unless it is "auto" or one of PRECISIONS, and one that `device` computes."""
     if precision not in ("auto", *PRECISIONS):
-        raise UserError(f"--precision {precision}: choose auto, {', '.join(PRECISIONS)}")
+        raise UserError(f"{flag} {precision}: choose auto, {', '.join(PRECISIONS)}")
+    on_gpu = device is not None and device.type == "cuda"
+    if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"{flag} bf16: this GPU ({name}) does not compute bfloat16; choose fp16 or fp32")
+
+
+def half_on_gpu(device: torch.device, precision: str) -> str:
+    """`precision`, one of PRECISIONS; "auto": fp16 on CUDA, elsewhere fp32."""
+    if precision == "auto":
+        return "fp16" if device.type == "cuda" else "fp32"
+    return precision
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Inside, products have this precision, one of PRECISIONS; "auto": fp16 on CUDA, elsewhere fp32."""
-    if precision == "auto":
-        precision = "fp16" if device.type == "cuda" else "fp32"
+    """Inside, products have this precision: see `half_on_gpu`."""
+    precision = half_on_gpu(device, precision)
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, PRECISIONS[precision])
+
+
+@contextmanager
+def frozen_in(device: torch.device, precision: str, module: nn.Module) -> Iterator[None]:
+    """Inside, the products of the frozen `module` have this precision, whatever region the caller is in, and its
+    weights are held in it: see `half_on_gpu`, `weights_as`."""
+    dtype = {**PRECISIONS, "fp32": None}[half_on_gpu(device, precision)]
+    with torch.autocast(device.type, dtype, dtype is not None), weights_as(dtype, product_layers(module)):
+        yield
 
 
 def autocast_dtype(device: torch.device | str) -> torch.dtype | None:

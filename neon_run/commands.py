@@ -78,8 +78,10 @@ def chosen_row(commands: BackboneCommands, default: str | None, values: Values, 
     given, own = f.given(values, (*commands.sample, *commands.generate)), getattr(row, stage)
     given = {name: value for name, value in given.items() if value != commands.neutral.get(name) or name in own}
     settings = commands.sampler_settings({**own, **given}, given)
-    tf32 = {None: row.tf32, True: "all", False: "none"}[values["tf32"]]
-    return stages.with_settings(row, **{stage: settings}, batch_size=values["batch_size"], tf32=tf32)
+    tf32 = {None: None, True: "all", False: "none"}[values["tf32"]]  # None: the row's
+    return stages.with_settings(
+        row, **{stage: settings}, batch_size=values["batch_size"], tf32=tf32, generate_tf32=tf32
+    )
 
 
 def base_flag(commands: BackboneCommands, any_checkpoint: bool = False) -> click.Option:
@@ -175,7 +177,7 @@ def _generate(commands: BackboneCommands, default: str | None, values: Values) -
     row = stages.with_settings(row, subfolders=values["subfolders"])
     with prepared(commands, values) as device:
         model, _ = find_model(commands, row, values, device)
-        row.backbone.check_settings(**row.generate)
+        stages.check_settings(model, row.generate)
         if values["img_size"] or values["class_num"]:
             stages.check_image_size(model.backbone, values["img_size"], values["class_num"])
         default_seeds = range(row.synthetic_seed, row.synthetic_seed + row.num_synthetic)
@@ -233,7 +235,7 @@ def _sweep(commands: BackboneCommands, default: str | None, values: Values) -> N
     with prepared(commands, values) as device:
         given_files = {f"--synthetic {path}": path for path in values["synthetic"]}
         model, files = find_model(commands, row, values, device, {**measurement_files(row, values), **given_files})
-        row.backbone.check_settings(**row.evaluate)
+        stages.check_settings(model, row.evaluate)
         if values["synthetic"]:
             snapshots = {files[name].stem: files[name] for name in given_files}
         else:
@@ -289,7 +291,7 @@ def _calculate_fid(commands: BackboneCommands, default: str | None, values: Valu
     with prepared(commands, values) as device:
         others = {**measurement_files(row, values), "--synthetic": values["synthetic"]}
         model, files = find_model(commands, row, values, device, others)
-        row.backbone.check_settings(**row.evaluate)
+        stages.check_settings(model, row.evaluate)
         preset = commands.find_row(values["preset"], default)
         if row.evaluate != preset.evaluate and preset is not commands.without_row:
             settings = ", ".join(f"{name} {value}" for name, value in preset.evaluate.items())

@@ -34,6 +34,14 @@ def flag(*names: str, **settings: Any) -> click.Option:
     return click.Option(list(names), **{"show_default": shown, **settings})
 
 
+def precision_flag(name: str, text: str) -> click.Option:
+    """A flag of a sampler's setting that names a precision; auto leaves it to the row, and else to the backbone."""
+    return flag(
+        name, type=click.Choice(["auto", *PRECISIONS]), help=f"{text}  [default: auto]",
+        callback=lambda context, parameter, value: None if value == "auto" else value,
+    )  # fmt: skip
+
+
 def refused(name: str, advice: str) -> click.Option:
     """An unsupported official flag, with or without a value: its use is a UserError that ends in `advice`."""
 

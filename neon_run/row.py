@@ -96,6 +96,7 @@ class Row:
     # How it is computed
     batch_size: int = 64  # images sampled at once by one process
     tf32: str = "none"  # where float32 may be rounded to TF32 while sampling: none, conv or all
+    generate_tf32: str | None = None  # the same while S is made, where that differs
     train_tf32: str = "none"  # the same of the fine-tune
     micro_batch_multiple: int = 1  # of the fine-tune's loss, with the row's settings
     evaluations: Callable[[Mapping[str, Any]], int] | None = None  # network passes per image, guidance counted

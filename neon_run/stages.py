@@ -18,7 +18,7 @@ from neon_core.backbone import Backbone
 from neon_core.distributed import barrier, file_hash, is_main
 from neon_core.finetune import need_labels, open_set, train_on
 from neon_core.merge import NeonWeights
-from neon_core.precision import float32_precision
+from neon_core.precision import check_precision, float32_precision
 from neon_core.synthetic import generate_set
 from neon_files.checkpoint import read_state
 from neon_files.errors import UserError
@@ -87,20 +87,35 @@ class TrainingRun:
     max_size: int | None = None  # only so many random images of the set
 
 
+def check_settings(model: Model, settings: Mapping[str, Any]) -> None:
+    """UserError for sampler settings that no network of this kind can use, or this device cannot: before the network is
+    loaded."""
+    model.row.backbone.check_settings(**settings)
+    for name, value in settings.items():
+        if name.endswith("precision"):
+            check_precision(value, f"--{name}", model.device)
+
+
+def reduced_precision(model: Model, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """For records of what a sampler made: {"computed_in": part -> precision}, or {} where all is float32."""
+    precisions = model.backbone.precisions(**settings)
+    return {"computed_in": precisions} if set(precisions.values()) - {"fp32"} else {}
+
+
 def generate(model: Model, out_dir: Path, seeds: Sequence[int] | None = None) -> dict[str, Any]:
     """The synthetic set of the row (or of `seeds`) in `out_dir`, new or completed; its manifest. Raises UserError."""
     row = model.row
-    row.backbone.check_settings(**row.generate)
+    check_settings(model, row.generate)
     check_writable(out_dir, "--outdir")
     model.backbone.check_network(**row.generate)
-    with float32_precision(row.tf32):
+    with float32_precision(row.generate_tf32 or row.tf32):
         manifest = generate_set(
             model.backbone,
             range(row.synthetic_seed, row.synthetic_seed + row.num_synthetic) if seeds is None else seeds,
             out_dir,
             settings=dict(row.generate),
             batch_size=row.batch_size,
-            provenance=model.provenance,
+            provenance={**model.provenance, **reduced_precision(model, row.generate)},
             subfolders=row.subfolders,
         )
     if is_tracked():
@@ -116,6 +131,7 @@ def finetune(model: Model, data: Path, out_dir: Path, run: TrainingRun | None = 
     """
     run = run or TrainingRun()
     images = open_set(data, max_size=run.max_size, xflip=run.xflip, random_seed=run.seed)
+    check_precision(model.row.train.precision, device=model.device)
     check_writable(out_dir, "--outdir")
     backbone = model.load(training=True)
     backbone.check_set(images)  # before the next check, since it knows the labels of this backbone
@@ -156,7 +172,7 @@ def open_sweep(model: Model, evaluator: Evaluator, snapshots: Mapping[str, Path]
         out_dir,
         settings=dict(model.row.evaluate),
         batch_size=model.row.batch_size,
-        identity={**model.hashes, "tf32": model.row.tf32},
+        identity={**model.hashes, "tf32": model.row.tf32, **reduced_precision(model, model.row.evaluate)},
     )
 
 
@@ -221,7 +237,7 @@ def calculate_fid(
     theta_base - w (theta_syn - theta_base), w being the row's. Raises UserError."""
     row, backbone = model.row, model.backbone
     backbone.check_network(**row.evaluate)
-    identity: dict[str, Any] = {**model.hashes, "tf32": row.tf32}
+    identity: dict[str, Any] = {**model.hashes, "tf32": row.tf32, **reduced_precision(model, row.evaluate)}
     if synthetic is not None:
         theta_base = {name: value.detach().cpu().clone() for name, value in backbone.net.state_dict().items()}
         NeonWeights(backbone.net, theta_base, read_state(synthetic, theta_base)).set(row.w)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
 from neon_core.distributed import file_hash
-from neon_core.precision import autocast, check_precision
+from neon_core.precision import autocast, check_precision, half_on_gpu
 from neon_core.seeds import PerImageRandom
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
@@ -110,6 +110,7 @@ class VARBackbone(Backbone):
         top_p: float = 0.0,
         temperature: float = 1.0,
         precision: str = "auto",
+        decoder_precision: str = "auto",
         **settings: Any,
     ) -> None:
         if top_k < 0:
@@ -121,6 +122,7 @@ class VARBackbone(Backbone):
         if not 0 < temperature < np.inf:
             raise UserError(f"--temperature {temperature}: a finite number above 0 is required, 1: off")
         check_precision(precision)
+        check_precision(decoder_precision, "--decoder_precision")
 
     def check_network(self, *, top_k: int = 0, **settings: Any) -> None:
         if top_k > self.net.vocab_size:
@@ -128,6 +130,15 @@ class VARBackbone(Backbone):
 
     def arrays(self, *, tokens: bool = False, **settings: Any) -> bool:
         return tokens
+
+    def precisions(
+        self, *, precision: str = "auto", decoder_precision: str = "auto", tokens: bool = False, **settings: Any
+    ) -> dict[str, str]:
+        """The decoder follows the transformer unless it is set: one region holds both in the official scripts."""
+        network = half_on_gpu(self.device, precision)
+        if tokens:
+            return {"network": network}
+        return {"network": network, "decoder": network if decoder_precision == "auto" else decoder_precision}
 
     def check_set(self, images: ImageSet) -> None:
         shape, place = images.shape, images.path
@@ -165,6 +176,7 @@ class VARBackbone(Backbone):
         top_p: float = 0.0,
         more_smooth: bool = False,
         precision: str = "auto",
+        decoder_precision: str = "auto",
         official_seeds: bool = False,
         rounding: str = "truncate",
         decode_batch: int | None = None,
@@ -175,9 +187,11 @@ class VARBackbone(Backbone):
         A negative label is no class.
 
         official_seeds: one generator for the batch, seeded with its first seed (the official script on one rank).
-        precision "auto": float16 on CUDA, as the official evaluation, and float32 on the CPU.
+        precision "auto": float16 on CUDA, as the official evaluation, and float32 on the CPU. `decoder_precision` is of
+        the VQVAE's decoder; "auto": as `precision`.
         """
-        self.check_settings(cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, precision=precision)
+        precisions = {"precision": precision, "decoder_precision": decoder_precision}
+        self.check_settings(cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, **precisions)
         self.check_network(top_k=top_k)
         device = self.device
         labels = self.assign_labels(seeds, official_seeds=official_seeds) if labels is None else labels
@@ -186,7 +200,8 @@ class VARBackbone(Backbone):
             noise = BatchNoise(torch.Generator(device).manual_seed(seeds[0]))
         else:
             noise = PerImageNoise(PerImageRandom(seeds, device))
-        with autocast(device, precision):
+        used = self.precisions(**precisions)
+        with autocast(device, used["network"]):
             drawn, f_hat = sample_tokens(
                 self.net,
                 self.vae,
@@ -198,10 +213,9 @@ class VARBackbone(Backbone):
                 more_smooth=more_smooth,
                 temperature=temperature,
             )
-            if tokens:
-                return drawn[:, None, None].float()
-            images = decode_images(self.vae, f_hat, decode_batch)
-        return to_uint8(images, rounding)
+        if tokens:
+            return drawn[:, None, None].float()
+        return to_uint8(decode_images(self.vae, f_hat, used["decoder"], decode_batch), rounding)
 
     # Training
 

@@ -10,11 +10,10 @@ from typing import Any
 import click
 
 from neon_core.backbone import TrainSettings
-from neon_core.precision import PRECISIONS
 from neon_core.schedules import LinearRamp
 from neon_files.errors import UserError
 from neon_run.backbones import BackboneCommands
-from neon_run.flags import COMPILE, COUNT, FILE, POSITIVE, SHARE, flag, parse_finite
+from neon_run.flags import COMPILE, COUNT, FILE, POSITIVE, SHARE, flag, parse_finite, precision_flag
 from neon_run.row import Row
 from neon_var.architectures import ARCHITECTURES
 from neon_var.backbone import CROPS, VARBackbone
@@ -42,8 +41,8 @@ SAMPLE = (
     flag("--top_p", type=SHARE, help="Draw from this probability mass, 0: all.  [default: 0.95]"),
     flag("--temperature", type=POSITIVE, callback=parse_finite, help="Of the draw; divides the logits.  [default: 1]"),
     flag("--more_smooth", is_flag=True, help="Soft codes instead of drawn ones; smoother, not for FID."),
-    flag("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto",
-         help="Of the sampler; auto: fp16 on GPUs, fp32 on CPUs."),
+    precision_flag("--precision", "Of the transformer; auto: the row's, as officially: fp32 for S, else fp16 on GPUs."),
+    precision_flag("--decoder_precision", "Of the VQVAE's decoder; auto, as officially: that of --precision."),
     flag("--official_seeds", is_flag=True,
          help="Labels, and one generator per batch, as in the official script on one process."),
     flag("--rounding", type=click.Choice(["truncate", "nearest"]), default="truncate",
@@ -91,7 +90,6 @@ OFF = {  # left out, so that equal settings have equal manifests
     "temperature": 1.0,
     "more_smooth": False,
     "tokens": False,
-    "precision": "auto",
     "official_seeds": False,
     "rounding": "truncate",
 }

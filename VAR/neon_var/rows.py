@@ -41,7 +41,8 @@ def _from(first: float, low: float, high: float) -> tuple[float, ...]:
 
 
 def _row(name: str, **fields) -> Row:
-    """Common to both rows: TF32 as in the official scripts; one pass per scale, with and without the class."""
+    """Common to both rows: TF32 and float32 for S as in the official scripts (the one that makes S leaves PyTorch's
+    default, and no autocast); one pass per scale, with and without the class."""
     scales = len(ARCHITECTURES[name].patch_nums)
     return Row(
         id=f"var/{name}",
@@ -50,6 +51,7 @@ def _row(name: str, **fields) -> Row:
         guidance="cfg",
         w_range=(0.0, 2.0),
         tf32="all",
+        generate_tf32="conv",
         train_tf32="all",
         evaluations=lambda settings: 2 * scales,
         **fields,
@@ -64,7 +66,7 @@ ROWS = (
         base="checkpoints/var_d16.pth",
         fid_stats="fid_stats/adm_in256_stats.npz",
         num_synthetic=750_000,
-        generate={"cfg": 1.25, "top_k": 900, "top_p": 0.95},
+        generate={"cfg": 1.25, "top_k": 900, "top_p": 0.95, "precision": "fp32"},
         train=_fine_tune(1_250_000, batch_size=768, lr=1e-5, ramp_images=7_500_000, snapshot_images=250_000),
         w=1.0,
         evaluate={"cfg": 2.8, "top_k": 900, "top_p": 0.95},  # recorded by the authors; their script defaults to 2.9
@@ -82,7 +84,7 @@ ROWS = (
         base="checkpoints/var_d36.pth",
         fid_stats="fid_stats/adm_in512_stats.npz",
         num_synthetic=90_000,
-        generate={"cfg": 2.0, "top_k": 900, "top_p": 0.95},
+        generate={"cfg": 2.0, "top_k": 900, "top_p": 0.95, "precision": "fp32"},
         train=_fine_tune(1_200_000, batch_size=24, lr=1e-6, ramp_images=3_000_000, snapshot_images=200_000),
         w=0.6,
         evaluate={"cfg": 3.2, "top_k": 900, "top_p": 0.95},  # recorded by the authors; their script defaults to 4.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from neon_core.pixels import check_finite
-from neon_core.precision import autocast_dtype, product_layers, weights_as
+from neon_core.precision import autocast_dtype, frozen_in, product_layers, weights_as
 from neon_core.seeds import PerImageRandom
 from neon_var.quantizer import MultiScaleQuantizer
 from neon_var.var import VAR
@@ -148,7 +148,7 @@ def sample_scales(
 
 @torch.no_grad()
 def sample_tokens(var: VAR, vae: VQVAE, labels: Tensor, noise: TokenNoise, **settings) -> tuple[Tensor, Tensor]:
-    """(tokens int64 [B, L] of all scales, their feature map [B, C, P, P] in the autocast type)."""
+    """(tokens int64 [B, L] of all scales, their feature map [B, C, P, P])."""
     tokens: list[Tensor] = []
     dtype = autocast_dtype(labels.device)
     with weights_as(dtype, [*var.autocast_layers(), *product_layers(vae.quantize)]):
@@ -159,10 +159,10 @@ def sample_tokens(var: VAR, vae: VQVAE, labels: Tensor, noise: TokenNoise, **set
 
 
 @torch.no_grad()
-def decode_images(vae: VQVAE, f_hat: Tensor, decode_batch: int | None = None) -> Tensor:
-    """Images in [0, 1] of feature maps [B, C, P, P], in the autocast type, `decode_batch` at a time."""
-    with weights_as(autocast_dtype(f_hat.device), product_layers(vae.decoder)):
-        return torch.cat([(vae.decode(part) + 1) * 0.5 for part in f_hat.split(decode_batch or len(f_hat))])
+def decode_images(vae: VQVAE, f_hat: Tensor, precision: str, batch: int | None = None) -> Tensor:
+    """Images in [0, 1] of feature maps [B, C, P, P], in that precision (see `frozen_in`), `batch` at a time."""
+    with frozen_in(f_hat.device, precision, vae):
+        return torch.cat([(vae.decode(part) + 1) * 0.5 for part in f_hat.split(batch or len(f_hat))])
 
 
 def to_uint8(images: Tensor, rounding: str = "truncate") -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
 from neon_core.data_order import batched, windowed_shuffle
-from neon_core.precision import check_precision
+from neon_core.precision import PRECISIONS, check_precision
 from neon_core.seeds import PerImageRandom
 from neon_edm.augment import AugmentPipe
 from neon_edm.layers import UNetBlock
@@ -105,6 +105,10 @@ class EDMBackbone(Backbone):
             raise UserError(f"--class {class_idx}: this network is unconditional; leave --class out")
         if class_idx is not None and not 0 <= class_idx < self.num_classes:
             raise UserError(f"--class {class_idx}: this network has classes 0 to {self.num_classes - 1}")
+
+    def precisions(self, *, precision: str = "auto", **settings: Any) -> dict[str, str]:
+        dtype = self.net.unet_dtype(self.device, precision)
+        return {"network": next(name for name, value in PRECISIONS.items() if value == dtype)}
 
     def check_set(self, images: ImageSet) -> None:
         shape = (self.net.img_channels, self.img_size, self.img_size)

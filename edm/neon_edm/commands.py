@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from neon_core.backbone import TrainSettings
-from neon_core.precision import PRECISIONS
 from neon_core.schedules import Ema
 from neon_edm import official
 from neon_edm.backbone import EDMBackbone
@@ -19,7 +18,7 @@ from neon_edm.networks import SongUNet
 from neon_edm.rows import ANY_NETWORK, ROWS, SNAPSHOT_TICKS, TICK_IMAGES
 from neon_files.errors import UserError
 from neon_run.backbones import BackboneCommands
-from neon_run.flags import COMPILE, COUNT, POSITIVE, SHARE, flag
+from neon_run.flags import COMPILE, COUNT, POSITIVE, SHARE, flag, precision_flag
 from neon_run.row import Row
 
 NOT_NEGATIVE = click.FloatRange(min=0)
@@ -34,8 +33,7 @@ SAMPLE = (
     flag("--S_min", "--s_min", "S_min", type=NOT_NEGATIVE, help="Lowest level that gets noise.  [default: 0]"),
     flag("--S_max", "--s_max", "S_max", type=NOT_NEGATIVE, help="Highest level that gets noise.  [default: inf]"),
     flag("--S_noise", "--s_noise", "S_noise", type=NOT_NEGATIVE, help="Factor of that noise.  [default: 1]"),
-    flag("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto",
-         help="Of the U-Net; auto: fp16 on GPUs where the checkpoint says so, else fp32."),
+    precision_flag("--precision", "Of the U-Net; auto: fp16 on GPUs where the checkpoint says so, else fp32."),
 )  # fmt: skip
 LOAD_TRAINING = (
     flag("--dropout", type=SHARE, help="Dropout probability."),
@@ -140,7 +138,6 @@ COMMANDS = BackboneCommands(
     synthetic=("--network_pkl_aux_file",),
     load_training=LOAD_TRAINING,
     sample=SAMPLE,
-    neutral={"precision": "auto"},
     sampler_settings=sampler_settings,
     train=TRAIN,
     train_settings=train_settings,

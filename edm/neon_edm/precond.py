@@ -58,11 +58,12 @@ class Precond(nn.Module, ABC):
             **unet_kwargs,
         )
 
-    def unet_dtype(self, device: torch.device) -> torch.dtype:
-        """Of the U-Net's activations: `precision`, one of PRECISIONS; "auto", as in the original: float16 for a
-        `use_fp16` network on CUDA, else float32."""
-        if self.precision != "auto":
-            return PRECISIONS[self.precision]
+    def unet_dtype(self, device: torch.device, precision: str | None = None) -> torch.dtype:
+        """Of the U-Net's activations: `precision` (None: its own), one of PRECISIONS; "auto", as in the original:
+        float16 for a `use_fp16` network on CUDA, else float32."""
+        precision = precision or self.precision
+        if precision != "auto":
+            return PRECISIONS[precision]
         return torch.float16 if self.use_fp16 and device.type == "cuda" else torch.float32
 
     @contextmanager

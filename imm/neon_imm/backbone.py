@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from neon_core.backbone import Backbone
 from neon_core.data_order import batched, windowed_shuffle
 from neon_core.kl_vae import weights_digest
+from neon_core.precision import PRECISIONS, check_precision, half_on_gpu
 from neon_core.seeds import PerImageRandom
 from neon_files.checkpoint import Checkpoint, load_strict, open_checkpoint, read_checkpoint
 from neon_files.errors import UserError
@@ -23,7 +24,7 @@ from neon_files.image_set import ImageSet
 from neon_imm.labels import file_order, label_plan
 from neon_imm.latents import SD_VAE_MEAN, SD_VAE_STD, Codec, RgbCodec, VaeCodec
 from neon_imm.loss import IMMLoss
-from neon_imm.precond import PRECISIONS, IMMPrecond, build_network
+from neon_imm.precond import IMMPrecond, build_network
 from neon_imm.sampler import DISCRETIZATIONS, pushforward, restart, time_grid
 from neon_imm.vae_files import DEFAULT_VAE, load_vae, locate_vae
 
@@ -80,8 +81,7 @@ class IMMBackbone(Backbone):
                 )
             codec_name = weights_digest(autoencoder)
             statistics = {name: config["codec"][name] for name in LATENT_STATISTICS if name in config["codec"]}
-            dtype = torch.float16 if device.type == "cuda" else torch.float32  # as in the official evaluation
-            codec = VaeCodec(autoencoder.to(dtype), **statistics, dtype=dtype, factor=autoencoder.stride)
+            codec = VaeCodec(autoencoder, **statistics, factor=autoencoder.stride)
         net = load_network(read, config).to(device)
         if compiled:
             for block in repeated_blocks(net) or [net.model]:
@@ -148,7 +148,8 @@ class IMMBackbone(Backbone):
         discretization: str = "uniform",
         mid_nt: Sequence[float] = (),
         sampler: str = "pushforward",
-        precision: str = "fp32",
+        precision: str = "auto",
+        decoder_precision: str = "auto",
         state: str = "float32",
         label_rule: str = "in_order",
         **settings: Any,
@@ -162,17 +163,31 @@ class IMMBackbone(Backbone):
         checks = (
             ("discretization", discretization, DISCRETIZATIONS),
             ("sampler", sampler, SAMPLERS),
-            ("precision", precision, ("fp32", *PRECISIONS)),
             ("state", state, STATES),
             ("label_rule", label_rule, LABEL_RULES),
         )
         for flag, value, choices in checks:
             if value not in choices:
                 raise UserError(f"--{flag} {value}: choose one of {', '.join(choices)}")
+        check_precision(precision)
+        check_precision(decoder_precision, "--decoder_precision")
 
-    def check_network(self, *, cfg: float | None = None, **settings: Any) -> None:
+    def check_network(self, *, cfg: float | None = None, decoder_precision: str = "auto", **settings: Any) -> None:
         if cfg is not None and not self.num_classes:
             raise UserError(f"--cfg {cfg}: this network has no classes, so there is no guidance; use --cfg none")
+        if decoder_precision != "auto" and isinstance(self.codec, RgbCodec):
+            raise UserError(
+                f"--decoder_precision {decoder_precision}: this network makes pixels and has no decoder; leave it out"
+            )
+
+    def precisions(
+        self, *, precision: str = "auto", decoder_precision: str = "auto", **settings: Any
+    ) -> dict[str, str]:
+        """Officially the network is float32, and only the autoencoder float16 on GPUs."""
+        network = "fp32" if precision == "auto" else precision
+        if isinstance(self.codec, RgbCodec):
+            return {"network": network}
+        return {"network": network, "decoder": half_on_gpu(self.device, decoder_precision)}
 
     def file_order(self, labels: Tensor | None) -> np.ndarray | None:
         return None if labels is None else file_order(labels)
@@ -188,28 +203,31 @@ class IMMBackbone(Backbone):
         discretization: str = "uniform",
         mid_nt: Sequence[float] = (),
         sampler: str = "pushforward",
-        precision: str = "fp32",
+        precision: str = "auto",
+        decoder_precision: str = "auto",
         state: str = "float32",
         **_: Any,
     ) -> Tensor:
         """uint8 [B, c, img_size, img_size]. Noise comes from each image's own generator on the device.
 
-        `precision` is of the network, `state` of the time grid and the sample between steps (float32 officially,
-        float64 in the IMM release). The autoencoder decodes in its precision.
+        `precision` is of the network and `decoder_precision` of the autoencoder, see `precisions`; `state` of the time
+        grid and the sample between steps (float32 officially, float64 in the IMM release).
         """
+        used = self.precisions(precision=precision, decoder_precision=decoder_precision)
+        network = None if used["network"] == "fp32" else used["network"]
         device, net = self.device, self.net
         random = PerImageRandom(seeds, device)
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
         latents = random.randn(*shape) * net.sigma_data
         grid = time_grid(net.schedule, discretization, num_steps, mid_nt, STATES[state], device)
         rows = self.one_hot(labels)
-        with net.running(training=False, mixed_precision=None if precision == "fp32" else precision):
+        with net.running(training=False, mixed_precision=network):
             if sampler == "restart":
                 noises = [random.randn(*shape) for _ in range(len(grid) - 2)]
                 x = restart(net, latents, grid, noises, rows, cfg)
             else:
                 x = pushforward(net, latents, grid, rows, cfg)
-        return self.codec.decode(x.float()).contiguous()
+        return self.codec.decode(x.float(), used.get("decoder", "fp32")).contiguous()
 
     def one_hot(self, labels: Tensor | None) -> Tensor | None:
         """int64 [B] -> float32 [B, K] on the device, a negative label -> zeros: unconditional."""

@@ -11,11 +11,10 @@ import click
 from neon_files.errors import UserError
 from neon_imm.backbone import LABEL_RULES, SAMPLERS, STATES
 from neon_imm.official import merge_rule, official_arguments
-from neon_imm.precond import PRECISIONS
 from neon_imm.rows import ROWS, official_presets
 from neon_imm.sampler import DISCRETIZATIONS
 from neon_run.backbones import BackboneCommands
-from neon_run.flags import COMPILE, COUNT, flag, parse_numbers
+from neon_run.flags import COMPILE, COUNT, flag, parse_numbers, precision_flag
 
 
 class OrNone(click.ParamType):
@@ -40,7 +39,8 @@ SAMPLE = (
     flag("--discretization", type=click.Choice(DISCRETIZATIONS), help="Time grid.  [default: uniform]"),
     flag("--mid_nt", callback=parse_numbers, help="For mid_nt: noise-to-signal ratios, like 1.4."),
     flag("--sampler", type=click.Choice(SAMPLERS), help="[default: pushforward]"),
-    flag("--precision", type=click.Choice(["fp32", *PRECISIONS]), help="Of the network.  [default: fp32]"),
+    precision_flag("--precision", "Of the network; auto, as officially: fp32."),
+    precision_flag("--decoder_precision", "Of the autoencoder; auto: fp16 on GPUs, as officially, fp32 on CPUs."),
     flag("--state", type=click.Choice(list(STATES)), help="Of grid and sample.  [default: float32]"),
     flag("--label_rule", type=click.Choice(LABEL_RULES),
          help="Classes in order, as officially, or seed mod K.  [default: in order for S, seed mod K for the FID]"),

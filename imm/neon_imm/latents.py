@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from neon_core.kl_vae import posterior
 from neon_core.pixels import check_finite
+from neon_core.precision import frozen_in
 
 # Per-channel statistics of the unscaled latents over ImageNet, from the published configuration.
 SD_VAE_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
@@ -40,7 +41,7 @@ class Codec(Protocol):
         """`moments` -> a clean sample [B, C, h, w] for the loss."""
         ...
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor, precision: str = "fp32") -> Tensor:
         """A clean sample [B, C, h, w] -> uint8 pixels [B, c, H, W]."""
         ...
 
@@ -49,7 +50,7 @@ class VaeCodec:
     """Latents of `vae`, shifted and scaled per channel to mean `final_mean` and standard deviation `final_std`.
 
     `vae` needs encode(images) -> mean | log-variance and decode(z); its factor 0.18215 is not used. It runs in
-    chunks of `chunk` images in `dtype` (float16 in the published evaluation on GPUs).
+    chunks of `chunk` images.
     """
 
     def __init__(
@@ -60,10 +61,9 @@ class VaeCodec:
         final_mean: float = 0.0,
         final_std: float = 0.5,
         chunk: int = 8,
-        dtype: torch.dtype = torch.float32,
         factor: int = 8,
     ):
-        self.vae, self.chunk, self.dtype, self.factor = vae, chunk, dtype, factor
+        self.vae, self.chunk, self.factor = vae, chunk, factor
         self.channels = len(raw_mean)
         self.scale = torch.tensor(final_std, dtype=torch.float32) / torch.tensor(raw_std, dtype=torch.float32)
         self.bias = final_mean - torch.tensor(raw_mean, dtype=torch.float32) * self.scale
@@ -78,9 +78,9 @@ class VaeCodec:
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         parts = []
-        for part in images.to(self.dtype).split(self.chunk):
+        for part in images.split(self.chunk):
             gaussian = posterior(self.vae.encode(part))
-            parts.append(torch.cat([gaussian.mean, gaussian.std], dim=1).float())
+            parts.append(torch.cat([gaussian.mean, gaussian.std], dim=1))
         return torch.cat(parts)
 
     def scale_moments(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -101,10 +101,11 @@ class VaeCodec:
         return (latents - bias) / scale
 
     @torch.no_grad()
-    def decode(self, x: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] of latents [B, C, h, w]."""
+    def decode(self, x: Tensor, precision: str = "fp32") -> Tensor:
+        """uint8 [B, 3, H, W] of latents [B, C, h, w], in that precision: see `frozen_in`."""
         parts = self.unscale(x).split(self.chunk)
-        return to_pixels(torch.cat([self.vae.decode(part.to(self.dtype)) for part in parts]))
+        with frozen_in(x.device, precision, self.vae):
+            return to_pixels(torch.cat([self.vae.decode(part) for part in parts]))
 
 
 class RgbCodec:
@@ -121,5 +122,5 @@ class RgbCodec:
     def draw(self, moments: Tensor, generator: torch.Generator | None) -> Tensor:
         return moments
 
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor, precision: str = "fp32") -> Tensor:
         return (check_finite(x).float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)

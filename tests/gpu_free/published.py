@@ -69,10 +69,8 @@ def imm(name: str) -> IMMBackbone:
     config = {"class": "IMMPrecond", "kwargs": load["network"]}
     codec, codec_name = RgbCodec(), ""
     if load.get("latent", True):
-        vae = built(
-            lambda: AutoencoderKL.from_diffusers_config(SD_VAE_CONFIG).half(), memory_format=torch.channels_last
-        )
-        codec, codec_name = VaeCodec(vae.eval().requires_grad_(False), dtype=torch.float16), "sd"
+        vae = built(lambda: AutoencoderKL.from_diffusers_config(SD_VAE_CONFIG), memory_format=torch.channels_last)
+        codec, codec_name = VaeCodec(vae.eval().requires_grad_(False)), "sd"
     return IMMBackbone(built(imm_network, config), codec, load["loss"], config, codec_name)
 
 

@@ -48,7 +48,8 @@ def test_a_batch_is_sampled_without_waiting_and_in_the_memory_that_is_stated(nam
         assert images.shape == (row.batch, 3, backbone.img_size, backbone.img_size)
         assert sum(record.syncs.values()) <= 1  # are the images finite?
         assert record.uploads < 20  # labels and a few tables, not a copy at each step
-        networks = [part for part in vars(backbone).values() if isinstance(part, torch.nn.Module)]
+        parts = [*vars(backbone).values(), getattr(getattr(backbone, "codec", None), "vae", None)]
+        networks = [part for part in parts if isinstance(part, torch.nn.Module)]
         assert record.weight_casts <= sum(1 for net in networks for _ in net.parameters())  # each at most once
         if precision is None:
             assert record.peak / GIB <= stated("Sampling")[name] + 0.05

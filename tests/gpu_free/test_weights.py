@@ -12,7 +12,7 @@ from xar.pico import pico_net
 from neon_core.seeds import PerImageRandom
 from neon_imm.precond import IMMPrecond
 from neon_imm.sampler import pushforward, restart, time_grid
-from neon_var.sampler import PerImageNoise, decode_images, sample_tokens
+from neon_var.sampler import PerImageNoise, sample_tokens
 from neon_xar.sampler import sample_latents
 
 AUTOCAST = torch.autocast("cpu", torch.bfloat16)
@@ -21,9 +21,7 @@ AUTOCAST = torch.autocast("cpu", torch.bfloat16)
 def var(**changes) -> torch.Tensor:
     noise = PerImageNoise(PerImageRandom(range(3)))
     with AUTOCAST:
-        vae = tiny_vae()
-        _, f_hat = sample_tokens(tiny_var(**changes), vae, torch.arange(3), noise, top_k=9, top_p=0.9)
-        return decode_images(vae, f_hat)
+        return sample_tokens(tiny_var(**changes), tiny_vae(), torch.arange(3), noise, top_k=9, top_p=0.9)[1]
 
 
 def xar() -> torch.Tensor:

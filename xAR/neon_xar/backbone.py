@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
 from neon_core.kl_vae import AutoencoderKL, to_ldm_names, weights_digest
-from neon_core.precision import autocast, check_precision
+from neon_core.precision import autocast, check_precision, half_on_gpu
 from neon_core.seeds import PerImageRandom
 from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
 from neon_files.errors import UserError
@@ -76,6 +76,7 @@ class XARBackbone(Backbone):
         cfg: float = 1.0,
         flow_steps: int = MIN_STEPS,
         precision: str = "auto",
+        decoder_precision: str = "auto",
         rounding: str = "truncate",
         label_rule: str = "balanced",
         **settings: Any,
@@ -85,10 +86,18 @@ class XARBackbone(Backbone):
         if not math.isfinite(cfg):
             raise UserError(f"--cfg {cfg}: a finite number is required")
         check_precision(precision)
+        check_precision(decoder_precision, "--decoder_precision")
         if rounding not in ROUNDINGS:
             raise UserError(f"--rounding {rounding}: choose {' or '.join(ROUNDINGS)}")
         if label_rule not in LABEL_RULES:
             raise UserError(f"--labels {label_rule}: choose {' or '.join(LABEL_RULES)}")
+
+    def precisions(
+        self, *, precision: str = "auto", decoder_precision: str = "auto", **settings: Any
+    ) -> dict[str, str]:
+        """The decoder follows the transformer unless it is set: one region holds both in the official scripts."""
+        network = half_on_gpu(self.net.mask.device, precision)
+        return {"network": network, "decoder": network if decoder_precision == "auto" else decoder_precision}
 
     def network_config(self) -> dict[str, Any]:
         return {"class": "XAR", "kwargs": self.net.config}
@@ -114,25 +123,28 @@ class XARBackbone(Backbone):
         cfg: float,
         flow_steps: int,
         precision: str = "auto",
+        decoder_precision: str = "auto",
         rounding: str = "truncate",
         **_,
     ) -> Tensor:
         """uint8 [B, C, img_size, img_size]. Initial and step noise come from each image's own generator on the device.
 
-        `precision` is of the transformer; the sampler's state stays in float64 and the autoencoder in float32. "auto":
-        float16 on CUDA, as in the official evaluation, and float32 on the CPU.
+        `precision` is of the transformer ("auto": float16 on CUDA, as in the official evaluation, and float32 on the
+        CPU), `decoder_precision` of the autoencoder ("auto": as `precision`); the sampler's state is float64.
         """
-        self.check_settings(cfg=cfg, flow_steps=flow_steps, precision=precision, rounding=rounding)
+        precisions = {"precision": precision, "decoder_precision": decoder_precision}
+        self.check_settings(cfg=cfg, flow_steps=flow_steps, rounding=rounding, **precisions)
+        used = self.precisions(**precisions)
         device = self.net.mask.device
         labels = self.assign_labels(seeds) if labels is None else labels
         random = PerImageRandom(seeds, device)
-        with autocast(device, precision):
+        with autocast(device, used["network"]):
             latents = sample_latents(self.net, labels.to(device), flow_steps, cfg, random.randn)
-        return self.decode(latents, rounding)
+        return self.decode(latents, rounding, used["decoder"])
 
-    def decode(self, latents: Tensor, rounding: str) -> Tensor:
+    def decode(self, latents: Tensor, rounding: str, precision: str) -> Tensor:
         """uint8 images of scaled latents [B, z, g, g]."""
-        return decode(self.autoencoder, latents, rounding)
+        return decode(self.autoencoder, latents, rounding, precision)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Posterior moments of the images and of their mirror images, float32 [B, 2, 2z, 16, 16]."""

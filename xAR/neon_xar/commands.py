@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
-from neon_core.precision import PRECISIONS
 from neon_files.errors import UserError
 from neon_run.backbones import BackboneCommands
-from neon_run.flags import COMPILE, COUNT, FILE, flag, parse_finite
+from neon_run.flags import COMPILE, COUNT, FILE, flag, parse_finite, precision_flag
 from neon_xar.backbone import LABEL_RULES, XARBackbone
 from neon_xar.rows import ROWS
 from neon_xar.vae import ROUNDINGS
@@ -23,8 +22,8 @@ LOAD_TRAINING = (
 SAMPLE = (
     flag("--cfg", type=float, callback=parse_finite, help="Guidance of the last cell.  [default: the row's]"),
     flag("--flow_steps", type=int, help="Network calls per cell, at least 3.  [default: the row's]"),
-    flag("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto",
-         help="Of the transformer; auto: fp16 on CUDA, as officially, fp32 on the CPU."),
+    precision_flag("--precision", "Of the transformer; auto: fp16 on GPUs, as officially, fp32 on CPUs."),
+    precision_flag("--decoder_precision", "Of the autoencoder; auto, as officially: that of --precision."),
     flag("--rounding", type=click.Choice(ROUNDINGS),
          help="Of pixels.  [default: the row's, which for the published FIDs is truncate]"),
     flag("--labels", "label_rule", type=click.Choice(LABEL_RULES), default="balanced",
@@ -62,7 +61,7 @@ REFUSED = {
     "--label_drop_prob": "the fine-tune has the official 0.1; leave it out",
 }  # fmt: skip
 # Left out, so that equal settings have equal manifests:
-PLAIN = {"precision": "auto", "rounding": "truncate", "label_rule": "balanced"}
+PLAIN = {"rounding": "truncate", "label_rule": "balanced"}
 
 
 def check_claims(backbone: XARBackbone, claims: Mapping[str, Any]) -> None:

@@ -75,7 +75,16 @@ class PatchXAR(XARBackbone):
         if images.shape != shape:
             raise UserError(f"{images.path}: images of shape {images.shape}, but this network makes {shape}")
 
-    def decode(self, latents: Tensor, rounding: str) -> Tensor:
+    def check_network(self, *, decoder_precision: str = "auto", **settings: Any) -> None:
+        if decoder_precision != "auto":
+            raise UserError(
+                f"--decoder_precision {decoder_precision}: this network makes pixels and has no decoder; leave it out"
+            )
+
+    def precisions(self, **settings: Any) -> dict[str, str]:
+        return {"network": super().precisions(**settings)["network"]}
+
+    def decode(self, latents: Tensor, rounding: str, precision: str = "fp32") -> Tensor:
         return self.autoencoder.decode(latents, rounding)
 
     def prepare(self, images: Tensor) -> Tensor:

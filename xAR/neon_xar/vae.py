@@ -12,18 +12,21 @@ from torch import Tensor
 
 from neon_core.kl_vae import AutoencoderKL, posterior
 from neon_core.pixels import check_finite
+from neon_core.precision import frozen_in
 
 SCALE = 0.2325  # latent = SCALE * posterior sample: about unit variance on ImageNet
 ROUNDINGS = ("truncate", "round")
 
 
 def to_uint8(images: Tensor, rounding: str = "truncate") -> Tensor:
-    """uint8 of images in [-1, 1], values beyond are clamped; computed in float32.
+    """uint8 of images in [-1, 1], values beyond are clamped; computed in float16 for float16 images, as officially,
+    else in float32.
 
     "truncate" is what Neon's numbers were measured with; "round" (half to even) is the original xAR evaluation, on
     average half a level brighter. Raises NotFiniteImages.
     """
-    levels = (check_finite(images).float() + 1.0) / 2.0 * 255.0
+    images = check_finite(images)
+    levels = ((images if images.dtype == torch.float16 else images.float()) + 1.0) / 2.0 * 255.0
     if rounding == "round":
         levels = levels.round()
     return levels.clamp(0.0, 255.0).to(torch.uint8)
@@ -53,9 +56,11 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(picture)[top : top + size, left : left + size]
 
 
-def decode(autoencoder: AutoencoderKL, latents: Tensor, rounding: str = "truncate", chunk: int = 32) -> Tensor:
-    """uint8 [B, C, H, W] of scaled latents [B, z, h, w]; the autoencoder runs in float32, `chunk` images at a time."""
-    with torch.autocast(latents.device.type, enabled=False):
+def decode(
+    autoencoder: AutoencoderKL, latents: Tensor, rounding: str = "truncate", precision: str = "fp32", chunk: int = 32
+) -> Tensor:
+    """uint8 [B, C, H, W] of scaled latents [B, z, h, w], in that precision (see `frozen_in`), `chunk` at a time."""
+    with frozen_in(latents.device, precision, autoencoder):
         return to_uint8(autoencoder.decode(latents.float() / SCALE, chunk), rounding)
 
 
