@@ -149,7 +149,6 @@ class IMMBackbone(Backbone):
         mid_nt: Sequence[float] = (),
         sampler: str = "pushforward",
         precision: str = "auto",
-        decoder_precision: str = "auto",
         state: str = "float32",
         label_rule: str = "in_order",
         **settings: Any,
@@ -170,7 +169,7 @@ class IMMBackbone(Backbone):
             if value not in choices:
                 raise UserError(f"--{flag} {value}: choose one of {', '.join(choices)}")
         check_precision(precision)
-        check_precision(decoder_precision, "--decoder_precision")
+        check_precision(settings.get("decoder_precision", "auto"), "--decoder_precision")
 
     def check_network(self, *, cfg: float | None = None, decoder_precision: str = "auto", **settings: Any) -> None:
         if cfg is not None and not self.num_classes:
