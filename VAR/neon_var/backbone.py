@@ -280,7 +280,7 @@ class VARBackbone(Backbone):
     def redraw(self, images: Tensor) -> Tensor:
         """uint8 [B, C, img_size, img_size], through the tokenizer and back: the best that any tokens of its make."""
         *_, (_, f_hat) = self.vae.quantize.scales(self.vae.features(preprocessing.to_unit_range(images)))
-        return to_uint8(decode_images(self.vae, f_hat))
+        return to_uint8(decode_images(self.vae, f_hat, "fp32"))
 
     def self_training_loss(self, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Cross-entropy of the tokens `x` [B, L] in teacher forcing, with label drop and stochastic depth."""
