@@ -48,7 +48,8 @@ def test_the_set_has_every_seed_once_with_its_label(place):
     names = sorted(pictures(place.set))
     assert [name[:6] for name in names] == [f"{seed:06d}" for seed in range(11)]
     manifest = json.loads((place.set / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["settings"] == {"cfg": 1.25, "top_k": 30, "top_p": 0.95} and manifest["vae_ckpt_sha256"]
+    assert manifest["settings"] == {"cfg": 1.25, "top_k": 30, "top_p": 0.95, "precision": "fp32"}
+    assert manifest["vae_ckpt_sha256"]
 
 
 def test_two_ranks_make_the_same_images_bit_for_bit(place, tmp_path):
