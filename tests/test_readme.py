@@ -1,6 +1,7 @@
 """Every command of the README, and of the page for users of the official repository, is understood by the real script,
 and says which file is missing."""
 
+import json
 import re
 import runpy
 import shlex
@@ -19,7 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     line.split("#")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S)
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
     if line.strip()
 ]
 SCRIPTS = [command for command in COMMANDS if ".py " in command]
@@ -133,6 +134,21 @@ def test_links_of_the_documents_lead_somewhere():
             target = next(part for part in target if part)
             if "://" not in target:
                 assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
+
+
+def test_links_within_the_readme_lead_to_a_heading():
+    """As the hub and GitHub name them: small letters, blanks as hyphens, no other signs."""
+    headings = re.findall(r"^#+ (.+)$", README, flags=re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    targets = re.findall(r"\]\(#([^)]+)\)", README)
+    assert len(targets) > 8 and set(targets) <= anchors, set(targets) - anchors
+
+
+def test_the_table_links_every_weight_of_the_manifest():
+    listed = json.loads((ROOT / "neon_files/manifest.json").read_text(encoding="utf-8"))["entries"]
+    entries = {entry["name"]: entry["repo"] for entry in listed if entry["name"].startswith("Neon_")}
+    linked = dict(re.findall(r"\[`(Neon_\S+)`\]\(https://huggingface.co/(\S+)/blob/main/\1\)", README))
+    assert linked == entries and len(linked) == 8
 
 
 def test_files_that_the_documents_name_exist():
