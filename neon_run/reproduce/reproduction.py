@@ -302,7 +302,7 @@ class Reproduction:
             barrier()
             return {"files": ["results.json", "report.html"]}
 
-        self.ledger.run("report", {"layout": report.LAYOUT}, ["evaluate"], work)
+        self.ledger.run("report", {"layout": report.LAYOUT, "claim": results["acceptance"]}, ["evaluate"], work)
         return results
 
     # Measuring
