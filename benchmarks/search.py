@@ -89,14 +89,15 @@ class Valley:
 
     def official(self) -> tuple[int, float]:
         """(images, regret) of the early-stopped grid with 10,000 images a setting and tolerance 0.03."""
-        asked, measure = _counting(lambda _, w, g: self.measured(w, g, 10_000))
-        _, w, g = early_stopped_grid(["s"], WS, GUIDANCES, measure, 0.03)
-        return 10_000 * len(asked), self.true(w, g) - self.floor
+        asked, measure = _counting(lambda _, w, settings: self.measured(w, settings["g"], 10_000))
+        _, w, settings = early_stopped_grid(["s"], WS, {"g": GUIDANCES}, measure, 0.03)
+        return 10_000 * len(asked), self.true(w, settings["g"]) - self.floor
 
     def ours(self, budget: Budget | None = None) -> tuple[int, float]:
         """(images, regret) of `search`, started at the middle of the box."""
-        found = search(lambda _, w, g, n: self.measured(w, g, n), {"s": 1.0}, W, GUIDANCE, budget)
-        return found.images, self.true(found.best.w, found.best.guidance) - self.floor
+        measure = lambda _, w, settings, n: self.measured(w, settings["g"], n)  # noqa: E731
+        found = search(measure, {"s": 1.0}, W, {"g": GUIDANCE}, budget)
+        return found.images, self.true(found.best.w, found.best.settings["g"]) - self.floor
 
 
 class Curve:
@@ -115,12 +116,12 @@ class Curve:
 
     def official(self) -> tuple[int, float]:
         asked, measure = _counting(lambda _, w, __: self.true(w) + self.noise((w,), 10_000))
-        _, w, _ = early_stopped_grid(["s"], ONE_AXIS_WS, [None], measure, 0.03)
+        _, w, _ = early_stopped_grid(["s"], ONE_AXIS_WS, {}, measure, 0.03)
         return 10_000 * len(asked), self.true(w) - self.floor
 
     def ours(self, budget: Budget | None = None) -> tuple[int, float]:
         measure = lambda _, w, __, n: self.true(w) + self.noise((w,), n)  # noqa: E731
-        found = search(measure, {"s": 1.0}, ONE_AXIS_W, None, budget)
+        found = search(measure, {"s": 1.0}, ONE_AXIS_W, {}, budget)
         return found.images, self.true(found.best.w) - self.floor
 
 
@@ -149,15 +150,17 @@ class Snapshots:
 
     def official(self) -> tuple[int, float]:
         """The grid in each snapshot; w in units of the snapshot's own step, so that no optimum lies outside it."""
-        asked, measure = _counting(lambda s, u, g: self.measured(s, u * LENGTHS["d"] / LENGTHS[s], g, 10_000))
-        s, u, g = early_stopped_grid(LENGTHS, WS, GUIDANCES, measure, 0.03)
-        return 10_000 * len(asked), self.of[s].true(u, g) - self.floor
+        of_length = lambda s, u: u * LENGTHS["d"] / LENGTHS[s]  # noqa: E731
+        asked, measure = _counting(lambda s, u, settings: self.measured(s, of_length(s, u), settings["g"], 10_000))
+        s, u, settings = early_stopped_grid(LENGTHS, WS, {"g": GUIDANCES}, measure, 0.03)
+        return 10_000 * len(asked), self.of[s].true(u, settings["g"]) - self.floor
 
     def ours(self, budget: Budget | None = None) -> tuple[int, float]:
         """The longest first, as `neon reproduce` does."""
         lengths = dict(reversed(LENGTHS.items()))
-        found = search(self.measured, lengths, W, GUIDANCE, budget)
-        return found.images, self.true(found.best.snapshot, found.best.w, found.best.guidance) - self.floor
+        measure = lambda s, w, settings, n: self.measured(s, w, settings["g"], n)  # noqa: E731
+        found = search(measure, lengths, W, {"g": GUIDANCE}, budget)
+        return found.images, self.true(found.best.snapshot, found.best.w, found.best.settings["g"]) - self.floor
 
 
 def _wall(start: float | None, d: float) -> float:

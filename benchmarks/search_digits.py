@@ -13,6 +13,7 @@ so that differences are paired. Image counts are 0.4 of a published row's, since
 
 import dataclasses
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1,)] + [
@@ -31,7 +32,7 @@ from neon_run.cli import run as run_command
 from neon_run.flags import parse_seed_list
 from neon_run.reproduce.measure import images_of
 from neon_run.reproduce.reproduction import Reproduction
-from neon_run.search.quick import Budget
+from neon_run.search.quick import Budget, Settings
 from neon_run.search.sweep import BASE, early_stopped_grid
 
 SCALE = 0.4
@@ -48,37 +49,36 @@ def compare(kind: str, quickstart: Quickstart, seed: int, out: Path) -> list[dic
     reproduction = Reproduction(row, out, plan, CPU)
     results = reproduction.run()
     sweep, seeds, best = reproduction.sweep, reproduction.seeds, results["best"]
-    chosen = {"ours": ((best["snapshot"], best["w"], best["guidance"]), results["search"]["images"])}
+    chosen = {"ours": ((best["snapshot"], best["w"], best["settings"]), results["search"]["images"])}
 
     points = []
 
-    def measure(snapshot: str, w: float, guidance: float | None, count: int = many) -> float:
-        varied = {} if guidance is None else {"guidance": guidance}
-        fid = sweep.grown(snapshot, w, seeds, count, **varied)["fid"]
-        points.append({"snapshot": snapshot if w else BASE, "w": w, "guidance": guidance, "num_images": count})
+    def measure(snapshot: str, w: float, settings: Settings, count: int = many) -> float:
+        fid = sweep.grown(snapshot, w, seeds, count, **settings)["fid"]
+        points.append({"snapshot": snapshot if w else BASE, "w": w, "settings": settings, "num_images": count})
         return fid
 
     grid, names = row.grid, list(sweep.snapshots)
-    choice = early_stopped_grid(names, grid.ws, grid.guidances, measure, grid.tolerance)
+    choice = early_stopped_grid(names, grid.ws, grid.settings, measure, grid.tolerance)
     chosen["official grid"] = (choice, images_of(points))
     points.clear()
-    settings = list(dict.fromkeys((s if w else BASE, w, g) for s in names for w in grid.ws for g in grid.guidances))
-    ranked = sorted(settings, key=lambda setting: measure(*setting, many // 4))[:FINALISTS]
+    varied = [dict(zip(grid.settings, values, strict=True)) for values in product(*grid.settings.values())]
+    places = [(s, w, settings) for s in names for w in grid.ws if w for settings in varied]
+    places += [(BASE, 0.0, settings) for settings in varied if 0 in grid.ws]
+    ranked = sorted(places, key=lambda setting: measure(*setting, many // 4))[:FINALISTS]
     chosen["fine grid"] = (min(ranked, key=lambda setting: measure(*setting)), images_of(points))
 
-    base = results["base_best"]["guidance"]
-    chosen["(base)"] = ((BASE, 0.0, base), 0)
+    chosen["(base)"] = ((BASE, 0.0, results["base_best"]["settings"]), 0)
     first = parse_seeds(row.evaluate_seeds)[-1] + 1
     blocks = [range(first + i * many, first + (i + 1) * many) for i in range(BLOCKS)]
     found = {}
-    for name, ((snapshot, w, guidance), _) in chosen.items():
-        varied = {} if guidance is None else {"guidance": guidance}
-        found[name] = np.array([sweep.grown(snapshot, w, block, many, **varied)["fid"] for block in blocks])
+    for name, ((snapshot, w, settings), _) in chosen.items():
+        found[name] = np.array([sweep.grown(snapshot, w, block, many, **settings)["fid"] for block in blocks])
     lines = []
     for name, (setting, images) in chosen.items():
         apart = found[name] - found["fine grid"]
         line = {"searched": kind, "seed": seed, "procedure": name, "images": images}
-        line |= dict(zip(("snapshot", "w", "guidance"), setting, strict=True))
+        line |= {"snapshot": setting[0], "w": setting[1], "guidance": setting[2].get("guidance")}
         line |= {"distance": found[name].mean(), "above_fine": apart.mean()}
         lines.append(line | {"standard_error": apart.std(ddof=1) / BLOCKS**0.5})
     return lines

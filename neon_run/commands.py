@@ -27,6 +27,7 @@ from neon_run import stages
 from neon_run.backbones import BackboneCommands
 from neon_run.cli import measured_line, run, write_result
 from neon_run.row import Row
+from neon_run.search.axes import check_varied, chosen_axes
 from neon_run.search.find import SearchPlan
 from neon_run.search.sweep import find_checkpoints
 
@@ -228,7 +229,10 @@ def _finetune(commands: BackboneCommands, default: str | None, values: Values) -
 
 def _sweep(commands: BackboneCommands, default: str | None, values: Values) -> None:
     row = chosen_row(commands, default, values, "evaluate")
-    row = replace(row, grid=chosen_grid(row, values))
+    row = replace(row, grid=chosen_grid(commands, row, values))
+    if values["axes"]:
+        check_varied(values["kind"])
+        row = replace(row, axes=chosen_axes(row, values["axes"], commands.sample))
     if not values["snapshots"] and not values["synthetic"]:
         raise UserError("--snapshots is missing; name the folder of a fine-tune, or checkpoints as --synthetic")
     seeds, final_seeds, plan = search_images(row, values)
@@ -265,13 +269,19 @@ def search_images(row: Row, values: Values) -> tuple[Sequence[int], Sequence[int
     return seeds, values["final_seeds"] or final, plan
 
 
-def chosen_grid(row: Row, values: Values) -> Any:
+def grid_setting(commands: BackboneCommands) -> str | None:
+    """The setting of the sampler that the official grid of this backbone varies, if there is one."""
+    return next((name for row in commands.rows if not row.prepare for name in row.grid.settings), None)
+
+
+def chosen_grid(commands: BackboneCommands, row: Row, values: Values) -> Any:
     """The row's grid with the changes of the command line."""
     grid = row.grid
+    name = grid_setting(commands)
     guidances = values.get("guidances")
     changes = {
         "ws": values["ws"] and tuple(values["ws"]),
-        "guidances": guidances and tuple(guidances),
+        "settings": guidances and {name: tuple(guidances)},
         "tolerance": values["tolerance"],
         "num_images": values["num_images"],
         "first_images": values["min_training_step"] and 1000 * values["min_training_step"],
@@ -336,11 +346,11 @@ def _finetune_flags(commands: BackboneCommands) -> list[click.Option]:
 def _sweep_flags(commands: BackboneCommands) -> list[click.Option]:
     synthetic = f.flag("--synthetic", "--aux_resume", *commands.synthetic, "synthetic", type=f.FILE, multiple=True,
                        help="Or fine-tuned checkpoints one by one.")  # fmt: skip
-    guidance = next((row.guidance for row in commands.rows if row.guidance and not row.prepare), None)
+    guidance = grid_setting(commands)
     guidances = f.flag(f"--{guidance}s", f"--{guidance}", "guidances", callback=f.parse_numbers,
                        help="Guidance values.  [default: the row's]")  # fmt: skip
     return [
-        base_flag(commands), f.ENTRY, *commands.load, f.SNAPSHOTS, synthetic, f.KIND, *f.GRID,
+        base_flag(commands), f.ENTRY, *commands.load, f.SNAPSHOTS, synthetic, f.KIND, f.AXIS, *f.GRID,
         *([guidances] if guidance else []), f.GRID_IMAGES,
         f.flag("--search_seeds", *commands.search_seeds, "search_seeds", callback=f.parse_seed_list,
                help="Of the search.  [default: the first of the row's evaluation]"),
@@ -369,6 +379,6 @@ def _calculate_fid_flags(commands: BackboneCommands) -> list[click.Option]:
 STAGES = {
     "generate": (_generate_flags, _generate, "Draw the synthetic set S from theta_base."),
     "finetune": (_finetune_flags, _finetune, "Fine-tune theta_base briefly on S: theta_syn, in snapshots."),
-    "sweep": (_sweep_flags, _sweep, "Find snapshot, w and guidance with the lowest FID."),
+    "sweep": (_sweep_flags, _sweep, "Find snapshot, w and settings of the sampler with the lowest FID."),
     "calculate_fid": (_calculate_fid_flags, _calculate_fid, "Sample, extract features, compare with the reference."),
 }

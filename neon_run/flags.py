@@ -195,6 +195,11 @@ KIND = flag(
     "--search", "kind", type=click.Choice(["official", "quick"]), default="official",
     help="The official grid, or the quick search with a tenth of its images.",
 )  # fmt: skip
+AXIS = flag(
+    "--axis", "axes", multiple=True, metavar="NAME[=LOW:HIGH]",
+    help="A setting of the sampler that the quick search varies together with w, like top_p=0.8:1; repeat it for up to "
+    "three.  [default: the row's]",
+)  # fmt: skip
 GRID = (
     flag("--w", "--differential_weights", "ws", callback=parse_numbers, help="Merge weights.  [default: the row's]"),
     flag("--tolerance", type=float, callback=parse_tolerance,

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,12 +24,20 @@ class Grid:
     """The official search: ascending values, ended early where FID rises by more than `tolerance`."""
 
     ws: tuple[float, ...]
-    guidances: tuple[float | None, ...] = (None,)
+    settings: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # of the sampler: the outer loop first
     tolerance: float = 0.03
     num_images: int = 10_000
     refine: float | None = None  # then also the neighbours of the best point at this distance
     first_images: int = 0  # snapshots of fewer images are skipped
     last_images: float = math.inf
+
+
+class Range(NamedTuple):
+    """Where the quick search may go along one axis."""
+
+    low: float
+    high: float
+    whole: bool = False  # whole numbers only
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,9 @@ class Row:
     # The search
     grid: Grid = field(default_factory=lambda: Grid((0.0, 0.5, 1.0, 1.5, 2.0)))
     w_range: tuple[float, float] = (0.0, 3.0)
-    guidance: str | None = None  # the sampler setting that is searched together with w
-    guidance_range: tuple[float, float] | None = None
+    axes: Mapping[str, Range] = field(
+        default_factory=dict
+    )  # up to three of `evaluate`, searched with w: guidance first
     # The paper
     base_fid: float | None = None
     neon_fid: float | None = None

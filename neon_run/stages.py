@@ -177,7 +177,7 @@ def open_sweep(model: Model, evaluator: Evaluator, snapshots: Mapping[str, Path]
 
 
 def search(model: Model, sweep: GrowingSweep, plan: SearchPlan, seeds: Sequence[int]) -> dict[str, Any]:
-    """The best snapshot, w and guidance: see `neon_run.search.find.find`."""
+    """The best snapshot, w and settings of the sampler: see `neon_run.search.find.find`."""
     with float32_precision(model.row.tf32):
         return find(model.row, plan, sweep, seeds)
 
@@ -207,9 +207,10 @@ def sweep(
     result = search(model, points, plan, images.seeds)
     best = result["best"]
     count = plan.deciding_images if plan.kind == "quick" else model.row.grid.num_images
-    varied = {model.row.guidance: best["guidance"]} if model.row.guidance else {}
     with float32_precision(model.row.tf32):
-        measured = points.measure(best["snapshot"], best["w"], images.final_seeds or images.seeds[:count], **varied)
+        measured = points.measure(
+            best["snapshot"], best["w"], images.final_seeds or images.seeds[:count], **best["settings"]
+        )
     if "not_finite" in measured:
         raise UserError(f"the best setting of the search, w = {best['w']:g}: {measured['not_finite']}")
     if measured["snapshot"] != BASE:

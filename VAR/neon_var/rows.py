@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from neon_core.backbone import TrainSettings
 from neon_core.schedules import LinearRamp
-from neon_run.row import Grid, Row
+from neon_run.row import Grid, Range, Row
 from neon_var.architectures import ARCHITECTURES
 from neon_var.backbone import VARBackbone
 from neon_var.fashion.rows import FASHION_ROWS
@@ -48,7 +48,6 @@ def _row(name: str, **fields) -> Row:
         id=f"var/{name}",
         backbone=VARBackbone,
         load={"architecture": name},
-        guidance="cfg",
         w_range=(0.0, 2.0),
         tf32="all",
         generate_tf32="conv",
@@ -71,8 +70,8 @@ ROWS = (
         w=1.0,
         evaluate={"cfg": 2.8, "top_k": 900, "top_p": 0.95},  # recorded by the authors; their script defaults to 2.9
         batch_size=64,
-        grid=Grid(ws=_from(0.1, 0.4, 2.0), guidances=_from(1.35, 1.6, 4.0)),
-        guidance_range=(1.25, 4.0),
+        grid=Grid(_from(0.1, 0.4, 2.0), {"cfg": _from(1.35, 1.6, 4.0)}),
+        axes={"cfg": Range(1.25, 4.0)},
         base_fid=3.30,
         neon_fid=2.01,
     ),
@@ -89,8 +88,8 @@ ROWS = (
         w=0.6,
         evaluate={"cfg": 3.2, "top_k": 900, "top_p": 0.95},  # recorded by the authors; their script defaults to 4.0
         batch_size=32,  # about 43 of 80 GB, half of it keys and values
-        grid=Grid(ws=_from(0.0, 0.2, 2.0), guidances=_from(2.0, 2.2, 4.4)),
-        guidance_range=(2.0, 4.5),
+        grid=Grid(_from(0.0, 0.2, 2.0), {"cfg": _from(2.0, 2.2, 4.4)}),
+        axes={"cfg": Range(2.0, 4.5)},
         base_fid=2.63,
         neon_fid=1.70,
     ),

@@ -12,7 +12,7 @@ from neon_edm.guidance import GuidedBackbone, passes_per_image
 from neon_run.fashion.data import IMG_SIZE, NUM_CLASSES, Fashion
 from neon_run.fashion.prepare import PrepareFashion
 from neon_run.fashion.rows import fashion_row
-from neon_run.row import Acceptance
+from neon_run.row import Acceptance, Range
 
 BATCH = 128
 NO_SNAPSHOTS = 1 << 60  # but the last
@@ -78,7 +78,6 @@ FASHION = fashion_row(
     evaluate={**SAMPLER, "guidance": 2.0},
     batch_size=500,
     w_range=(0.0, 3.0),
-    guidance="guidance",
-    guidance_range=(1.0, 4.0),
+    axes={"guidance": Range(1.0, 4.0)},
     evaluations=passes_per_image,
 )

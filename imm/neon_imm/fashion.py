@@ -19,7 +19,7 @@ from neon_imm.sampler import passes_per_image
 from neon_run.fashion.data import IMG_SIZE, NUM_CLASSES, Fashion
 from neon_run.fashion.prepare import PrepareFashion
 from neon_run.fashion.rows import fashion_row
-from neon_run.row import Acceptance
+from neon_run.row import Acceptance, Range
 
 BATCH = 128
 NO_SNAPSHOTS = 1 << 60  # but the last
@@ -93,7 +93,6 @@ FASHION = fashion_row(
     micro_batch_multiple=LOSS.matrix_size,
     batch_size=500,
     w_range=(0.0, 3.0),
-    guidance="cfg",
-    guidance_range=(1.0, 3.0),
+    axes={"cfg": Range(1.0, 3.0)},
     evaluations=passes_per_image,
 )

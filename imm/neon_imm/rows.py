@@ -15,7 +15,7 @@ from neon_imm.backbone import IMMBackbone
 from neon_imm.fashion import FASHION
 from neon_imm.loss import IMMLoss
 from neon_imm.sampler import PRESETS, passes_per_image
-from neon_run.row import Grid, Row
+from neon_run.row import Grid, Range, Row
 
 TICK = 102_400  # images between two official snapshots
 
@@ -99,9 +99,8 @@ def _imagenet(name: str, num_steps: int, **fields: Any) -> Row:
         train=IMAGENET_TRAIN,
         w=3.6,
         evaluate={"num_steps": num_steps, "cfg": 1.8, "label_rule": "balanced"},
-        grid=Grid(w_grid(num_steps), cfg_grid(num_steps)),
-        guidance="cfg",
-        guidance_range=(1.0, 3.0),
+        grid=Grid(w_grid(num_steps), {"cfg": cfg_grid(num_steps)}),
+        axes={"cfg": Range(1.0, 3.0)},
         **fields,
     )
 

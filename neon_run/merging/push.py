@@ -23,6 +23,7 @@ from neon_files.safetensors_file import read_header
 from neon_run.merging.folders import PROVENANCE
 from neon_run.merging.lora import is_adapter
 from neon_run.merging.weight_file import ADAPTER_CONFIG
+from neon_run.results import upgraded
 
 MARK = "<!-- written by `neon push` -->"
 SHARE_ALIKE = "cc-by-nc-sa-4.0"
@@ -113,7 +114,7 @@ def read_results(path: Path, weights: Weights) -> Results:
             interval=(results.get("intervals") or {}).get("neon"),
             row=results.get("row", ""),
             paper_fid=(results.get("paper") or {}).get("neon_fid"),
-            settings=dict(measured.get("settings", {})) | _guidance(results),
+            settings=dict(measured.get("settings", {})) | upgraded(results)["best"]["settings"],
             reference=Path(provenance.get("files", {}).get("reference", {}).get("path", "")).name,
             seeds=final["neon"].get("seeds", measured.get("seeds", "")),
         )
@@ -129,11 +130,6 @@ def read_results(path: Path, weights: Weights) -> Results:
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: values[name] for name in METRICS if isinstance(values.get(name), int | float)}
-
-
-def _guidance(results: Mapping[str, Any]) -> dict[str, Any]:
-    guidance = results["best"].get("guidance")
-    return {} if guidance is None or not results.get("guidance") else {results["guidance"]: guidance}
 
 
 def choose_licence(weights: Weights, licence: str | None) -> str:

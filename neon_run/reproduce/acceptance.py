@@ -36,23 +36,23 @@ def distances(results: Mapping[str, Any]) -> dict[str, list[float]]:
     if not points:
         return {}
     count = min(point["num_images"] for point in points)
-    best, base_guidance = results["best"], results["base_best"]["guidance"]
-    snapshot, w, guidance = best["snapshot"] if best["w"] else BASE, best["w"], best["guidance"]
+    best, of_base = results["best"], results["base_best"]["settings"]
+    snapshot, w, settings = best["snapshot"] if best["w"] else BASE, best["w"], best["settings"]
     wanted = {
-        BASE_OWN_BEST: (BASE, 0.0, base_guidance),
-        "self_trained": (best["snapshot"], -1.0, guidance),
-        "neon": (snapshot, w, guidance),
-        "random": (RANDOM, w, guidance),
-        "away": (REAL, w, guidance),
-        "real": (REAL, -1.0, guidance),
-        "longer": (LONGER, -1.0, base_guidance),
+        BASE_OWN_BEST: (BASE, 0.0, of_base),
+        "self_trained": (best["snapshot"], -1.0, settings),
+        "neon": (snapshot, w, settings),
+        "random": (RANDOM, w, settings),
+        "away": (REAL, w, settings),
+        "real": (REAL, -1.0, settings),
+        "longer": (LONGER, -1.0, of_base),
     }
     found: dict[str, list[float]] = {}
     for name, place in wanted.items():
         at = {
             point["block"]: point.get("fid_heldout", point["fid"])
             for point in points
-            if point["num_images"] == count and (point["snapshot"], point["w"], point["guidance"]) == place
+            if point["num_images"] == count and (point["snapshot"], point["w"], point["settings"]) == place
         }
         if at:
             found[name] = [at[block] for block in sorted(at)]  # "second" before "third"

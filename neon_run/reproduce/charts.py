@@ -1,5 +1,5 @@
-"""Two plots as inline SVG: FID over w, and FID over (w, guidance). Nothing but strings, so that a report needs no
-plotting package and no network."""
+"""Plots as inline SVG: FID over w, over w and a setting of the sampler, and of several runs. Nothing but strings, so
+that a report needs no plotting package and no network."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def curve_over_w(
     base: tuple[str, float],
     distance: str = "FID",
 ) -> str:
-    """`curve`: (w, FID) at Neon's guidance; `searched`: the search's points, at other n and guidance; `base`: its
+    """`curve`: (w, FID) at Neon's settings; `searched`: the search's points, at other n and settings; `base`: its
     label and its FID, which is drawn as a line."""
     curve, (base_name, base_fid) = sorted(curve), base
     lowest = min(fid for _, fid in curve)
@@ -95,25 +95,25 @@ def curve_over_w(
 
 
 def surface(
-    points: Sequence[Mapping[str, Any]], best: tuple[float, float], name: str, distance: str = "FID"
+    points: Sequence[Mapping[str, Any]], best: Mapping[str, Any], name: str, distance: str = "FID"
 ) -> str | None:
-    """FID over (w, guidance) of one snapshot: the measured points, over the quadratic that fits them where there are
-    six of them or more. None where guidance did not vary."""
-    xyz = np.array([(p["w"], p["guidance"], p["fid"]) for p in points], dtype=np.float64)
+    """FID over w and the setting `name` of one snapshot: the measured points and, where no other setting varies, under
+    six of them or more the quadratic that fits them. None where the setting did not vary."""
+    xyz = np.array([(p["w"], p["settings"][name], p["fid"]) for p in points], dtype=np.float64)
     if len(xyz) < 3 or np.ptp(xyz[:, 1]) == 0 or np.ptp(xyz[:, 0]) == 0:
         return None
     frame = Frame((xyz[:, 0].min(), xyz[:, 0].max()), (xyz[:, 1].min(), xyz[:, 1].max()), "w", name)
     low, high = xyz[:, 2].min(), xyz[:, 2].max()
     colour = lambda fid: _colour(max(fid - low, 0.0) / max(high - low, 1e-12))  # noqa: E731
-    under = _fitted_cells(frame, xyz, colour) if len(xyz) >= 6 else []
+    under = _fitted_cells(frame, xyz, colour) if len(xyz) >= 6 and len(best["settings"]) == 1 else []
     body = []
-    for w, guidance, fid in xyz:
-        x, y = frame.at(w, guidance)
-        text = escape(f"w {w:g}, {name} {guidance:g}: {distance} {fid:.4g}")
+    for w, value, fid in xyz:
+        x, y = frame.at(w, value)
+        text = escape(f"w {w:g}, {name} {value:g}: {distance} {fid:.4g}")
         body.append(
             f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour(fid)}"><title>{text}</title></circle>'
         )
-    x, y = frame.at(*best)
+    x, y = frame.at(best["w"], best["settings"][name])
     body.append(f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="11"/>')
     return frame.svg(body, under, f"{distance} over w and {name}")
 

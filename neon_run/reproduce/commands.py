@@ -15,19 +15,21 @@ from neon_core.distributed import is_main, print0, session
 from neon_core.seeds import format_seeds, parse_seeds
 from neon_files.tracking import tracking
 from neon_run import flags as f
-from neon_run.backbones import find_row, find_rows
+from neon_run.backbones import backbone_of, find_row, find_rows
 from neon_run.cli import check_writable
 from neon_run.reproduce.compare import write_comparison
 from neon_run.reproduce.ledger import status
+from neon_run.reproduce.pages import settings_text
 from neon_run.reproduce.reproduction import Plan, Reproduction
 from neon_run.row import Row
+from neon_run.search.axes import check_varied, chosen_axes
 from neon_run.stages import with_settings
 
 
 @click.command("rows")
 def rows_command() -> None:
     """What can be reproduced here: the rows of the paper's table, with the paper's FIDs, and a few beside it."""
-    head = ("row", "base FID", "Neon FID", "w", "|S|", "fine-tune", "guidance")
+    head = ("row", "base FID", "Neon FID", "w", "|S|", "fine-tune", "searched with w, from")
     lines = [head, *map(_cells, find_rows().values())]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
@@ -38,14 +40,13 @@ def rows_command() -> None:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    guidance = row.evaluate.get(row.guidance) if row.guidance else None
     numbers = (row.base_fid, row.neon_fid, row.w)
     return (
         row.id,
         *("-" if number is None else f"{number:g}" for number in numbers),
         f"{row.num_synthetic:,}",
         f"{row.train.images / 1e6:g} Mi",
-        "-" if guidance is None else f"{row.guidance} {guidance:g}",
+        settings_text({name: row.evaluate[name] for name in row.axes}) or "-",
     )
 
 
@@ -73,6 +74,7 @@ ROW_FLAGS = (  # -> the row
     f.flag("--images", type=f.COUNT, help="Length of the fine-tune, images."),
     f.flag("--seeds", callback=f.parse_seed_list, help="Of the evaluation, like 0-49999."),
     f.BATCH_SIZE,
+    f.AXIS,
 )
 PLAN_FLAGS = (  # -> Plan
     f.flag("--base", metavar="PATH|URL", help="theta_base."),
@@ -123,6 +125,8 @@ def reproduce(row_name: str, out_dir: Path, device: str, log: str = "none", repe
     merge, evaluate, report. Stop it whenever you like; the same command goes on, on any number of processes."""
     row = changed(find_row(row_name), f.given(values, ROW_FLAGS))
     plan = Plan(**f.given(values, PLAN_FLAGS))
+    if values.get("axes"):
+        check_varied(plan.search)
     check_writable(out_dir, "--out")
     runs = [(row, out_dir, plan)]
     if repeat > 1:
@@ -141,9 +145,9 @@ def reproduce(row_name: str, out_dir: Path, device: str, log: str = "none", repe
 def _reproduce(row: Row, out_dir: Path, plan: Plan, device: torch.device) -> None:
     results = Reproduction(row, out_dir, plan, device, shlex.join(["neon", *sys.argv[1:]])).run()
     final, best = results["intervals"], results["best"]
-    guided = "" if best["guidance"] is None else f" | {row.guidance}={best['guidance']:g}"
+    tuned = "".join(f" | {name}={value:g}" for name, value in best["settings"].items())
     ends = f"{row.distance} {final['base']['value']:.4f} -> {final['neon']['value']:.4f}"
-    print0(f"{row.id} | {ends} | w={best['w']:g}{guided} | {best['snapshot']} | {out_dir / 'report.html'}")
+    print0(f"{row.id} | {ends} | w={best['w']:g}{tuned} | {best['snapshot']} | {out_dir / 'report.html'}")
 
 
 def repetition(row: Row, out_dir: Path, plan: Plan, number: int) -> tuple[Row, Path, Plan]:
@@ -181,4 +185,6 @@ def changed(row: Row, given: dict[str, Any]) -> Row:
         plain["train"] = dataclasses.replace(row.train, images=given["images"])
     if "seeds" in given:
         plain["evaluate_seeds"] = format_seeds(given["seeds"])
+    if given.get("axes"):
+        plain["axes"] = chosen_axes(row, given["axes"], backbone_of(row).sample)
     return with_settings(row, **plain)

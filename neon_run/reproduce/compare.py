@@ -21,7 +21,8 @@ from neon_files.atomic import atomic_path
 from neon_files.errors import UserError
 from neon_files.run_files import read_record
 from neon_run.reproduce import acceptance, charts
-from neon_run.reproduce.pages import fid_text, margin, page, short
+from neon_run.reproduce.pages import fid_text, margin, page, settings_text, short
+from neon_run.results import upgraded
 
 NEEDED = {
     "row": str,
@@ -74,7 +75,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        return read_record(folder / "results.json", NEEDED)
+        return upgraded(read_record(folder / "results.json", NEEDED))
     except FileNotFoundError:
         raise UserError(
             f"{folder}: holds no results.json; name the --out folder of a finished run (`neon status {folder}`)"
@@ -94,11 +95,11 @@ def view(runs: Sequence[Run]) -> dict[str, Any]:
 def _group(number: int, runs: Sequence[Run]) -> dict[str, Any]:
     distance, reference, _, count = runs[0].scale
     intervals = [(run.name, run.results["intervals"]["base"], run.results["intervals"]["neon"]) for run in runs]
-    guided = any(run.results["best"]["guidance"] is not None for run in runs)
-    rows = [[run.name, *_cells(run, guided)] for run in runs]
+    tuned = any(run.results["best"]["settings"] for run in runs)
+    rows = [[run.name, *_cells(run, tuned)] for run in runs]
     one_row = len(runs) > 1 and len({run.results["row"] for run in runs}) == 1
     if one_row:
-        rows.append(["mean ± sd", runs[0].results["row"], *_mean_cells(runs), *([""] if guided else []), ""])
+        rows.append(["mean ± sd", runs[0].results["row"], *_mean_cells(runs), *([""] if tuned else []), ""])
     verdict = _verdict(runs) if len({run.results["row"] for run in runs}) == 1 else None
     head = ["run", "row", f"base {distance}", f"Neon {distance}", "gain", "gain, %", "w"]
     return {
@@ -106,7 +107,7 @@ def _group(number: int, runs: Sequence[Run]) -> dict[str, Any]:
         "title": f"{distance} of {count:,} images" + (f", reference {reference[:8]}" if reference else ""),
         "distance": distance,
         "count": count,
-        "head": [*head, *(["guidance"] if guided else []), "snapshot"],
+        "head": [*head, *(["sampler"] if tuned else []), "snapshot"],
         "rows": rows,
         "verdict": verdict,
         "several": len(runs) if one_row else 0,
@@ -146,11 +147,11 @@ def _verdict(runs: Sequence[Run]) -> dict[str, Any] | None:
     return {"head": ["run", *(acceptance.PLACES[name] for name in names)], "rows": rows, "lines": lines}
 
 
-def _cells(run: Run, guided: bool = True) -> list[str]:
+def _cells(run: Run, tuned: bool = True) -> list[str]:
     results = run.results
     intervals, best = results["intervals"], results["best"]
     ends = [f"{fid_text(intervals[n]['value'])} ± {margin(intervals[n])}" for n in ("base", "neon", "gain")]
-    settings = [short(best["w"]), *([short(best["guidance"])] if guided else []), best["snapshot"]]
+    settings = [short(best["w"]), *([settings_text(best["settings"]) or "-"] if tuned else []), best["snapshot"]]
     return [results["row"], *ends, f"{run.numbers['share']:.1f}", *settings]
 
 

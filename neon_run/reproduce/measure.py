@@ -25,6 +25,7 @@ from neon_run.row import Row
 from neon_run.search.find import SearchPlan, images_of, point_of
 from neon_run.search.growing import GrowingSweep
 from neon_run.search.interval import block_statistics, bootstrap_fids, interval
+from neon_run.search.quick import Settings
 from neon_run.search.sweep import BASE
 
 RANDOM, REAL, LONGER = "random-direction", "real-data", "longer-training"  # snapshots that are controls
@@ -58,19 +59,19 @@ class Measurement:
         `searched` is the result of the search. Every rank calls it; sampled images are added to, not sampled again.
         """
         plan, sweep, seeds, best = self.plan, self.sweep, self.seeds, searched["best"]
-        base_guidance, w_best = searched["base_best"]["guidance"], best["w"]
+        of_base, w_best = searched["base_best"]["settings"], best["w"]
         count = self.row.protocol.control_images or self.search_plan.deciding_images
         points: list[dict[str, Any]] = []
 
-        def at(snapshot: str, w: float, guidance: float | None, block: str, count: int) -> dict[str, Any]:
-            result = sweep.grown(snapshot, w, blocks[block], count, **self._varied(guidance))
-            points.append(point_of(result, guidance) | {"block": block})
+        def at(snapshot: str, w: float, settings: Settings, block: str, count: int) -> dict[str, Any]:
+            result = sweep.grown(snapshot, w, blocks[block], count, **settings)
+            points.append(point_of(result, settings) | {"block": block})
             return result
 
         # Base and Neon on all seeds.
         fresh = fresh_blocks(self.row, plan)
         blocks = dict(zip(BLOCKS, [seeds, *fresh], strict=False))
-        ends = {"base": (BASE, 0.0, base_guidance), "neon": (best["snapshot"], w_best, best["guidance"])}
+        ends = {"base": (BASE, 0.0, of_base), "neon": (best["snapshot"], w_best, best["settings"])}
         whole = {name: at(*end, "first", len(seeds)) for name, end in ends.items()}
         out: dict[str, Any] = {"final": {name: _metrics(result) for name, result in whole.items()}}
         out["intervals"] = self._intervals(ends, whole)
@@ -84,7 +85,7 @@ class Measurement:
                 again = {name: _metrics(at(*end, block, len(seeds))) for name, end in ends.items()}
                 out.setdefault("second_block", again)
         # Samples, and the file against the network that was measured.
-        settings = {**sweep.settings, **self._varied(best["guidance"])}
+        settings = {**sweep.settings, **best["settings"]}
         if math.prod(plan.samples):
             _write_samples(sweep, seeds[: math.prod(plan.samples)], best, settings, self.out_dir / "samples")
         out["file_differs_by"] = _difference_of_file(sweep, best, self.out_dir / "neon.safetensors")
@@ -94,34 +95,31 @@ class Measurement:
         grown = images_of([*searched["points"], *own]) - searched["images"]
         return {**out, "points": points, "images": grown + sum(map(images_of, others))}
 
-    def _controls(self, searched: Mapping[str, Any], with_curve: bool) -> list[tuple[str, float, float | None]]:
-        """(snapshot, w, guidance) of every control, and of the curve over w."""
-        best, base_guidance = searched["best"], searched["base_best"]["guidance"]
-        snapshot, w_best, guidance = best["snapshot"], best["w"], best["guidance"]
+    def _controls(self, searched: Mapping[str, Any], with_curve: bool) -> list[tuple[str, float, Settings]]:
+        """(snapshot, w, settings) of every control, and of the curve over w."""
+        best, of_base = searched["best"], searched["base_best"]["settings"]
+        snapshot, w_best, settings = best["snapshot"], best["w"], best["settings"]
         controls = []
         if self.plan.controls:
             curve = self.plan.curve or [round(w_best * part, 6) for part in (0.5, 1.5)]
             ws = [-1.0, *([0.0, *curve] if with_curve else []), w_best]
-            controls = [(snapshot, w, guidance) for w in dict.fromkeys(ws)]
-            controls.append((BASE, 0.0, base_guidance))
+            controls = [(snapshot, w, settings) for w in dict.fromkeys(ws)]
+            controls.append((BASE, 0.0, of_base))
         if RANDOM in self.sweep.snapshots:
-            controls.append((RANDOM, w_best, guidance))
+            controls.append((RANDOM, w_best, settings))
         if REAL in self.sweep.snapshots:
-            controls.append((REAL, -1.0, guidance))
+            controls.append((REAL, -1.0, settings))
             if w_best:
-                controls.append((REAL, w_best, guidance))  # away from real images: is it S that matters?
+                controls.append((REAL, w_best, settings))  # away from real images: is it S that matters?
         if LONGER in self.sweep.snapshots:
-            controls.append((LONGER, -1.0, base_guidance))
+            controls.append((LONGER, -1.0, of_base))
         return controls
-
-    def _varied(self, guidance: float | None) -> dict[str, Any]:
-        return {self.row.guidance: guidance} if self.row.guidance and guidance is not None else {}
 
     def _intervals(self, ends: Mapping[str, tuple], whole: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Of base, Neon and their difference, by the bootstrap; the same blocks are drawn for both."""
         out, drawn = None, {}
-        for name, (snapshot, w, guidance) in ends.items():
-            total = self.sweep.statistics(snapshot, w, self.seeds, **self._varied(guidance))
+        for name, (snapshot, w, settings) in ends.items():
+            total = self.sweep.statistics(snapshot, w, self.seeds, **settings)
             if total is not None and total.features is not None:
                 print0(f"bootstrap: {name}, {self.plan.resamples} resamples")
                 drawn[name] = self._resampled(total)
@@ -169,7 +167,7 @@ def _write_random(sweep: GrowingSweep, snapshot: str, seed: int, folder: Path) -
 def _write_samples(
     sweep: GrowingSweep, few: Sequence[int], best: Mapping[str, Any], settings: dict[str, Any], folder: Path
 ) -> None:
-    """The same seeds, labels and guidance with the three networks: <folder>/{base,self-trained,neon}/00.png."""
+    """The same seeds, labels and settings with the three networks: <folder>/{base,self-trained,neon}/00.png."""
     for name, w in (("base", 0.0), ("self-trained", -1.0), ("neon", best["w"])):
         sweep.move(best["snapshot"], w)
         if is_main():

@@ -18,6 +18,11 @@ def short(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def settings_text(settings: Mapping[str, float]) -> str:
+    """ "cfg 2.7, top_p 0.9"."""
+    return ", ".join(f"{name} {short(value)}" for name, value in settings.items())
+
+
 def margin(interval: Mapping[str, float]) -> str:
     """Half the width of a 95 % interval."""
     return fid_text(1.96 * interval["standard_error"])

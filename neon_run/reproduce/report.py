@@ -16,11 +16,12 @@ from neon_files.atomic import atomic_path, write_json
 from neon_run.reproduce import charts
 from neon_run.reproduce.ledger import STAGES, Ledger
 from neon_run.reproduce.measure import LONGER, RANDOM, REAL
-from neon_run.reproduce.pages import fid_text, page, short
+from neon_run.reproduce.pages import fid_text, page, settings_text, short
 from neon_run.row import Row
+from neon_run.search.quick import Settings
 from neon_run.search.sweep import BASE
 
-LAYOUT = 6  # counts up when a report of the same records would look different
+LAYOUT = 7  # counts up when a report of the same records would look different
 METRICS = {
     "is_mean": ("IS", "{:.2f}"),
     "kid_mean": ("KID x 1000", "{:.3f}"),
@@ -38,7 +39,6 @@ def collect(row: Row, ledger: Ledger, versions: Mapping[str, str]) -> dict[str, 
     return {
         "row": row.id,
         "paper": {"base_fid": row.base_fid, "neon_fid": row.neon_fid, "w": row.w},
-        "guidance": row.guidance,
         "distance": row.distance,
         "samples": records["evaluate"]["settings"]["samples"],
         "best": search["best"],
@@ -80,17 +80,20 @@ def view(results: Mapping[str, Any], samples: Path) -> dict[str, Any]:
     parts = {
         "result": _result(results),
         "curves": _curves(results),
-        "surface": _surface(results),
+        "surfaces": _surfaces(results),
         "controls": _controls(results),
         "samples": _samples(samples, results),
         "cost": _cost_table(results["ledger"]),
     }
-    curve_title = "w and guidance" if results["guidance"] else "The curve over w"
+    searched = list(results["best"]["settings"])
+    curve_title = ", ".join(["w", *searched[:-1]]) + f" and {searched[-1]}" if searched else "The curve over w"
     return {
         "title": results["row"],
         "contents": _contents(parts, curve_title),
         "curve_title": curve_title,
-        **{name: results[name] for name in ("distance", "guidance", "intervals", "best", "paper", "final")},
+        **{name: results[name] for name in ("distance", "intervals", "best", "paper", "final")},
+        "tuned": _own_best(results),
+        "at_settings": settings_text(results["best"]["settings"]),
         "gain": gain,
         "improves": gain["low"] > 1e-9 * results["intervals"]["base"]["value"],  # more than rounding
         "second_block": second,
@@ -107,7 +110,7 @@ def view(results: Mapping[str, Any], samples: Path) -> dict[str, Any]:
 def _contents(parts: Mapping[str, Any], curve_title: str) -> list[tuple[str, str]]:
     """(id, title) of the sections that the page has."""
     sections = [("result", "Result"), ("curve", curve_title), ("controls", "Controls"), ("samples", "Samples")]
-    present = {**parts, "curve": parts["curves"] or parts["surface"]}
+    present = {**parts, "curve": parts["curves"] or parts["surfaces"]}
     return [*(section for section in sections if present[section[0]]), ("cost", "Cost"), ("provenance", "Provenance")]
 
 
@@ -131,14 +134,14 @@ def _result(results: Mapping[str, Any]) -> dict[str, Any]:
 def _curves(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The distance over w and, where there is a second reference, that to it."""
     best, measured = results["best"], _equal(results)
-    line = [p for p in measured if p["snapshot"] in (best["snapshot"], BASE) and p["guidance"] == best["guidance"]]
+    line = [p for p in measured if p["snapshot"] in (best["snapshot"], BASE) and p["settings"] == best["settings"]]
     if len(line) < 2:
         return []
     searched = [(p["w"], p["fid"]) for p in _searched(results)]
-    base_name = "base, re-tuned" if results["guidance"] else "base"
+    base_name = "base, re-tuned" if best["settings"] else "base"
     curves = []
     for name, dots, suffix in (("fid", searched, ""), ("fid_heldout", [], ", held out")):
-        base = _fid(measured, BASE, 0.0, results["base_best"]["guidance"], name)
+        base = _fid(measured, BASE, 0.0, results["base_best"]["settings"], name)
         if name not in line[0] or base is None:
             continue
         curve = [(p["w"], p[name]) for p in line]
@@ -147,18 +150,23 @@ def _curves(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return curves
 
 
-def _surface(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The search's points over (w, guidance), where guidance was searched."""
+def _surfaces(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The search's points over w and each of the settings that were searched with it."""
     best = results["best"]
-    if best["guidance"] is None:
-        return None
     fewest = min(p["num_images"] for p in results["points"]["search"])
     ranked = [p for p in _searched(results) if p["num_images"] == fewest]
-    drawn = charts.surface(ranked, (best["w"], best["guidance"]), results["guidance"], results["distance"])
-    if not drawn:
+    drawn = [charts.surface(ranked, best, name, results["distance"]) for name in best["settings"]]
+    svgs = [Markup(svg) for svg in drawn if svg]
+    if not svgs:
         return None
     bar = charts.colour_bar(min(p["fid"] for p in ranked), max(p["fid"] for p in ranked))
-    return {"svg": Markup(drawn), "bar": Markup(bar), "count": fewest}
+    return {"svgs": svgs, "bar": Markup(bar), "count": fewest, "fitted": len(best["settings"]) == 1}
+
+
+def _own_best(results: Mapping[str, Any]) -> str:
+    """What "base" and a longer trained base are followed by: they have settings of their own."""
+    names = list(results["best"]["settings"])
+    return f", at its own best {', '.join(names)}" if names else ""
 
 
 def _searched(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -167,32 +175,32 @@ def _searched(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _controls(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    best, measured = results["best"], _equal(results)
-    tuned = ", at its own best guidance" if results["guidance"] else ""
-    lines: tuple[tuple[str, tuple[str, float, float | None]], ...] = (
-        (f"base{tuned}", (BASE, 0.0, results["base_best"]["guidance"])),
-        ("base, at Neon's guidance", (BASE, 0.0, best["guidance"])),
-        ("self-trained (w = -1)", (best["snapshot"], -1.0, best["guidance"])),
-        ("random direction of equal length", (RANDOM, best["w"], best["guidance"])),
-        ("away from real data, equal w", (REAL, best["w"], best["guidance"])),
-        ("as much more training on real data", (REAL, -1.0, best["guidance"])),
-        (f"base trained twice as long{tuned}", (LONGER, -1.0, results["base_best"]["guidance"])),
-        (f"Neon (w = {best['w']:.4g})", (best["snapshot"], best["w"], best["guidance"])),
+    best, of_base, measured = results["best"], results["base_best"]["settings"], _equal(results)
+    tuned, snapshot, w, settings = _own_best(results), best["snapshot"], best["w"], best["settings"]
+    lines: tuple[tuple[str, tuple[str, float, Settings]], ...] = (
+        (f"base{tuned}", (BASE, 0.0, of_base)),
+        (f"base, at Neon's {', '.join(settings)}", (BASE, 0.0, settings)),
+        ("self-trained (w = -1)", (snapshot, -1.0, settings)),
+        ("random direction of equal length", (RANDOM, w, settings)),
+        ("away from real data, equal w", (REAL, w, settings)),
+        ("as much more training on real data", (REAL, -1.0, settings)),
+        (f"base trained twice as long{tuned}", (LONGER, -1.0, of_base)),
+        (f"Neon (w = {w:.4g})", (snapshot, w, settings)),
     )
     base, heldout = _fid(measured, *lines[0][1]), any("fid_heldout" in point for point in measured)
-    rows, listed = [], set()
+    rows: list[list[str]] = []
+    listed: list[tuple[str, float, Settings]] = []
     for label, point in lines:
         fid = _fid(measured, *point)
         if fid is None or base is None or point in listed:
             continue
         other = _fid(measured, *point, "fid_heldout")
-        guided = [short(point[2])] if results["guidance"] else []
-        rows.append([label, *guided, fid_text(fid), _signed(fid - base), *([] if other is None else [fid_text(other)])])
-        listed.add(point)
+        varied = [short(value) for value in point[2].values()]
+        rows.append([label, *varied, fid_text(fid), _signed(fid - base), *([] if other is None else [fid_text(other)])])
+        listed.append(point)
     if len(rows) < 3:
         return None
-    head = ["", *([results["guidance"]] if results["guidance"] else [])]
-    head += [f"{results['distance']} of {_equal_count(results):,}", "against the base"]
+    head = ["", *settings, f"{results['distance']} of {_equal_count(results):,}", "against the base"]
     return {"head": [*head, *(["held out"] if heldout else [])], "rows": rows}
 
 
@@ -258,10 +266,10 @@ def _equal(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _fid(
-    points: Sequence[Mapping[str, Any]], snapshot: str, w: float, guidance: float | None, name: str = "fid"
+    points: Sequence[Mapping[str, Any]], snapshot: str, w: float, settings: Settings, name: str = "fid"
 ) -> float | None:
     snapshot = BASE if w == 0 else snapshot
-    values = [p.get(name) for p in points if (p["snapshot"], p["w"], p["guidance"]) == (snapshot, w, guidance)]
+    values = [p.get(name) for p in points if (p["snapshot"], p["w"], p["settings"]) == (snapshot, w, settings)]
     return values[0] if values else None
 
 

@@ -222,7 +222,7 @@ class Reproduction:
             "snapshots": plan.snapshots,
             "images": [plan.ranking_images, plan.deciding_images],
             "trained": trained["snapshots"],
-            "row": [row.w_range, row.guidance, row.guidance_range, row.w],
+            "row": [row.w_range, row.axes, row.w],
             **self.measured_with,
         }
         if plan.kind == "official":

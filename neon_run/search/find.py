@@ -1,10 +1,11 @@
-"""The search for snapshot, w and guidance over measured points: ours, or the official grid."""
+"""The search for snapshot, w and settings of the sampler over measured points: ours, or the official grid."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,12 @@ import numpy as np
 from neon_core.merge import NeonWeights
 from neon_files.checkpoint import read_state
 from neon_files.errors import UserError
-from neon_run.row import Grid, Row
+from neon_run.row import Grid, Range, Row
 from neon_run.search.growing import GrowingSweep
-from neon_run.search.quick import Axis, Budget, search
+from neon_run.search.quick import Axis, Budget, Measure, Settings, search
 from neon_run.search.sweep import BASE, early_stopped_grid
 
 STEPS_PER_RANGE = 6  # a first step of the search is this part of the paper's range
-Measure = Callable[[str, float, float | None, int], float]  # snapshot, w, guidance, images -> FID
 
 
 @dataclass(frozen=True)
@@ -32,94 +32,99 @@ class SearchPlan:
 
 
 def find(row: Row, plan: SearchPlan, sweep: GrowingSweep, seeds: Sequence[int]) -> dict[str, Any]:
-    """{"best": {"snapshot", "w", "guidance"}, "base_best": {"guidance"}, "points", "images"}: Neon's best setting, and
-    the base's best guidance.
+    """{"best": {"snapshot", "w", "settings"}, "base_best": {"settings"}, "points", "images"}: Neon's best, and the
+    base's own best settings of the sampler: the same search along the same axes, without w.
 
     Every rank calls it. All points share their seeds, the first ones of `seeds`. The quick search keeps statistics,
     which more images can be added to; the official one, of many more points, keeps the points alone.
     """
     points: list[dict[str, Any]] = []
 
-    def measure(snapshot: str, w: float, guidance: float | None, count: int) -> float:
-        varied = {row.guidance: guidance} if row.guidance else {}
+    def measure(snapshot: str, w: float, settings: Settings, count: int) -> float:
         if plan.kind == "quick":
-            result = sweep.grown(snapshot, w, seeds, count, **varied)
+            result = sweep.grown(snapshot, w, seeds, count, **settings)
         else:
-            result = sweep.measure(snapshot, w, seeds[:count], **varied)
-        points.append(point_of(result, guidance))
+            result = sweep.measure(snapshot, w, seeds[:count], **settings)
+        points.append(point_of(result, settings))
         return result["fid"]
 
     if plan.kind == "quick":
-        best, base_guidance = _quick(row, plan, sweep, measure)
+        best, of_base = _quick(row, plan, sweep, measure)
     else:
-        best, base_guidance = _official(row.grid, list(sweep.snapshots), measure, min(row.grid.num_images, len(seeds)))
+        best, of_base = _official(row.grid, list(sweep.snapshots), measure, min(row.grid.num_images, len(seeds)))
     return {
-        "best": dict(zip(("snapshot", "w", "guidance"), best, strict=True)),
-        "base_best": {"guidance": base_guidance},
+        "best": dict(zip(("snapshot", "w", "settings"), best, strict=True)),
+        "base_best": {"settings": of_base},
         "points": points,
         "images": images_of(points),
     }
 
 
-def _quick(row: Row, plan: SearchPlan, sweep: GrowingSweep, measure: Measure) -> tuple[tuple, float | None]:
+def _quick(row: Row, plan: SearchPlan, sweep: GrowingSweep, measure: Measure) -> tuple[tuple, Settings]:
     budget = Budget(ranking_images=plan.ranking_images, deciding_images=plan.deciding_images)
     lengths = step_lengths(sweep, evenly(list(sweep.snapshots), plan.snapshots)[::-1])
-    w_axis = _axis(row.w_range, row.w)
-    guidance_axis = None
-    if row.guidance and row.guidance_range:
-        guidance_axis = _axis(row.guidance_range, row.evaluate[row.guidance])
-    best = search(measure, lengths, w_axis, guidance_axis, budget).best
-    if guidance_axis is None:
-        measure(BASE, 0.0, None, plan.deciding_images)
-        return (best.snapshot, best.w, None), None
-    # The same search along one axis, the guidance.
-    alone = search(lambda _, g, __, n: measure(BASE, 0.0, g, n), {BASE: 1.0}, guidance_axis, None, budget)
-    return (best.snapshot, best.w, best.guidance), alone.best.w
+    axes = {name: _axis(limits, row.evaluate[name]) for name, limits in row.axes.items()}
+    best = search(measure, lengths, _axis(Range(*row.w_range), row.w), axes, budget).best
+    return (best.snapshot, best.w, best.settings), _base_best(axes, budget, measure)
 
 
-def _official(grid: Grid, snapshots: Sequence[str], measure: Measure, count: int) -> tuple[tuple, float | None]:
-    measured: dict[tuple, float] = {}
+def _base_best(axes: Mapping[str, Axis], budget: Budget, measure: Measure) -> Settings:
+    """The same search with the first setting of the sampler in the place of w."""
+    if not axes:
+        measure(BASE, 0.0, {}, budget.deciding_images)
+        return {}
+    (first, axis), *others = axes.items()
 
-    def fid(snapshot: str, w: float, guidance: float | None) -> float:
-        measured[snapshot, w, guidance] = measure(snapshot, w, guidance, count)
-        return measured[snapshot, w, guidance]
+    def settings_of(value: float, further: Settings) -> Settings:
+        return {first: axis.setting(value), **further}
 
-    values = [value for value in grid.guidances if value is not None]
-    guidances = sorted(values) if len(values) == len(grid.guidances) else grid.guidances
-    of_base = early_stopped_grid([BASE], [0.0], guidances, fid, grid.tolerance)
-    if not math.isfinite(measured[of_base]):
-        raise UserError("the base's images are not finite at any guidance of the grid; check its file")
-    base_guidance = of_base[2]
+    def of_base(_: str, value: float, further: Settings, count: int) -> float:
+        return measure(BASE, 0.0, settings_of(value, further), count)
+
+    best = search(of_base, {BASE: 1.0}, axis, dict(others), budget).best
+    return settings_of(best.w, best.settings)
+
+
+def _official(grid: Grid, snapshots: Sequence[str], measure: Measure, count: int) -> tuple[tuple, Settings]:
+    measured: list[tuple[float, tuple]] = []
+
+    def fid(snapshot: str, w: float, settings: Settings) -> float:
+        measured.append((measure(snapshot, w, settings, count), (snapshot, w, settings)))
+        return measured[-1][0]
+
+    values = {name: sorted(values) for name, values in grid.settings.items()}
+    _, _, base_settings = early_stopped_grid([BASE], [0.0], values, fid, grid.tolerance)
+    if not any(math.isfinite(value) for value, _ in measured):
+        raise UserError("the base's images are not finite at any setting of the grid; check its file")
     measured.clear()  # the base wins only where the grid holds w = 0
     for snapshot in snapshots:
-        _, w, guidance = early_stopped_grid([snapshot], sorted(grid.ws), guidances, fid, grid.tolerance)
-        for around in neighbours(w, guidance, grid.refine) if grid.refine else ():
+        _, w, settings = early_stopped_grid([snapshot], sorted(grid.ws), values, fid, grid.tolerance)
+        for around in neighbours(w, settings, grid.refine) if grid.refine else ():
             fid(snapshot, *around)
-    best = min(measured, key=measured.__getitem__)
-    if not math.isfinite(measured[best]):
+    lowest, best = min(measured, key=lambda pair: pair[0])
+    if not math.isfinite(lowest):
         raise UserError("no setting of the search gave finite images; check the snapshots, or search smaller w")
-    return best, base_guidance
+    return best, base_settings
 
 
-def neighbours(w: float, guidance: float | None, step: float) -> list[tuple[float, float | None]]:
-    """The eight points around (w, guidance), or the two around w, that are positive throughout."""
-    ws = [round(w + i * step, 6) for i in (-1, 0, 1)]
-    guidances = [None] if guidance is None else [round(guidance + i * step, 6) for i in (-1, 0, 1)]
-    around = [(a, b) for a in ws for b in guidances if (a, b) != (w, guidance)]
-    return [(a, b) for a, b in around if a > 0 and (b is None or b > 0)]
+def neighbours(w: float, settings: Settings, step: float) -> list[tuple[float, Settings]]:
+    """The points one step around (w, settings) that are positive throughout: eight with guidance, two of w alone."""
+    places = [[round(value + i * step, 6) for i in (-1, 0, 1)] for value in (w, *settings.values())]
+    around = [place for place in product(*places) if place != (w, *settings.values()) and min(place) > 0]
+    return [(place[0], dict(zip(settings, place[1:], strict=True))) for place in around]
 
 
-def point_of(result: Mapping[str, Any], guidance: float | None) -> dict[str, Any]:
+def point_of(result: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """The entries of a measured point that are kept."""
     kept = ("snapshot", "w", "num_images", "fid", "fid_heldout")
-    return {name: result[name] for name in kept if name in result} | {"guidance": guidance}
+    return {name: result[name] for name in kept if name in result} | {"settings": settings}
 
 
 def images_of(points: Sequence[Mapping[str, Any]]) -> int:
     """The images sampled for points of one seed list: each setting's largest count, since it grows."""
     cost: dict[tuple, int] = {}
     for point in points:
-        key = (point["snapshot"], point["w"], point["guidance"])
+        key = (point["snapshot"], point["w"], *point["settings"].items())
         cost[key] = max(cost.get(key, 0), point["num_images"])
     return sum(cost.values())
 
@@ -142,6 +147,7 @@ def step_lengths(sweep: GrowingSweep, names: Sequence[str]) -> dict[str, float]:
     return moved
 
 
-def _axis(limits: tuple[float, float], start: float) -> Axis:
-    low, high = limits
-    return Axis(low, high, float(min(max(start, low), high)), (high - low) / STEPS_PER_RANGE)
+def _axis(limits: Range, start: float) -> Axis:
+    low, high, whole = limits
+    step = (high - low) / STEPS_PER_RANGE
+    return Axis(low, high, float(min(max(start, low), high)), max(step, 1.0) if whole else step, whole)

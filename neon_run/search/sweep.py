@@ -1,5 +1,5 @@
-"""The grid over snapshot, w and guidance, in one process: networks loaded once and moved in place, the same seeds at
-every setting, every finished point kept in a file for the next run.
+"""The grid over snapshot, w and settings of the sampler, in one process: networks loaded once and moved in place, the
+same seeds at every setting, every finished point kept in a file for the next run.
 
     <out>/points/<snapshot>-w1.4-cfg2.7-n10000-<hash>.json
 """
@@ -24,10 +24,11 @@ from neon_files.errors import UserError
 from neon_files.run_files import NUMBER, intact, read_record, write_record
 from neon_files.tracking import track
 from neon_metrics.evaluate import Evaluator
+from neon_run.search.quick import Settings
 
 POINT = {"snapshot": str, "w": NUMBER, "seeds": str, "fid": NUMBER}  # entries of a point's file
 BASE = "base"  # the snapshot name of every point at w = 0: the base itself, whatever the snapshot
-Measure = Callable[[str, float, float | None], float]  # snapshot, w, guidance -> FID
+Measure = Callable[[str, float, Settings], float]  # snapshot, w, settings -> FID
 
 
 def find_checkpoints(folder: str | Path, first: int = 0, last: float = math.inf) -> dict[str, Path]:
@@ -56,28 +57,38 @@ def find_checkpoints(folder: str | Path, first: int = 0, last: float = math.inf)
 def early_stopped_grid(
     snapshots: Iterable[str],
     ws: Sequence[float],
-    guidances: Sequence[float | None],
+    settings: Mapping[str, Sequence[float]],
     measure: Measure,
     tolerance: float = math.inf,
-) -> tuple[str, float, float | None]:
-    """The best (snapshot, w, guidance) of the grid, by FID; for one snapshot after the other:
+) -> tuple[str, float, Settings]:
+    """The best (snapshot, w, settings) of the grid, by FID; for one snapshot after the other:
 
-    guidance is not raised further once it is worse than the best of its w by more than `tolerance`, nor w once the
-    best of a w is worse than the best of the w before it by more than that (the official VAR and xAR sweeps). A point
-    of infinite FID gave images that are not finite.
+    a setting (guidance) is not raised further once it is worse than the best of its w by more than `tolerance`, nor w
+    once the best of a w is worse than the best of the w before it by more than that (the official VAR and xAR sweeps).
+    Further settings are loops within the first's. A point of infinite FID gave images that are not finite.
     """
     best: tuple[float, tuple] = (math.inf, ())
+
+    def lowest(snapshot: str, w: float, chosen: Settings, names: Sequence[str]) -> float:
+        """FID of the best values of `names`, the others being `chosen`."""
+        nonlocal best
+        if not names:
+            fid = measure(snapshot, w, chosen)
+            if not best[1] or fid < best[0]:
+                best = (fid, (snapshot, w, chosen))
+            return fid
+        best_so_far = math.inf
+        for value in settings[names[0]]:
+            fid = lowest(snapshot, w, {**chosen, names[0]: value}, names[1:])
+            if fid > best_so_far + tolerance:
+                break
+            best_so_far = min(best_so_far, fid)
+        return best_so_far
+
     for snapshot in snapshots:
         before = math.inf
         for w in ws:
-            best_of_w = math.inf
-            for guidance in guidances:
-                fid = measure(snapshot, w, guidance)
-                if not best[1] or fid < best[0]:
-                    best = (fid, (snapshot, w, guidance))
-                if fid > best_of_w + tolerance:
-                    break
-                best_of_w = min(best_of_w, fid)
+            best_of_w = lowest(snapshot, w, {}, list(settings))
             if best_of_w > before + tolerance:
                 break
             before = best_of_w
@@ -120,7 +131,7 @@ class Sweep:
         self._hashes: dict[str, str] = {}
 
     def measure(self, snapshot: str, w: float, seeds: Sequence[int], **varied: Any) -> dict[str, Any]:
-        """The metrics at one point, measured earlier or now; `varied` (a guidance) replaces entries of `settings`."""
+        """The metrics at one point, measured earlier or now; `varied` replaces entries of `settings`."""
         check_w(w)
         snapshot = BASE if w == 0 else snapshot
         settings = {**self.settings, **varied}

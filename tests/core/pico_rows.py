@@ -20,7 +20,7 @@ from neon_metrics.accumulator import MetricAccumulator
 from neon_metrics.evaluate import evaluate
 from neon_metrics.reference import Reference, write_reference
 from neon_run.reproduce.reproduction import Plan
-from neon_run.row import Grid, Row
+from neon_run.row import Grid, Range, Row
 
 CPU = torch.device("cpu")
 TRUE_W, TRUE_CONTRAST = 1.0, 1.1
@@ -86,11 +86,10 @@ def pico_row(folder: Path, guided: bool = True) -> Row:
         evaluate_seeds="1000-1199",
         batch_size=16,
         w_range=(0.0, 3.0),
-        grid=Grid((0.0, 1.0, 2.0), (0.8, 1.0, 1.2) if guided else (None,), num_images=60),
+        grid=Grid((0.0, 1.0, 2.0), {"contrast": (0.8, 1.0, 1.2)} if guided else {}, num_images=60),
         base_fid=2.0,
         neon_fid=1.0,
-        guidance="contrast" if guided else None,
-        guidance_range=(0.5, 1.5) if guided else None,
+        axes={"contrast": Range(0.5, 1.5)} if guided else {},
         evaluations=lambda settings: 1,
     )
 

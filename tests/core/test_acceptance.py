@@ -25,7 +25,7 @@ def run(claim=CLAIM, **changed):
         {
             "snapshot": s,
             "w": w,
-            "guidance": g,
+            "settings": {"cfg": g},
             "block": block,
             "num_images": n,
             "fid": 99.0,
@@ -40,8 +40,8 @@ def run(claim=CLAIM, **changed):
             changed.get(point["snapshot"], 0.0) if point["w"] > 0 or point["snapshot"] == BASE else 0
         )
         point["fid_heldout"] += 50 if point["num_images"] == 6000 else 0  # another number of images does not compare
-    best = {"snapshot": "snapshot-1", "w": 1.5, "guidance": 3.0}
-    evaluated = {"points": {"evaluate": points}, "best": best, "base_best": {"guidance": 2.0}}
+    best = {"snapshot": "snapshot-1", "w": 1.5, "settings": {"cfg": 3.0}}
+    evaluated = {"points": {"evaluate": points}, "best": best, "base_best": {"settings": {"cfg": 2.0}}}
     return {"row": "edm/x", "acceptance": claim, **evaluated}
 
 

@@ -21,8 +21,8 @@ def write_run(folder, base, neon, *, row="edm/x", reference="aa" * 32, seeds="0-
     results = {
         "row": row,
         "distance": "FID",
-        "best": {"w": w, "guidance": None, "snapshot": "snapshot-1"},
-        "base_best": {"guidance": None},
+        "best": {"w": w, "settings": {}, "snapshot": "snapshot-1"},
+        "base_best": {"settings": {}},
         "points": {"evaluate": []},
         "intervals": {"base": interval(base), "neon": interval(neon), "gain": interval(base - neon)},
         "final": {"neon": {"seeds": seeds}},
@@ -47,6 +47,25 @@ def test_seeds_of_one_row_have_a_mean_and_a_standard_deviation(tmp_path):
     assert "1.5000 ± 0.7071" in text and "37.5 ± 17.7" in text and "1.25 ± 0.3536" in text
     assert "http" not in text and text.count("<svg") == 1 and "the settings of all runs are equal" in text
     assert set(re.findall(r'href="#([\w-]+)"', text)) == set(re.findall(r'<section id="([\w-]+)"', text))
+
+
+def test_a_run_from_before_the_settings_had_names_is_read_like_a_new_one(tmp_path):
+    new, old = write_run(tmp_path / "new", 4.0, 3.0), write_run(tmp_path / "old", 4.0, 3.0)
+    results = json.loads((old / "results.json").read_text(encoding="utf-8"))
+    for folder, best, of_base in (
+        (new, {"settings": {"cfg": 2.5}}, {"settings": {"cfg": 2.0}}),
+        (old, {"guidance": 2.5}, {"guidance": 2.0}),
+    ):
+        points = [
+            {"snapshot": s, "w": w, "num_images": 9, "fid": 4.0 - w, "block": "second", **end}
+            for s, w, end in (("base", 0.0, of_base), ("snapshot-1", -1.0, best), ("snapshot-1", 1.0, best))
+        ]
+        told = {**results, "best": {"w": 1.0, "snapshot": "snapshot-1", **best}, "base_best": of_base}
+        told |= {"points": {"evaluate": points}, **({"guidance": "cfg"} if folder == old else {})}
+        (folder / "results.json").write_text(json.dumps(told), encoding="utf-8")
+    (group,) = view(read_runs([new, old]))["groups"]
+    assert group["rows"][0][1:] == group["rows"][1][1:] and "cfg 2.5" in group["rows"][0]
+    assert group["verdict"]["rows"][0][1:] == group["verdict"]["rows"][1][1:] == ["4.0000", "5.0000", "3.0000"]
 
 
 @pytest.mark.parametrize("other", [{"reference": "bb" * 32}, {"seeds": "0-49"}])

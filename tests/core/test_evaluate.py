@@ -137,11 +137,11 @@ def test_the_early_stop_follows_the_official_rule():
     }
     asked = []
 
-    def measure(snapshot, w, guidance):
-        asked.append((w, guidance))
-        return fids[w][guidance - 1]
+    def measure(snapshot, w, settings):
+        asked.append((w, settings["g"]))
+        return fids[w][settings["g"] - 1]
 
-    assert early_stopped_grid(["a"], list(fids), [1, 2, 3, 4], measure, 0.03) == ("a", 1.0, 1)
+    assert early_stopped_grid(["a"], list(fids), {"g": [1, 2, 3, 4]}, measure, 0.03) == ("a", 1.0, {"g": 1})
     assert asked == [(0.5, 1), (0.5, 2), (0.5, 3), (1.0, 1), (1.0, 2), (2.0, 1), (2.0, 2)]
 
 

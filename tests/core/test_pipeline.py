@@ -52,7 +52,7 @@ def test_the_run_finds_the_planted_optimum_and_the_controls_do_not(whole):
     best, gain = results["best"], results["intervals"]["gain"]
     assert gain["low"] > 0, "the difference must be seen through the noise"
     assert results["final"]["neon"]["fid"] < 0.35 * results["final"]["base"]["fid"]
-    assert best["guidance"] == pytest.approx(TRUE_CONTRAST, abs=0.12)
+    assert best["settings"]["contrast"] == pytest.approx(TRUE_CONTRAST, abs=0.12)
     if best["snapshot"] == "snapshot-000000080":
         assert best["w"] == pytest.approx(TRUE_W, abs=0.5)
     at = {(p["snapshot"], p["w"]): p["fid"] for p in results["points"]["evaluate"] if p["num_images"] == 80}
@@ -170,13 +170,13 @@ def test_the_grid_is_the_official_one(whole, files, tmp_path):
     points = results["points"]["search"]
     assert {p["num_images"] for p in points} == {60} and {p["w"] for p in points} <= {0.0, 1.0, 2.0}
     assert {p["snapshot"] for p in points} == {"base", "snapshot-000000080", "snapshot-000000160"}
-    assert results["best"]["w"] in (1.0, 2.0) and results["best"]["guidance"] in (0.8, 1.0, 1.2)
+    assert results["best"]["w"] in (1.0, 2.0) and results["best"]["settings"]["contrast"] in (0.8, 1.0, 1.2)
 
 
 def test_a_row_without_guidance(files, tmp_path):
     plan = dataclasses.replace(PLAN, controls=False, second_block=False)
     results = Reproduction(pico_row(files, guided=False), tmp_path, plan, CPU).run()
-    assert results["best"]["guidance"] is None and results["second_block"] is None
+    assert results["best"]["settings"] == {} and results["second_block"] is None
     assert results["final"]["neon"]["fid"] < results["final"]["base"]["fid"]
     assert "Controls" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 

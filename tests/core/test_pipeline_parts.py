@@ -26,10 +26,12 @@ def test_every_row_is_found_once_and_fits_its_own_search():
         assert row.w_range[0] <= row.w <= row.w_range[1], row.id
         assert len(parse_seeds(row.evaluate_seeds)) == 50_000 or row.prepare
         assert row.evaluations(row.evaluate) >= 1
-        if row.guidance:
-            low, high = row.guidance_range
-            assert low <= row.evaluate[row.guidance] <= high, row.id
-            assert list(row.grid.guidances) == sorted(row.grid.guidances)
+        assert len(row.axes) <= 3, row.id
+        for name, (low, high, whole) in row.axes.items():
+            assert low <= row.evaluate[name] <= high, row.id
+            assert not whole or {type(value) for value in (row.evaluate[name], low, high)} == {int}, row.id
+        for values in row.grid.settings.values():
+            assert list(values) == sorted(values)
         if row.neon_fid and row.base_fid:
             assert row.neon_fid < row.base_fid
 
@@ -100,7 +102,7 @@ def test_a_drawn_block_counts_like_its_images_repeated():
 
 
 def test_what_grows_costs_its_largest_count():
-    point = {"snapshot": "a", "w": 1.0, "guidance": None}
+    point = {"snapshot": "a", "w": 1.0, "settings": {}}
     points = [{**point, "num_images": n} for n in (40, 80, 40)] + [{**point, "w": 2.0, "num_images": 40}]
     assert images_of(points) == 120
 
@@ -115,9 +117,13 @@ def test_plots_have_round_ticks_and_show_every_point():
     assert ticks(-0.13, 3.2) == [0, 1, 2, 3] or ticks(-0.13, 3.2)[1] - ticks(-0.13, 3.2)[0] in (0.5, 1)
     drawn = curve_over_w([(-1, 3.0), (0, 2.0), (1, 1.5)], [(0.5, 1.7)], best=1, base=("base", 1.9))
     assert drawn.count("<circle") == 4 and 'class="best"' in drawn and drawn.count("<svg") == drawn.count("</svg>") == 1
-    points = [{"w": w, "guidance": g, "fid": w * w + (g - w) ** 2} for w in (0, 1, 2) for g in (1, 2, 3)]
-    assert surface(points, (0, 1), "cfg").count('class="point"') == 9
-    assert surface([{**p, "guidance": 1.0} for p in points], (0, 1), "cfg") is None
+    points = [{"w": w, "settings": {"cfg": g}, "fid": w * w + (g - w) ** 2} for w in (0, 1, 2) for g in (1, 2, 3)]
+    best = {"w": 0, "settings": {"cfg": 1}}
+    drawn = surface(points, best, "cfg")
+    assert drawn.count('class="point"') == 9 and 'class="fit"' in drawn
+    assert surface([{**p, "settings": {"cfg": 1.0}} for p in points], best, "cfg") is None
+    both = [{**p, "settings": {**p["settings"], "top_p": 0.9}} for p in points]
+    assert 'class="fit"' not in surface(both, {"w": 0, "settings": {"cfg": 1, "top_p": 0.9}}, "cfg")
 
 
 def test_the_commands_list_rows_and_refuse_what_cannot_be(tmp_path):

@@ -83,7 +83,8 @@ def test_a_sweep_records_infinity_and_goes_on(tmp_path, monkeypatch, growing):
         options = ("base", 0.0, range(20), 20) if growing else ("base", 0.0, range(20))
         return (sweep.grown if growing else sweep.measure)(*options, contrast=contrast)
 
-    assert early_stopped_grid(["base"], [0.0], [1.0, 9.0, 2.0], lambda _, __, g: fid(g)["fid"])[2] != 9.0
+    contrasts = {"contrast": [1.0, 9.0, 2.0]}
+    assert early_stopped_grid(["base"], [0.0], contrasts, lambda _, __, s: fid(**s)["fid"])[2] != {"contrast": 9.0}
     before = backbone.sampled
     again = fid(9.0)
     assert again["fid"] == float("inf") and "seed 13" in again["not_finite"] and backbone.sampled == before
@@ -92,25 +93,26 @@ def test_a_sweep_records_infinity_and_goes_on(tmp_path, monkeypatch, growing):
 
 def test_a_search_walks_around_what_is_not_finite():
     w = Axis(low=0.0, high=4.0, start=2.0, step=1.0)
-    found = search(lambda s, w, g, n: math.inf if w > 2.4 else (w - 1.3) ** 2 + 2, {"a": 1.0}, w, None)
+    found = search(lambda s, w, _, n: math.inf if w > 2.4 else (w - 1.3) ** 2 + 2, {"a": 1.0}, w, {})
     assert abs(found.best.w - 1.3) < 0.3 and any(math.isinf(p.fid) for p in found.points)
     with pytest.raises(UserError, match="no setting of the search gave finite images"):
-        search(lambda *_: math.inf, {"a": 1.0}, w, None)
+        search(lambda *_: math.inf, {"a": 1.0}, w, {})
 
 
 def test_a_broken_snapshot_does_not_end_a_search():
     """Whichever it is: every image of one of the three is not finite."""
     w, g = Axis(low=0.0, high=4.0, start=2.0, step=1.0), Axis(low=1.0, high=3.0, start=2.0, step=0.5)
     for broken in "abc":
-        fid = lambda s, w, g, n: math.inf if s == broken else (w - 1.3) ** 2 + (g - 1.8) ** 2 + 2  # noqa: B023, E731
-        best = search(fid, dict.fromkeys("abc", 1.0), w, g).best
-        assert best.snapshot != broken and abs(best.w - 1.3) < 0.3 and abs(best.guidance - 1.8) < 0.3
+        bowl = lambda w, g: (w - 1.3) ** 2 + (g - 1.8) ** 2 + 2  # noqa: E731
+        fid = lambda s, w, settings, n: math.inf if s == broken else bowl(w, settings["g"])  # noqa: B023, E731
+        best = search(fid, dict.fromkeys("abc", 1.0), w, {"g": g}).best
+        assert best.snapshot != broken and abs(best.w - 1.3) < 0.3 and abs(best.settings["g"] - 1.8) < 0.3
 
 
 def test_the_official_grid_goes_on_from_a_broken_snapshot():
-    grid = Grid(ws=(1.0, 2.0), guidances=(None,), num_images=10)
+    grid = Grid(ws=(1.0, 2.0), num_images=10)
     fid = lambda s, w, g, n: math.inf if s == "a" else w  # noqa: E731
-    assert _official(grid, ["a", "b"], fid, 10)[0] == ("b", 1.0, None)
+    assert _official(grid, ["a", "b"], fid, 10)[0] == ("b", 1.0, {})
     for broken, message in ((("a",), "no setting of the search"), (("a", BASE), "the base's images are not finite")):
         fid = lambda s, w, g, n: math.inf if s in broken else w  # noqa: B023, E731
         with pytest.raises(UserError, match=message):

@@ -250,7 +250,7 @@ def effective(monkeypatch):
 
     def find(row, plan, sweep, seeds):
         record["search"] = {"plan": plan, "grid": row.grid, "seeds": list(seeds[: row.grid.num_images]), "w": row.w,
-                            "guidance": (row.guidance, row.guidance_range), "tf32": record["tf32"]}  # fmt: skip
+                            "axes": row.axes, "tf32": record["tf32"]}  # fmt: skip
         raise StopSearch
 
     monkeypatch.setattr(stages, "find", find)
@@ -375,9 +375,10 @@ def test_the_fifth_backbone_has_less_than_120_lines():
 
 
 def test_neighbours_are_the_eight_around_that_are_positive():
-    assert len(neighbours(1.6, 2.7, 0.1)) == 8 and (1.7, 2.6) in neighbours(1.6, 2.7, 0.1)
-    assert neighbours(0.1, 0.1, 0.1) == [(0.1, 0.2), (0.2, 0.1), (0.2, 0.2)]
-    assert neighbours(0.1, None, 0.1) == [(0.2, None)]
+    around = neighbours(1.6, {"cfg": 2.7}, 0.1)
+    assert len(around) == 8 and (1.7, {"cfg": 2.6}) in around
+    assert neighbours(0.1, {"cfg": 0.1}, 0.1) == [(0.1, {"cfg": 0.2}), (0.2, {"cfg": 0.1}), (0.2, {"cfg": 0.2})]
+    assert neighbours(0.1, {}, 0.1) == [(0.2, {})]
 
 
 def test_refining_measures_the_neighbours_of_the_best_point(files, tmp_path, own_detector, monkeypatch):
@@ -512,7 +513,7 @@ class PrepareTiny:
 def test_a_row_of_any_backbone_makes_its_files_and_has_its_own_detector_and_controls(tmp_path):
     row = dataclasses.replace(
         ROW, base="", fid_stats="", prepare=PrepareTiny(), detector=lambda path, device: PixelMoments(),
-        distance="pixel distance", guidance=None, guidance_range=None, grid=Grid((0.0, 1.0)),
+        distance="pixel distance", axes={}, grid=Grid((0.0, 1.0)),
     )  # fmt: skip
     results = Reproduction(row, tmp_path, Plan(ranking_images=40, deciding_images=80, resamples=4), CPU).run()
     snapshots = {point["snapshot"] for point in results["points"]["evaluate"]}

@@ -22,7 +22,7 @@ def prepared(tmp_path_factory):
 def test_the_row_is_found_by_its_name_and_begins_within_its_ranges():
     row = find_row("edm/fashion")
     assert row is FASHION
-    for value, (low, high) in ((row.w, row.w_range), (row.evaluate["guidance"], row.guidance_range)):
+    for value, (low, high) in ((row.w, row.w_range), (row.evaluate["guidance"], row.axes["guidance"][:2])):
         assert low < value < high
     row.backbone.check_settings(**row.generate)
     row.backbone.check_settings(**row.evaluate)

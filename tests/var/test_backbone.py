@@ -195,7 +195,8 @@ def test_images_of_another_size_are_enlarged_to_the_same_crop():
 
 def test_the_grids_of_the_search_are_the_official_ones():
     small, large = (row.grid for row in ROWS[:2])
-    assert (len(small.ws), len(small.guidances), len(large.ws), len(large.guidances)) == (10, 14, 11, 13)
-    assert small.ws[:3] == (0.1, 0.4, 0.6) and small.guidances[:3] == (1.35, 1.6, 1.8)
-    assert large.ws[:2] == (0.0, 0.2) and large.guidances[:2] == (2.0, 2.2)
-    assert small.guidances[-1] == 4.0 and large.guidances[-1] == 4.4 and small.ws[-1] == large.ws[-1] == 2.0
+    few, more = (grid.settings["cfg"] for grid in (small, large))
+    assert (len(small.ws), len(few), len(large.ws), len(more)) == (10, 14, 11, 13)
+    assert small.ws[:3] == (0.1, 0.4, 0.6) and few[:3] == (1.35, 1.6, 1.8)
+    assert large.ws[:2] == (0.0, 0.2) and more[:2] == (2.0, 2.2)
+    assert few[-1] == 4.0 and more[-1] == 4.4 and small.ws[-1] == large.ws[-1] == 2.0

@@ -107,5 +107,7 @@ def test_the_tokenizer_learns_and_keeps_its_codes_alive():
 
 def test_the_rows_claim_what_was_fixed_before_their_runs():
     row = FASHION_ROWS[0]
-    assert row.evaluate["top_p"] == row.generate["top_p"] == 0.9 and row.guidance == "cfg" and row.generate["tokens"]
+    assert (
+        row.evaluate["top_p"] == row.generate["top_p"] == 0.9 and list(row.axes) == ["cfg"] and row.generate["tokens"]
+    )
     assert (row.protocol.acceptance.neon, row.protocol.fresh_blocks) == (0.75, 2)

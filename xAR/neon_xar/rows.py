@@ -7,7 +7,7 @@ from typing import Any
 
 from neon_core.backbone import TrainSettings
 from neon_core.schedules import Ema, LinearRamp
-from neon_run.row import Grid, Row
+from neon_run.row import Grid, Range, Row
 from neon_xar.backbone import XARBackbone
 
 
@@ -35,7 +35,7 @@ def _grid(w: tuple[float, float], cfg: tuple[float, float], tolerance: float) ->
     ws, cfgs = (
         tuple(round(first + 0.2 * i, 1) for i in range(round((last - first) / 0.2) + 1)) for first, last in (w, cfg)
     )
-    return Grid(ws, cfgs, tolerance, refine=0.1)
+    return Grid(ws, {"cfg": cfgs}, tolerance, refine=0.1)
 
 
 def _passes(settings: Mapping[str, Any]) -> int:
@@ -52,7 +52,6 @@ def _row(name: str, **fields: Any) -> Row:
         fid_stats="fid_stats/adm_in256_stats.npz",
         tf32="all",
         train_tf32="all",
-        guidance="cfg",
         w_range=(0.0, 3.0),
         evaluations=_passes,
         **fields,
@@ -74,7 +73,7 @@ ROWS = (
         w=1.6,
         evaluate={"cfg": 2.7, "flow_steps": 50},
         grid=_grid((0.8, 2.8), (2.4, 3.6), 0.02),
-        guidance_range=(2.3, 5.0),
+        axes={"cfg": Range(2.3, 5.0)},
         base_fid=1.28,
         neon_fid=1.02,
     ),
@@ -88,7 +87,7 @@ ROWS = (
         w=1.4,
         evaluate={"cfg": 3.8, "flow_steps": 40},
         grid=_grid((1.0, 2.8), (2.8, 4.6), 0.03),
-        guidance_range=(2.7, 5.0),
+        axes={"cfg": Range(2.7, 5.0)},
         base_fid=1.72,
         neon_fid=1.31,
     ),
@@ -104,6 +103,6 @@ ROWS = (
         w=1.0,
         evaluate={"cfg": 2.2, "flow_steps": 50},
         grid=_grid((0.8, 2.8), (2.2, 3.6), 0.02),
-        guidance_range=(2.2, 5.0),
+        axes={"cfg": Range(2.2, 5.0)},
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from neon_core.backbone import TrainSettings
 from neon_core.schedules import Ema, LinearRamp
 from neon_run.fashion.rows import fashion_row
-from neon_run.row import Acceptance, Grid, Row
+from neon_run.row import Acceptance, Grid, Range, Row
 from neon_var.backbone import VARBackbone
 from neon_var.fashion.prepare import PrepareVAR
 from neon_var.fashion.tokenizer import PATCH_NUMS
@@ -53,9 +53,8 @@ def fixed_filter(prepare: PrepareVAR, train: TrainSettings = FINE_TUNE, num_synt
         batch_size=500,
         evaluations=lambda settings: 2 * len(PATCH_NUMS),
         w_range=(0.0, 3.0),
-        guidance="cfg",
-        guidance_range=(-0.5, 1.5),  # the best of the base lies near 0; below, the class counts for less
-        grid=Grid((0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0), (-0.5, 0.0, 0.5, 1.0, 1.5)),
+        axes={"cfg": Range(-0.5, 1.5)},  # the best of the base lies near 0; below, the class counts for less
+        grid=Grid((0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0), {"cfg": (-0.5, 0.0, 0.5, 1.0, 1.5)}),
     )
 
 

@@ -14,7 +14,7 @@ from neon_edm.quickstart.backbone import DigitsBackbone
 from neon_edm.quickstart.features import read_detector
 from neon_edm.quickstart.prepare import BATCH, PrepareDigits
 from neon_run.reproduce.reproduction import Plan
-from neon_run.row import Grid, Row
+from neon_run.row import Grid, Range, Row
 
 NO_SNAPSHOTS = 1 << 60  # but the last
 SAMPLER = {"num_steps": 18}
@@ -64,7 +64,7 @@ class Quickstart:
     curve: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)  # w of the report's curve, beside -1, 0 and the chosen one
     feature_steps: int = 600
     guidance: float | None = None  # where its search begins
-    guidance_range: tuple[float, float] | None = None  # searched together with w
+    guidance_range: Range | None = None  # searched together with w
     judged: bool = True  # by the acceptance rule; otherwise only by the directions of change
 
     @property
@@ -87,9 +87,10 @@ class Quickstart:
             evaluate_seeds=f"{first}-{first + self.num_evaluate - 1}",
             batch_size=SAMPLE_BATCH,
             w_range=(0.0, 3.0),
-            grid=Grid(GRID_WS, GRID_GUIDANCES if self.guidance_range else (None,), num_images=self.num_evaluate),
-            guidance="guidance" if self.guidance_range else None,
-            guidance_range=self.guidance_range,
+            grid=Grid(
+                GRID_WS, {"guidance": GRID_GUIDANCES} if self.guidance_range else {}, num_images=self.num_evaluate
+            ),
+            axes={"guidance": self.guidance_range} if self.guidance_range else {},
             evaluations=passes_per_image,
             prepare=PrepareDigits(self.base, self.feature_steps),
             detector=read_detector,
@@ -113,7 +114,7 @@ GUIDED = dataclasses.replace(
         micro_batch_size=BATCH // 2,  # so that two ranks can share a step
     ),
     guidance=1.5,
-    guidance_range=(1.0, 2.5),
+    guidance_range=Range(1.0, 2.5),
 )
 
 FAST = dataclasses.replace(

@@ -3,7 +3,7 @@
 from neon_core.backbone import TrainSettings
 from neon_core.schedules import Ema, LinearRamp
 from neon_fifth.backbone import FifthBackbone
-from neon_run.row import Grid, Row
+from neon_run.row import Grid, Range, Row
 
 ROWS = (
     Row(
@@ -21,9 +21,8 @@ ROWS = (
         evaluate={"contrast": 1.0},
         evaluate_seeds="1000-1199",
         batch_size=16,
-        grid=Grid((0.0, 1.0, 2.0), (0.8, 1.0, 1.2), num_images=60),
-        guidance="contrast",
-        guidance_range=(0.5, 1.5),
+        grid=Grid((0.0, 1.0, 2.0), {"contrast": (0.8, 1.0, 1.2)}, num_images=60),
+        axes={"contrast": Range(0.5, 1.5)},
         evaluations=lambda settings: 1,
     ),
 )  # fmt: skip
