@@ -106,8 +106,8 @@ def test_the_tokenizer_learns_and_keeps_its_codes_alive():
 
 
 def test_the_rows_claim_what_was_fixed_before_their_runs():
-    row = FASHION_ROWS[0]
-    assert (
-        row.evaluate["top_p"] == row.generate["top_p"] == 0.9 and list(row.axes) == ["cfg"] and row.generate["tokens"]
-    )
-    assert (row.protocol.acceptance.neon, row.protocol.fresh_blocks) == (0.75, 2)
+    fixed, free = FASHION_ROWS
+    assert fixed.evaluate["top_p"] == fixed.generate["top_p"] == 0.9 and list(fixed.axes) == ["cfg"]
+    assert (fixed.protocol.acceptance.neon, fixed.protocol.fresh_blocks) == (0.75, 2)
+    assert list(free.axes) == ["cfg", "top_p", "temperature"] and free.protocol.acceptance is None
+    assert (free.prepare, free.generate, free.train) == (fixed.prepare, fixed.generate, fixed.train)
