@@ -164,13 +164,13 @@ def test_a_checkpoint_that_says_what_it_is_needs_no_model(tmp_path):
 
 
 def test_the_official_grids():
-    large, base, _ = (row.grid for row in ROWS)
+    large, base = (row.grid for row in ROWS[:2])
     assert (large.ws[0], large.ws[-1], large.tolerance, large.refine) == (0.8, 2.8, 0.02, 0.1)
     assert base.settings["cfg"] == (2.8, 3.0, 3.2, 3.4, 3.6, 3.8, 4.0, 4.2, 4.4, 4.6)
 
 
 def test_the_rows_hold_the_papers_settings():
-    large, base, _ = ROWS
+    large, base = ROWS[:2]
     assert (large.w, large.evaluate, large.train.images) == (1.6, {"cfg": 2.7, "flow_steps": 50}, 3_750_000)
     assert (base.w, base.evaluate, base.train.images) == (1.4, {"cfg": 3.8, "flow_steps": 40}, 4_250_000)
     train = large.train

@@ -1,14 +1,18 @@
-"""The paper's xAR rows (arXiv 2510.03597), ImageNet 256x256. A `*` marks where the official script differs."""
+"""The paper's xAR rows (arXiv 2510.03597), ImageNet 256x256, and a small real one that needs no download.
+
+A `*` marks where the official script differs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from neon_core.backbone import TrainSettings
 from neon_core.schedules import Ema, LinearRamp
 from neon_run.row import Grid, Range, Row
 from neon_xar.backbone import XARBackbone
+from neon_xar.fashion import FASHION
+from neon_xar.sampler import passes_per_image
 
 
 def _train(images: int) -> TrainSettings:
@@ -38,11 +42,6 @@ def _grid(w: tuple[float, float], cfg: tuple[float, float], tolerance: float) ->
     return Grid(ws, {"cfg": cfgs}, tolerance, refine=0.1)
 
 
-def _passes(settings: Mapping[str, Any]) -> int:
-    """Per step, over the four cells: with and, where guidance needs it, without the class. The first never needs it."""
-    return (7 if settings["cfg"] > 1 else 4) * settings["flow_steps"]
-
-
 def _row(name: str, **fields: Any) -> Row:
     """The settings common to the rows. TF32 as officially."""
     return Row(
@@ -53,7 +52,7 @@ def _row(name: str, **fields: Any) -> Row:
         tf32="all",
         train_tf32="all",
         w_range=(0.0, 3.0),
-        evaluations=_passes,
+        evaluations=passes_per_image,
         **fields,
     )
 
@@ -105,4 +104,5 @@ ROWS = (
         grid=_grid((0.8, 2.8), (2.2, 3.6), 0.02),
         axes={"cfg": Range(2.2, 5.0)},
     ),
+    FASHION,
 )

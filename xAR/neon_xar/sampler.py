@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ from neon_xar.flow import MIN_STEPS, cell_guidance, euler_maruyama, guide, sde_t
 from neon_xar.xar import CELLS, NULL_CLASS, XAR, from_cells
 
 Draw = Callable[..., Tensor]  # draw(*shape, dtype=...) -> standard normal [B, *shape] on the network's device
+
+
+def passes_per_image(settings: Mapping[str, Any]) -> int:
+    """Per step, over the four cells: with and, where guidance needs it, without the class. The first never needs it."""
+    return (7 if settings["cfg"] > 1 else 4) * settings["flow_steps"]
 
 
 @torch.no_grad()
