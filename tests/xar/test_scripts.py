@@ -116,7 +116,7 @@ def test_the_readme_commands_run_with_stand_ins_for_their_files(place, tmp_path,
     ("flags", "message"),
     [
         (["--flow_steps", "2"], "--flow_steps 2: .* at least 3"),
-        (["--model", "xar_tiny"], "--preset xar_tiny: no such row; choose xar/xar_"),
+        (["--model", "xar_tiny"], "--preset xar_tiny: no such row; choose xar/.* or xar/xar_"),
         (["--model_ckpt", "nowhere.pth"], r"--model_ckpt nowhere.pth: does not exist"),
         (["--vae_path", "nowhere.ckpt"], r"--vae_path nowhere.ckpt: does not exist"),
         (["--fid_stats", "nowhere.npz"], "nowhere.npz"),
