@@ -140,10 +140,10 @@ class XARBackbone(Backbone):
         random = PerImageRandom(seeds, device)
         with autocast(device, used["network"]):
             latents = sample_latents(self.net, labels.to(device), flow_steps, cfg, random.randn)
-        return self.decode(latents, rounding, used["decoder"])
+        return self.decode(latents, rounding, used.get("decoder", "fp32"))
 
-    def decode(self, latents: Tensor, rounding: str, precision: str) -> Tensor:
-        """uint8 images of scaled latents [B, z, g, g]."""
+    def decode(self, latents: Tensor, rounding: str, precision: str = "fp32") -> Tensor:
+        """uint8 images of scaled latents [B, z, g, g]; `precision` is of the autoencoder."""
         return decode(self.autoencoder, latents, rounding, precision)
 
     def prepare(self, images: Tensor) -> Tensor:
