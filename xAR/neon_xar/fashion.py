@@ -12,7 +12,7 @@ from neon_core.schedules import Ema, LinearRamp
 from neon_run.fashion.data import IMG_SIZE, NUM_CLASSES, Fashion
 from neon_run.fashion.prepare import PrepareFashion
 from neon_run.fashion.rows import fashion_row
-from neon_run.row import Grid
+from neon_run.row import Grid, Range
 from neon_xar.patches import PatchXAR
 from neon_xar.sampler import passes_per_image
 from neon_xar.xar import XAR
@@ -79,8 +79,7 @@ FASHION = fashion_row(
     evaluate=SAMPLER,
     batch_size=500,
     evaluations=passes_per_image,
-    grid=Grid((0.5, 1.0, 1.5, 2.0), (1.5, 2.0, 2.5, 3.0, 3.5), num_images=2_000),
+    grid=Grid((0.5, 1.0, 1.5, 2.0), {"cfg": (1.5, 2.0, 2.5, 3.0, 3.5)}, num_images=2_000),
     w_range=(0.0, 3.0),
-    guidance="cfg",
-    guidance_range=(1.0, 4.0),
+    axes={"cfg": Range(1.0, 4.0)},
 )
