@@ -82,9 +82,9 @@ def retuned(prepare: PrepareVAR, train: TrainSettings = FINE_TUNE, num_synthetic
         train,
         num_synthetic,
         evaluate={"cfg": 0.0, **FILTER, "temperature": 1.0},
-        axes={"cfg": GUIDANCE, "top_p": Range(0.8, 1.0), "temperature": Range(0.8, 1.2)},
+        axes={"cfg": GUIDANCE, "top_p": Range(0.8, 1.0), "temperature": Range(0.8, 1.4)},
         grid=Grid(
-            GRID_WS, {"cfg": GRID_GUIDANCES, "top_p": (0.8, 0.9, 0.95, 1.0), "temperature": (0.8, 0.9, 1.0, 1.1)}
+            GRID_WS, {"cfg": GRID_GUIDANCES, "top_p": (0.8, 0.9, 0.95, 1.0), "temperature": (0.8, 1.0, 1.2, 1.4)}
         ),
     )
 
