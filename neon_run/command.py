@@ -14,7 +14,7 @@ from neon_run.diagnose_command import diagnose_command
 from neon_run.image_commands import are_images, measure_command, reference_command
 from neon_run.merging.command import merge_command
 from neon_run.merging.push import push_command
-from neon_run.pipelines import improve_command
+from neon_run.pipelines.command import improve_command
 from neon_run.reproduce.commands import compare_command, reproduce_command, rows_command, status_command
 
 DISTRIBUTION = "neon-reference"

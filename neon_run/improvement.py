@@ -6,6 +6,7 @@ only the length of the fine-tune, which is measured by the distance that the wei
     <out>/base.safetensors    theta_base, as it was given
     <out>/improve.json        whose run this is
     <out>/probe/              short fine-tunes that find the length
+    <out>/base-*.safetensors  of a LoRA: theta_base with the trained down factors, the same network
     <out>/neon.safetensors    theta_neon; results.json, report.html and the rest as of `neon reproduce`
 """
 
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neon_core.backbone import TrainSettings
-from neon_core.distributed import agree, barrier, is_main, print0, session
+from neon_core.distributed import agree, barrier, file_hash, is_main, print0, session
 from neon_core.schedules import Ema, LinearRamp
 from neon_files.atomic import write_json
 from neon_files.checkpoint import load_strict, read_checkpoint, write_checkpoint
@@ -38,6 +39,7 @@ from neon_metrics.own_score import ScoreEvaluator
 from neon_metrics.reference import write_reference
 from neon_run import stages
 from neon_run.cli import check_writable
+from neon_run.low_rank import Factors, factors_of, learning_rate, squares, with_downs_of
 from neon_run.own_generator import Parts, backbone_of, examined, fingerprint, fingerprint_of
 from neon_run.reproduce.reproduction import Plan, Reproduction
 from neon_run.row import Row
@@ -116,7 +118,7 @@ def improve(
     """
     if (real is None) == (score is None):
         raise UserError("improve: give either real= (images or reference statistics) or score= (a function of images)")
-    out = Path(out)
+    factors, out = factors_of(net), Path(out)
     here = next(net.parameters(), torch.empty(0)).device
     chosen = device or (here.type if here.type in ("cpu", "cuda") else "auto")
     with nullcontext(torch.device(chosen)) if dist.is_initialized() else session(chosen) as where:
@@ -139,12 +141,13 @@ def improve(
             samples=(4, 6) if parts.pictures else (0, 0),
             **_compared_with(parts, out, real, score, detector, where),
         )
-        scale = LR if lr is None else lr / _root_mean_square(net)
+        if lr is None:
+            lr = learning_rate(net, factors, LR) if factors else LR * _root_mean_square(net)
         train = TrainSettings(
             images=PROBE_STEPS * batch_size,
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
-            lr=float(f"{scale * _root_mean_square(net):.3g}"),
+            lr=float(f"{lr:.3g}"),
             schedule=LinearRamp(RAMP_STEPS * batch_size),
             betas=(0.9, 0.95),  # the square's average must be right within tens of steps
             clip_norm=None,
@@ -164,7 +167,7 @@ def improve(
             batch_size=sample_batch_size,
             distance="score" if score else "FID" if plan.detector is None else "Frechet distance",
         )
-        run = Improvement(row, out, plan, where, " ".join(["python", *sys.argv]), distance=distance)
+        run = Improvement(row, out, plan, where, " ".join(["python", *sys.argv]), distance=distance, factors=factors)
         result = _result(run.run(), out)
         print0(f"{row.id} | {result} | {result.report}")
         if update_net:
@@ -175,9 +178,9 @@ def improve(
 class Improvement(Reproduction):
     """A run whose fine-tune is as long as it takes for the weights to travel `distance`, relative to their norm."""
 
-    def __init__(self, *args: Any, distance: float, **options: Any):
+    def __init__(self, *args: Any, distance: float, factors: list[Factors], **options: Any):
         super().__init__(*args, **options)
-        self.distance = distance
+        self.distance, self.factors = distance, factors
 
     def finetune(self) -> dict:
         if self.plan.evaluator is not None:
@@ -185,7 +188,12 @@ class Improvement(Reproduction):
         images = self.length()
         self.row = replace(self.row, train=replace(self.row.train, images=images))
         self.free_network()
-        return super().finetune()
+        trained = super().finetune()
+        if self.factors:
+            (snapshot,) = self.find_snapshots().values()
+            self.files["base"] = self.with_trained_downs(snapshot)
+            self.free_network()
+        return trained
 
     def length(self) -> int:
         """Images of the fine-tune: probes of growing length, until the distance can be foretold from the last one.
@@ -225,8 +233,18 @@ class Improvement(Reproduction):
         """|theta_syn - theta_base| / |theta_base| over the trained parameters."""
         base, syn = (read_checkpoint(path).state for path in (self.files["base"], snapshot))
         names = self.model.backbone.trained  # type: ignore[attr-defined]  # of an improvement's own backbone
-        length = sum((syn[name].double() - base[name].double()).square().sum().item() for name in names)
-        return math.sqrt(length / sum(base[name].double().square().sum().item() for name in names))
+        moved, held = squares(base, syn, names, self.factors)
+        return math.sqrt(moved / held)
+
+    def with_trained_downs(self, snapshot: Path) -> Path:
+        """theta_base once more, from which `snapshot` differs by its up factors alone: see `low_rank`."""
+        path = self.out_dir / f"base-{file_hash(snapshot)[:12]}.safetensors"
+        if is_main() and not path.exists():
+            base = read_checkpoint(self.files["base"])
+            state = with_downs_of(read_checkpoint(snapshot).state, base.state, self.factors)
+            write_checkpoint(path, state, config=base.config)
+        barrier()
+        return path
 
     def _check_score(self) -> None:
         """UserError, before any training, where the score of S is not a number."""

@@ -1,0 +1,1 @@
+"""`neon improve PIPELINE`: `improve` for diffusers pipelines. diffusers, an extra, is imported when one is opened."""
