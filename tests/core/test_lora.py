@@ -279,6 +279,25 @@ def test_command_reverses_a_file(tmp_path):
         assert file.metadata()["format"] == "pt" and json.loads(file.metadata()["neon"])["w"] == 1.5
 
 
+def test_blocks_of_a_reversed_adapter_have_their_w_or_are_left_out_and_the_header_says_so(tmp_path):
+    names = [f"unet.{block}.attn.{layer}.lora_{end}.weight" for block in ("up_blocks.0", "mid_block")
+             for layer in ("to_q", "to_k") for end in "AB"]  # fmt: skip
+    state = {name: random(number, *((2, 5) if "_A" in name else (6, 2))) for number, name in enumerate(names)}
+    save_file(state, tmp_path / "syn.safetensors", {"format": "pt"})
+    steps = ["-w", "1.0", "--w", "up_blocks.*=0.5", "--exclude", "*.to_k", "-o", tmp_path / "out.safetensors"]
+    assert command("--lora", tmp_path / "syn.safetensors", *steps)[0] == 0
+    expected, found = dense(state), dense(load_file(tmp_path / "out.safetensors"))
+    for module, change in expected.items():
+        w = 0 if module.endswith("to_k") else 0.5 if "up_blocks" in module else 1.0
+        assert_close(found.get(module, torch.zeros_like(change)), -w * change, rtol=0, atol=1e-6)
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        record = json.loads(file.metadata()["neon"])
+    assert (record["w"], record["w_by_pattern"], record["keep"]) == (1.0, [["up_blocks.*", 0.5]], ["*.to_k"])
+    steps[5] = "*norm*"
+    code, output = command("--lora", tmp_path / "syn.safetensors", *steps[:-1], tmp_path / "other.safetensors")
+    assert code == 2 and "--keep *norm*: fits no tensor" in output and not (tmp_path / "other.safetensors").exists()
+
+
 def test_command_merges_two_files_that_are_adapters(tmp_path):
     states = [adapter_state("kohya", {"q": rank}, rank, 1.0) for rank in (2, 3)]
     for name, state in zip("ab", states, strict=True):
