@@ -11,6 +11,11 @@ valley at 25..65 degrees, optimum w in 0.5..1.9, guidance in 1.9..3.7. Four kind
 the rise beyond the optimum up to twice as steep as before it; `banana`, whose valley bends; `wall`, which adds a steep
 wall at large w (collapse). Beside the 200, `turned` is a quadratic whose valley may run in any direction.
 
+**With further settings of the sampler.** One or two more axes of the same units, optimum in 0.3..2.3 of a box 0..2.6.
+There is one steep direction, guidance against w as above with a part of up to 1 of each further axis, and across it a
+sheet of flat ones, each with a curvature of its own; in `banana` the sheet bends along each of them, in `turned` its
+direction is any. The grid has seven values of each further axis, within the loop over guidance.
+
 **Without guidance.** f = floor + k/2 d^2 with k in 0.2..2 and the optimum at w 0.4..1.8; `skew` and `wall` as above.
 
 **Snapshots.** Four snapshots of one fine-tune, with steps of length 1, 1.6, 2.1 and 2.5: the same kind of valley, its
@@ -41,6 +46,7 @@ WS = [round(0.2 * i, 1) for i in range(0, 13)]  # the union of the official VAR 
 GUIDANCES = [round(1.4 + 0.2 * i, 1) for i in range(0, 14)]
 ONE_AXIS_WS = [0.25 * i for i in range(9)]  # the official EDM grid
 W, GUIDANCE, ONE_AXIS_W = Axis(0.0, 2.4, 1.0, 0.5), Axis(1.4, 4.0, 2.6, 0.5), Axis(0.0, 3.0, 1.0, 0.5)
+FURTHER, FURTHER_VALUES = Axis(0.0, 2.6, 1.3, 0.5), [round(0.4 * i, 1) for i in range(7)]
 LENGTHS = {"a": 1.0, "b": 1.6, "c": 2.1, "d": 2.5}  # |theta_syn - theta_base| of the four snapshots
 UNIT, BLOCK = 0.5, 500
 GOOD = 0.02  # regret
@@ -98,6 +104,55 @@ class Valley:
         measure = lambda _, w, settings, n: self.measured(w, settings["g"], n)  # noqa: E731
         found = search(measure, {"s": 1.0}, W, {"g": GUIDANCE}, budget)
         return found.images, self.true(found.best.w, found.best.settings["g"]) - self.floor
+
+
+class Sheet:
+    """A surface over w, guidance and `num_further` other settings of the sampler."""
+
+    num_further = 1
+
+    def __init__(self, kind: str, seed: int):
+        n, shape = self.num_further, KINDS.index(kind) if kind in KINDS else len(KINDS)
+        rng = np.random.default_rng([30 + n, shape, seed])
+        self.noise = Noise(seed)
+        self.optimum = np.array([rng.uniform(0.5, 1.9), rng.uniform(1.9, 3.7), *rng.uniform(0.3, 2.3, n)])
+        self.floor = rng.uniform(1.0, 2.5)
+        steep = rng.uniform(0.3, 3.0)
+        self.curvature = np.array([steep, *(steep / rng.uniform(3, 12, n + 1))])
+        angle = np.deg2rad(rng.uniform(25, 65))
+        normal = np.array([-np.sin(angle), np.cos(angle), *rng.uniform(-1, 1, n)])
+        if kind == "turned":
+            normal = rng.standard_normal(n + 2)
+        axes, _ = np.linalg.qr(np.column_stack([normal, rng.standard_normal((n + 2, n + 1))]))
+        self.axes = axes.T  # steep, then flat
+        self.axes[0] = normal / np.linalg.norm(normal)  # with its sign: more guidance lies above
+        self.skew = rng.uniform(0.3, 1.0) if kind == "skew" else 0.0
+        self.bend = rng.uniform(-0.25, 0.25, n + 1) if kind == "banana" else np.zeros(n + 1)
+        self.wall = rng.uniform(0.4, 1.2) if kind == "wall" else None
+
+    def true(self, w: float, settings: dict[str, float]) -> float:
+        d = self.axes @ ((np.array([w, *settings.values()]) - self.optimum) / UNIT)
+        d[0] -= self.bend @ d[1:] ** 2
+        k = self.curvature * np.where(d > 0, 1 + self.skew, 1.0)
+        return self.floor + 0.5 * float(k @ d**2) + _wall(self.wall, (w - self.optimum[0]) / UNIT)
+
+    def measured(self, w: float, settings: dict[str, float], n: int) -> float:
+        return self.true(w, settings) + self.noise((w, *settings.values()), n)
+
+    def official(self) -> tuple[int, float]:
+        grid = {"g": GUIDANCES, **{f"further {i}": FURTHER_VALUES for i in range(self.num_further)}}
+        asked, measure = _counting(lambda _, w, settings: self.measured(w, settings, 10_000))
+        _, w, settings = early_stopped_grid(["s"], WS, grid, measure, 0.03)
+        return 10_000 * len(asked), self.true(w, settings) - self.floor
+
+    def ours(self, budget: Budget | None = None) -> tuple[int, float]:
+        axes = {"g": GUIDANCE, **{f"further {i}": FURTHER for i in range(self.num_further)}}
+        found = search(lambda _, w, settings, n: self.measured(w, settings, n), {"s": 1.0}, W, axes, budget)
+        return found.images, self.true(found.best.w, found.best.settings) - self.floor
+
+
+class WiderSheet(Sheet):
+    num_further = 2
 
 
 class Curve:
@@ -205,6 +260,8 @@ def simulated(seeds) -> dict[str, dict]:
         "guidance": table("w and guidance", Valley, KINDS, seeds, beside=("turned",)),
         "fewer": table("w and guidance, 2,500 images while ranking", Valley, KINDS, seeds, budget=fewer),
         "one_axis": table("w alone", Curve, ONE_AXIS_KINDS, seeds),
+        "two settings": table("w, guidance and another setting", Sheet, KINDS, seeds, beside=("turned",)),
+        "three settings": table("w, guidance and two others", WiderSheet, KINDS, seeds, beside=("turned",)),
         "snapshots": table("four snapshots", Snapshots, KINDS, seeds),
     }
 

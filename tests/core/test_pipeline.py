@@ -21,6 +21,7 @@ from neon_run.reproduce.ledger import STAGES, Ledger, status
 from neon_run.reproduce.pages import page
 from neon_run.reproduce.report import view
 from neon_run.reproduce.reproduction import Reproduction
+from neon_run.row import Range
 from neon_run.search.growing import GrowingSweep
 from neon_run.search.sweep import find_checkpoints
 
@@ -179,6 +180,36 @@ def test_a_row_without_guidance(files, tmp_path):
     assert results["best"]["settings"] == {} and results["second_block"] is None
     assert results["final"]["neon"]["fid"] < results["final"]["base"]["fid"]
     assert "Controls" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+class Levelled(SlowPico):
+    """Grey levels are a second setting of the sampler, a whole number; the fewer, the farther from real."""
+
+    def sample(self, seeds, labels, contrast=1.0, levels=256):
+        assert type(levels) is int
+        step = 256 // levels
+        return super().sample(seeds, labels, contrast) // step * step
+
+
+def test_two_settings_are_searched_with_w_and_the_base_is_compared_at_its_own_best_of_both(files, tmp_path):
+    row = dataclasses.replace(
+        pico_row(files),
+        backbone=Levelled,
+        evaluate={"contrast": 1.0, "levels": 16},
+        axes={"contrast": Range(0.5, 1.5), "levels": Range(4, 64, whole=True)},
+    )
+    plan = dataclasses.replace(PLAN, snapshots=1)
+    results = Reproduction(row, tmp_path, plan, CPU).run()
+    best, of_base = results["best"]["settings"], results["base_best"]["settings"]
+    assert list(best) == list(of_base) == ["contrast", "levels"] and best != of_base
+    assert best["levels"] > 16 and type(best["levels"]) is int
+    searched = [p["settings"] for p in results["points"]["search"] if p["w"] == 0]
+    assert of_base in searched and len({tuple(settings.items()) for settings in searched}) >= 10
+    compared = [p["settings"] for p in results["points"]["evaluate"] if p["snapshot"] == "base"]
+    assert best in compared and of_base in compared
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert text.count("<svg") == 3 and "w, contrast and levels" in text
+    assert "base, at its own best contrast, levels" in text and "The other settings vary too" in text
 
 
 def test_the_report_stands_alone_and_tells_the_numbers(whole):

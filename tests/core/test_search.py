@@ -87,6 +87,13 @@ def test_simulated_noisy_surfaces_a_tenth_of_the_images():
     assert np.mean(regret <= 0.02) >= 0.9
 
 
+def test_a_third_axis_costs_eight_settings_more():
+    benchmark = load_benchmark()
+    surfaces = [benchmark.Sheet(kind, seed) for kind in ("quadratic", "skew", "wall", "turned") for seed in range(2)]
+    images, regret = np.array([surface.ours() for surface in surfaces]).T
+    assert images.max() <= 100_000 and np.mean(regret <= 0.02) >= 0.75 and regret.max() < 0.05
+
+
 def test_the_box_is_never_left():
     asked = []
 
