@@ -57,6 +57,7 @@ class Protocol:
     ranking_images: int = Budget.ranking_images  # per setting of the search
     deciding_images: int = Budget.deciding_images  # of its best two
     control_images: int | None = None  # None: as many as decide
+    controls_twice: bool = False  # at Neon's settings of the sampler and at the base's own best; the lower one counts
     fresh_blocks: int = 1  # of seeds that no search has seen, each as many as the evaluation has
     acceptance: Acceptance | None = None
 

@@ -30,6 +30,7 @@ def fashion_row(
             ranking_images=SEARCH_IMAGES,
             deciding_images=SEARCH_IMAGES,
             control_images=NUM_EVALUATE,
+            controls_twice=True,
             fresh_blocks=2,
             acceptance=acceptance,
         ),

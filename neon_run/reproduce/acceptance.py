@@ -14,6 +14,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from neon_run.reproduce.measure import LONGER, RANDOM, REAL
+from neon_run.search.quick import Settings
 from neon_run.search.sweep import BASE
 
 BASE_OWN_BEST = "base"
@@ -31,7 +32,8 @@ SIGMAS = 3.0
 
 def distances(results: Mapping[str, Any]) -> dict[str, list[float]]:
     """name of `PLACES` -> the distance on every fresh block, of as many images as the controls had; {} where there was
-    no fresh block."""
+    no fresh block. Where a control was measured at two settings of the sampler, the lower one: its best is the opponent.
+    """
     points = [point for point in results["points"]["evaluate"] if point["block"] != "first"]
     if not points:
         return {}
@@ -39,24 +41,34 @@ def distances(results: Mapping[str, Any]) -> dict[str, list[float]]:
     best, of_base = results["best"], results["base_best"]["settings"]
     snapshot, w, settings = best["snapshot"] if best["w"] else BASE, best["w"], best["settings"]
     wanted = {
-        BASE_OWN_BEST: (BASE, 0.0, of_base),
-        "self_trained": (best["snapshot"], -1.0, settings),
-        "neon": (snapshot, w, settings),
-        "random": (RANDOM, w, settings),
-        "away": (REAL, w, settings),
-        "real": (REAL, -1.0, settings),
-        "longer": (LONGER, -1.0, of_base),
+        BASE_OWN_BEST: (BASE, 0.0),
+        "self_trained": (best["snapshot"], -1.0),
+        "neon": (snapshot, w),
+        "random": (RANDOM, w),
+        "away": (REAL, w),
+        "real": (REAL, -1.0),
+        "longer": (LONGER, -1.0),
     }
     found: dict[str, list[float]] = {}
     for name, place in wanted.items():
-        at = {
-            point["block"]: point.get("fid_heldout", point["fid"])
-            for point in points
-            if point["num_images"] == count and (point["snapshot"], point["w"], point["settings"]) == place
-        }
-        if at:
-            found[name] = [at[block] for block in sorted(at)]  # "second" before "third"
+        either = {BASE_OWN_BEST: [of_base], "neon": [settings]}.get(name, [settings, of_base])
+        measured = [values for chosen in either if (values := _on_blocks(points, count, *place, chosen))]
+        if measured:
+            found[name] = min(measured, key=sum)
     return found
+
+
+def _on_blocks(
+    points: Sequence[Mapping[str, Any]], count: int, snapshot: str, w: float, settings: Settings
+) -> list[float]:
+    """The distance of `count` images at one place, block by block."""
+    at = {
+        point["block"]: point.get("fid_heldout", point["fid"])
+        for point in points
+        if point["num_images"] == count
+        and (point["snapshot"], point["w"], point["settings"]) == (snapshot, w, settings)
+    }
+    return [at[block] for block in sorted(at)]  # "second" before "third"
 
 
 def ratios(results: Mapping[str, Any]) -> dict[str, float]:

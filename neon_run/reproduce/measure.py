@@ -105,14 +105,16 @@ class Measurement:
             ws = [-1.0, *([0.0, *curve] if with_curve else []), w_best]
             controls = [(snapshot, w, settings) for w in dict.fromkeys(ws)]
             controls.append((BASE, 0.0, of_base))
-        if RANDOM in self.sweep.snapshots:
-            controls.append((RANDOM, w_best, settings))
-        if REAL in self.sweep.snapshots:
-            controls.append((REAL, -1.0, settings))
-            if w_best:
-                controls.append((REAL, w_best, settings))  # away from real images: is it S that matters?
+        twice = self.row.protocol.controls_twice and of_base != settings
+        either = [settings, of_base] if twice else [settings]
+        if twice and self.plan.controls:
+            controls.append((snapshot, -1.0, of_base))
+        opponents = [(RANDOM, w_best), (REAL, -1.0)]
+        if w_best:
+            opponents.append((REAL, w_best))  # away from real images: is it S that matters?
+        controls += [(*place, chosen) for place in opponents if place[0] in self.sweep.snapshots for chosen in either]
         if LONGER in self.sweep.snapshots:
-            controls.append((LONGER, -1.0, of_base))
+            controls += [(LONGER, -1.0, chosen) for chosen in (either if twice else [of_base])]
         return controls
 
     def _intervals(self, ends: Mapping[str, tuple], whole: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

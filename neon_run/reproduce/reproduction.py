@@ -256,7 +256,7 @@ class Reproduction:
             "curve": plan.curve,
             "samples": plan.samples,
             "real_training": plan.real_training,
-            "protocol": [row.protocol.control_images, row.protocol.fresh_blocks],
+            "protocol": [row.protocol.control_images, row.protocol.controls_twice, row.protocol.fresh_blocks],
             "resamples": plan.resamples,
             "seed": plan.seed,
             **self.measured_with,

@@ -52,6 +52,15 @@ def test_distances_are_held_out_on_fresh_blocks_in_their_order():
     assert acceptance.ratios(run())["neon"] == pytest.approx(3.05 / 4.05)
 
 
+def test_of_a_control_at_two_settings_the_better_one_is_the_opponent():
+    result = run()
+    for block, fid in (("second", 4.1), ("third", 4.3)):
+        place = {"snapshot": RANDOM, "w": 1.5, "settings": {"cfg": 2.0}}
+        result["points"]["evaluate"].append(place | {"block": block, "num_images": 5000, "fid": fid})
+    assert acceptance.distances(result)["random"] == [4.1, 4.3]
+    assert acceptance.distances(run())["random"] == [5.0, pytest.approx(5.1)]
+
+
 def test_a_claim_that_holds_has_no_failures():
     assert acceptance.failures(run()) == []
     assert acceptance.failures(run(claim=None, BASE=9.0)) == []
