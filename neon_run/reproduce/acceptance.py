@@ -32,7 +32,7 @@ SIGMAS = 3.0
 
 def distances(results: Mapping[str, Any]) -> dict[str, list[float]]:
     """name of `PLACES` -> the distance on every fresh block, of as many images as the controls had; {} where there was
-    no fresh block. Where a control was measured at two settings of the sampler, the lower one: its best is the opponent.
+    no fresh block. Of a control that was measured at two settings of the sampler, the lower one: its best counts.
     """
     points = [point for point in results["points"]["evaluate"] if point["block"] != "first"]
     if not points:
