@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
+from neon_core.compiling import compile_calls
 from neon_core.distributed import file_hash
 from neon_core.precision import autocast, check_precision, half_on_gpu
 from neon_core.seeds import PerImageRandom
@@ -68,7 +69,7 @@ class VARBackbone(Backbone):
         vae_path = find_vae(vae_ckpt)
         vae = load_vae(vae_path, net)
         if compiled:
-            net.compile_blocks()
+            compile_calls(net.blocks, device, static=False)  # keys and values are written in place
         backbone = cls(net.to(device).eval().requires_grad_(False), vae.to(device), net_kwargs, token_crops, crop)
         backbone.vae_path = vae_path
         return backbone

@@ -311,11 +311,6 @@ class VAR(nn.Module):
         uniform = torch.rand(2 * len(rates), batch, generator=generator, device=generator.device)
         return (uniform >= rates.repeat_interleave(2)[:, None]).float()
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """`torch.compile` of the block; one graph serves all blocks and scales. State-dict names stay."""
-        for block in self.blocks:
-            block.compile(dynamic=True, backend=backend)
-
     # A new network
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
+from neon_core.compiling import compile_calls
 from neon_core.data_order import batched, windowed_shuffle
 from neon_core.precision import PRECISIONS, check_precision
 from neon_core.seeds import PerImageRandom
@@ -89,7 +90,7 @@ class EDMBackbone(Backbone):
         if augment > 0 and getattr(net.model, "map_augment", None) is None:
             raise UserError(f"{checkpoint}: this network takes no augmentation labels; train it with --augment 0")
         if compiled:
-            net.compile_unet()
+            compile_calls([net.model], torch.device(device), static=True)
         return cls(net, config, device, augment=augmentation(augment) if augment > 0 else None)
 
     @classmethod

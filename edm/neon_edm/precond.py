@@ -79,11 +79,6 @@ class Precond(nn.Module, ABC):
         finally:
             self.precision = before
 
-    def compile_unet(self, backend: str = "inductor") -> None:
-        """torch.compile of the U-Net in place, as one graph; a second one for a last batch that is smaller serves all
-        other sizes too. State-dict names stay."""
-        self.model.compile(backend=backend, fullgraph=True)
-
     @abstractmethod
     def scalings(self, sigma: Tensor) -> tuple[Tensor | float, Tensor, Tensor | float, Tensor]:
         """c_skip, c_out, c_in, c_noise of float32 `sigma` [B, 1, 1, 1] or [1, 1, 1, 1]."""

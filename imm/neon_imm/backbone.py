@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
+from neon_core.compiling import compile_calls
 from neon_core.data_order import batched, windowed_shuffle
 from neon_core.kl_vae import weights_digest
 from neon_core.precision import PRECISIONS, check_precision, half_on_gpu
@@ -84,8 +85,9 @@ class IMMBackbone(Backbone):
             codec = VaeCodec(autoencoder, **statistics, factor=autoencoder.stride)
         net = load_network(read, config).to(device)
         if compiled:
-            for block in repeated_blocks(net) or [net.model]:
-                block.compile()
+            # On a GPU the whole network, whose launches are what is saved; else its blocks, which share one graph.
+            units = [] if device.type == "cuda" else repeated_blocks(net)
+            compile_calls(units or [net.model], device, static=True)
         return cls(net, codec, IMMLoss(**config["loss"]), config, codec_name)
 
     @property

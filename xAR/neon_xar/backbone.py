@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
+from neon_core.compiling import compile_calls
 from neon_core.kl_vae import AutoencoderKL, to_ldm_names, weights_digest
 from neon_core.precision import autocast, check_precision, half_on_gpu
 from neon_core.seeds import PerImageRandom
@@ -202,7 +203,7 @@ def load_net(
     load_strict(net, weights)
     net = net.to(device).eval().requires_grad_(False)
     if compiled:
-        net.compile_blocks()
+        compile_calls(net.blocks, device, static=False)  # keys and values are written in place
     return net
 
 

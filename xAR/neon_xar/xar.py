@@ -278,12 +278,6 @@ class XAR(nn.Module):
     def blocks(self) -> list[Block]:
         return [*self.encoder_blocks, *self.decoder_blocks]
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """torch.compile of every block in place; all blocks share the graphs, which are few: a cell alone, with the one
-        before it, with a cache; and these again for a last batch that is smaller. State-dict names stay."""
-        for block in self.blocks:
-            block.compile(dynamic=True, backend=backend)
-
     def new_cache(self, rows: int) -> Cache:
         """An empty cache for `rows` sequences, in the dtype in which attention runs (autocast's, where it is on)."""
         weight = self.pred.weight

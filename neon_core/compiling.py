@@ -1,0 +1,43 @@
+"""torch.compile of a network's parts, in place. Its mode is chosen here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.utils._pytree import tree_map
+
+from neon_files.errors import UserError
+
+
+def compile_calls(
+    modules: Iterable[nn.Module], device: torch.device, *, static: bool, backend: str = "inductor"
+) -> None:
+    """Each call of a module runs as one graph, which equal modules share; state-dict names stay.
+
+    static: the shapes of a call stay, except in a last, smaller batch, and it writes into none of its inputs. Then a
+    GPU replays it as a CUDA graph where no gradient is wanted. Else one graph serves all shapes. Raises UserError, at
+    the first call, where compilation fails.
+    """
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": None if static else True, "backend": backend}
+    for module in modules:
+        plain = torch.compile(module._call_impl, **options)
+        replayed = plain
+        if static and device.type == "cuda":
+            replayed = torch.compile(module._call_impl, mode="reduce-overhead", **options)
+        module._compiled_call_impl = partial(_call, plain, replayed)
+
+
+def _call(plain: Callable, replayed: Callable, *args: Any, **kwargs: Any) -> Any:
+    try:
+        if replayed is plain or torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        # The next replay writes where this one has written: the caller keeps a copy.
+        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, replayed(*args, **kwargs))
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+        reason = str(getattr(error, "inner_exception", error)).strip().split("\n")[0]
+        raise UserError(f"--compile: this network cannot be compiled here ({reason}); leave --compile out") from error
