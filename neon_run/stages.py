@@ -26,6 +26,7 @@ from neon_files.image_set import ImageSet
 from neon_files.tracking import is_tracked, track, track_picture
 from neon_metrics.evaluate import Evaluator
 from neon_run.cli import check_writable
+from neon_run.memory import warn_of_large_batch
 from neon_run.merging.files import merge_files
 from neon_run.merging.steps import steps_of
 from neon_run.row import Row
@@ -108,6 +109,7 @@ def generate(model: Model, out_dir: Path, seeds: Sequence[int] | None = None) ->
     check_settings(model, row.generate)
     check_writable(out_dir, "--outdir")
     model.backbone.check_network(**row.generate)
+    warn_of_large_batch(model.backbone, row.generate, row.batch_size, model.device)
     with float32_precision(row.generate_tf32 or row.tf32):
         manifest = generate_set(
             model.backbone,
@@ -165,6 +167,7 @@ def open_evaluator(reference: str | Path, device: torch.device, **options: Any) 
 def open_sweep(model: Model, evaluator: Evaluator, snapshots: Mapping[str, Path], out_dir: Path) -> GrowingSweep:
     """The points of a base and its snapshots in `out_dir`: those measured earlier, and new ones."""
     model.backbone.check_network(**model.row.evaluate)
+    warn_of_large_batch(model.backbone, model.row.evaluate, model.row.batch_size, model.device)
     return GrowingSweep(
         model.backbone,
         evaluator,
@@ -238,6 +241,7 @@ def calculate_fid(
     theta_base - w (theta_syn - theta_base), w being the row's. Raises UserError."""
     row, backbone = model.row, model.backbone
     backbone.check_network(**row.evaluate)
+    warn_of_large_batch(backbone, row.evaluate, row.batch_size, model.device)
     identity: dict[str, Any] = {**model.hashes, "tf32": row.tf32, **reduced_precision(model, row.evaluate)}
     if synthetic is not None:
         theta_base = {name: value.detach().cpu().clone() for name, value in backbone.net.state_dict().items()}

@@ -4,6 +4,7 @@ Mixed devices and wrong dtypes raise in fake tensors as they would on a card.
 """
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,18 @@ from neon_core.precision import product_layers, weights_as
 from neon_metrics.accumulator import MetricAccumulator
 from neon_metrics.detector import InceptionDetector
 from neon_metrics.inception import InceptionV3
+from neon_run.memory import SAMPLING_MEMORY
 from neon_xar.xar import build as xar_network
 
 MEMORY = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
 
 
 @functools.cache
-def stated(section: str) -> dict[str, float]:
-    """GiB of docs/memory.md per row: the first peak of a line."""
+def stated(section: str) -> dict[tuple[str, str], float]:
+    """GiB of docs/memory.md per row and precision: the first peak of a line."""
     part = MEMORY.read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n## ")[0]
     lines = [[cell.strip() for cell in line.split("|")] for line in part.splitlines() if line.startswith("| ")]
-    return {cells[1]: float(cells[4]) for cells in lines if cells[1] in ROWS}
+    return {(cells[1], cells[2]): float(cells[4]) for cells in lines if cells[1] in ROWS}
 
 
 OFFICIAL = [name for name in ROWS if name not in ("xar/xar_huge", "edm/cifar10_uncond")]
@@ -51,8 +53,15 @@ def test_a_batch_is_sampled_without_waiting_and_in_the_memory_that_is_stated(nam
         parts = [*vars(backbone).values(), getattr(getattr(backbone, "codec", None), "vae", None)]
         networks = [part for part in parts if isinstance(part, torch.nn.Module)]
         assert record.weight_casts <= sum(1 for net in networks for _ in net.parameters())  # each at most once
+        used = backbone.precisions(**row.settings | ({"precision": precision} if precision else {}))["network"]
         if precision is None:
-            assert record.peak / GIB <= stated("Sampling")[name] + 0.05
+            assert record.peak / GIB <= stated("Sampling")[name, used] + 0.05
+        known = json.loads(SAMPLING_MEMORY.read_text(encoding="utf-8"))
+        entry = known.get(str(sum(p.numel() for p in backbone.net.parameters())), {})
+        kind = "fp32" if used == "fp32" else "half"
+        if kind in entry:  # what commands compare with the free memory of a GPU
+            fixed, each = entry[kind]
+            assert fixed + each * row.batch == pytest.approx(record.peak / GIB, rel=0.05)
 
 
 def test_more_steps_convert_no_more_weights():
@@ -88,7 +97,7 @@ def test_a_training_step_runs_in_the_memory_that_is_stated(name):
         # The scaler asks once whether it may step, and so does the check of the gradient where there is none.
         assert set(record.syncs) <= {"number", "copy to the CPU"} and record.syncs["number"] <= 1
         assert record.uploads <= 12  # tables of the first step, and its labels
-        assert record.peak / GIB <= stated("Fine-tune")[name] + 0.05
+        assert record.peak / GIB <= stated("Fine-tune")[name, row.row.train.precision] + 0.05
         assert all(p.grad is not None for p in run.backbone.net.parameters())
 
 

@@ -1,5 +1,5 @@
 """IMM sampling written down plainly from its definition, straight on the tensors of a state dict: the oracle of the
-tests and the other side of `benchmarks/imm_sampling.py`.
+tests.
 
 One image-condition pair at a time through the embeddings, two network calls per guided step, attention spelt out.
 """

@@ -1,5 +1,5 @@
 """VAR sampling written down plainly from its definition, straight on the tensors of a state dict: the oracle of the
-tests and the other side of `benchmarks/var_sampling.py`.
+tests.
 
 Nothing is saved for later but keys and values, which grow by concatenation: every scale projects the class condition
 anew, embeds both halves of the doubled batch, adds up its positions, and masks explicitly.

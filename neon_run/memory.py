@@ -1,0 +1,47 @@
+"""Does a batch fit the memory of a GPU? Known before anything is sampled, from the peaks of the published networks.
+
+`sampling_memory.json` is written by `benchmarks/memory.py`: number of parameters of a network -> GiB of a batch that
+are fixed, and GiB that each image adds, in float32 and in half precision. Computed from tensors, not measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neon_core.backbone import Backbone
+from neon_files.errors import say
+
+SAMPLING_MEMORY = Path(__file__).with_name("sampling_memory.json")
+GIB = 2**30
+RESERVE = 1.0  # GiB left for workspaces of cuDNN and cuBLAS, and for fragmentation
+
+
+def free_memory(device: torch.device) -> float | None:
+    """GiB of the GPU that this process holds or may still get; None on a CPU, whose memory is not asked for."""
+    if device.type != "cuda":
+        return None
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
+
+
+def warn_of_large_batch(backbone: Backbone, settings: Mapping[str, Any], batch_size: int, device: torch.device) -> None:
+    """One line with the batch that fits, where `batch_size` images at once will not. Networks without a measured peak
+    pass in silence."""
+    free = free_memory(device)
+    if free is None:
+        return
+    known = json.loads(SAMPLING_MEMORY.read_text(encoding="utf-8"))
+    entry = known.get(str(sum(p.numel() for p in backbone.net.parameters())))
+    if entry is None:
+        return
+    half = backbone.precisions(**settings)["network"] != "fp32"
+    fixed, each = entry["half" if half else "fp32"]
+    need, fits = fixed + each * batch_size + RESERVE, int((free - RESERVE - fixed) / each)
+    if fits >= batch_size:
+        return
+    advice = f"--batch_size {fits} fits" if fits > 0 else "no batch fits; use a larger GPU, or --precision fp16"
+    say(f"warning: a batch of {batch_size} needs about {need:.1f} GiB, and {device} has {free:.1f} free; {advice}")
