@@ -14,7 +14,12 @@ SEARCH_IMAGES = 2_000  # per setting
 
 
 def fashion_row(
-    id: str, backbone: type[Backbone], prepare: PrepareFashion, acceptance: Acceptance | None = None, **fields: Any
+    id: str,
+    backbone: type[Backbone],
+    prepare: PrepareFashion,
+    acceptance: Acceptance | None = None,
+    control_images: int = NUM_EVALUATE,
+    **fields: Any,
 ) -> Row:
     """A row on Fashion-MNIST: searched against the training part, reported on two fresh blocks of seeds against
     held-out images."""
@@ -29,7 +34,7 @@ def fashion_row(
         protocol=Protocol(
             ranking_images=SEARCH_IMAGES,
             deciding_images=SEARCH_IMAGES,
-            control_images=NUM_EVALUATE,
+            control_images=control_images,
             controls_twice=True,
             fresh_blocks=2,
             acceptance=acceptance,

@@ -31,13 +31,12 @@ SIGMAS = 3.0
 
 
 def distances(results: Mapping[str, Any]) -> dict[str, list[float]]:
-    """name of `PLACES` -> the distance on every fresh block, of as many images as the controls had; {} where there was
-    no fresh block. Of a control that was measured at two settings of the sampler, the lower one: its best counts.
+    """name of `PLACES` -> the distance on every fresh block; {} where there was no fresh block.
+
+    Base and Neon of all images of a block, controls of as many as they had. Of a control that was measured at two
+    settings of the sampler, the lower one: its best counts.
     """
-    points = [point for point in results["points"]["evaluate"] if point["block"] != "first"]
-    if not points:
-        return {}
-    count = min(point["num_images"] for point in points)
+    points, few, most = _fresh(results)
     best, of_base = results["best"], results["base_best"]["settings"]
     snapshot, w, settings = best["snapshot"] if best["w"] else BASE, best["w"], best["settings"]
     wanted = {
@@ -52,10 +51,28 @@ def distances(results: Mapping[str, Any]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for name, place in wanted.items():
         either = {BASE_OWN_BEST: [of_base], "neon": [settings]}.get(name, [settings, of_base])
+        count = most if name in (BASE_OWN_BEST, "neon") else few
         measured = [values for chosen in either if (values := _on_blocks(points, count, *place, chosen))]
         if measured:
             found[name] = min(measured, key=sum)
     return found
+
+
+def ratios(results: Mapping[str, Any]) -> dict[str, float]:
+    """name -> mean distance over the fresh blocks, divided by that of the base, of equally many images."""
+    found, (points, few, _) = distances(results), _fresh(results)
+    of_few = _on_blocks(points, few, BASE, 0.0, results["base_best"]["settings"])
+    if BASE_OWN_BEST not in found or not of_few:
+        return {}
+    by = {BASE_OWN_BEST: found[BASE_OWN_BEST], "neon": found[BASE_OWN_BEST]}
+    return {name: float(np.mean(values) / np.mean(by.get(name, of_few))) for name, values in found.items()}
+
+
+def _fresh(results: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], int, int]:
+    """The points on fresh blocks, and the least and the largest of their numbers of images."""
+    points = [point for point in results["points"]["evaluate"] if point["block"] != "first"]
+    counts = [point["num_images"] for point in points]
+    return points, min(counts, default=0), max(counts, default=0)
 
 
 def _on_blocks(
@@ -69,12 +86,6 @@ def _on_blocks(
         and (point["snapshot"], point["w"], point["settings"]) == (snapshot, w, settings)
     }
     return [at[block] for block in sorted(at)]  # "second" before "third"
-
-
-def ratios(results: Mapping[str, Any]) -> dict[str, float]:
-    """name -> mean distance over the fresh blocks, divided by that of the base."""
-    found = {name: float(np.mean(values)) for name, values in distances(results).items()}
-    return {name: value / found[BASE_OWN_BEST] for name, value in found.items() if BASE_OWN_BEST in found}
 
 
 def failures(results: Mapping[str, Any]) -> list[str]:

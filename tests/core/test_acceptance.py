@@ -39,7 +39,7 @@ def run(claim=CLAIM, **changed):
         point["fid_heldout"] += (
             changed.get(point["snapshot"], 0.0) if point["w"] > 0 or point["snapshot"] == BASE else 0
         )
-        point["fid_heldout"] += 50 if point["num_images"] == 6000 else 0  # another number of images does not compare
+        point["fid_heldout"] -= 0.5 if point["num_images"] == 6000 else 0  # fewer images give larger distances
     best = {"snapshot": "snapshot-1", "w": 1.5, "settings": {"cfg": 3.0}}
     evaluated = {"points": {"evaluate": points}, "best": best, "base_best": {"settings": {"cfg": 2.0}}}
     return {"row": "edm/x", "acceptance": claim, **evaluated}
@@ -47,9 +47,15 @@ def run(claim=CLAIM, **changed):
 
 def test_distances_are_held_out_on_fresh_blocks_in_their_order():
     found = acceptance.distances(run())
-    assert found["base"] == [4.0, pytest.approx(4.1)] and found["neon"] == [3.0, pytest.approx(3.1)]
+    assert found["base"] == [3.5, pytest.approx(3.6)] and found["neon"] == [2.5, pytest.approx(2.6)]
+    assert found["random"] == [5.0, pytest.approx(5.1)]
     assert list(found) == list(acceptance.PLACES)
-    assert acceptance.ratios(run())["neon"] == pytest.approx(3.05 / 4.05)
+
+
+def test_ratios_are_of_equally_many_images():
+    """Base and Neon of all of a block, controls of fewer, as is the base that they are divided by."""
+    found = acceptance.ratios(run())
+    assert found["neon"] == pytest.approx(2.55 / 3.55) and found["random"] == pytest.approx(5.05 / 4.05)
 
 
 def test_of_a_control_at_two_settings_the_better_one_is_the_opponent():

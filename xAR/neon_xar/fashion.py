@@ -12,7 +12,7 @@ from neon_core.schedules import Ema, LinearRamp
 from neon_run.fashion.data import IMG_SIZE, NUM_CLASSES, Fashion
 from neon_run.fashion.prepare import PrepareFashion
 from neon_run.fashion.rows import fashion_row
-from neon_run.row import Grid, Range
+from neon_run.row import Acceptance, Grid, Range
 from neon_xar.patches import PatchXAR
 from neon_xar.sampler import passes_per_image
 from neon_xar.xar import XAR
@@ -72,6 +72,8 @@ FASHION = fashion_row(
     "xar/fashion",
     PatchXAR,
     PreparePatches(BASE),
+    Acceptance(neon=0.85, self_trained=1.3, controls=0.94),  # of an earlier pilot
+    control_images=2_500,  # an image takes many passes here
     num_synthetic=6_000,
     generate=SAMPLER,
     train=FINE_TUNE,
