@@ -34,7 +34,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BATCH, STEPS = 64, 3_000  # of the base's training
-SOLVER_STEPS, SAMPLES = 20, 3_000
+SOLVER_STEPS, SAMPLES = 20, 2_000
 FRESH = 1_000_000 + SAMPLES  # where the seeds begin on which `improve` reports
 PICTURED = 48
 DDIM = next(kind for kind in KINDS if "DDIMPipeline" in kind.pipelines)
@@ -104,7 +104,7 @@ def main(out: Path) -> None:
         pipeline_of(read_checkpoint(folder / "whole.safetensors").state).save_pretrained(folder / "base")
         result = improve_pipeline(
             str(folder / "base"), folder / "improve", "cpu", Chosen(steps=SOLVER_STEPS), real=out / "training.npz",
-            detector=detector, ranking_images=1_500, images=SAMPLES, sample_batch_size=500,
+            detector=detector, ranking_images=1_000, images=SAMPLES, sample_batch_size=500,
         )  # fmt: skip
         details, best = result.details, result.details["best"]["w"]
         measured = [p for p in details["points"]["evaluate"] if p["block"] == "second"]
