@@ -7,7 +7,7 @@ theta_syn by up alone, and theta_base - w (theta_syn - theta_base) is the traine
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -48,9 +48,11 @@ def factors_of(net: nn.Module) -> list[Factors]:
                 "fresh one, whose up factors are 0"
             )
         layer = net.get_submodule(module)
-        scales = list(getattr(layer, "scaling", {}).values()) or [1.0]  # peft's
+        scale = getattr(layer, "scaling", 1.0)
+        if isinstance(scale, Mapping):  # peft's, adapter -> scale
+            scale = next(value for adapter, value in scale.items() if adapter in pair.names[0].split("."))
         frozen = tuple(f"{module}.{name}" for name, _ in layer.named_parameters() if f"{module}.{name}" not in trained)
-        found.append(Factors(*pair.names, scales[0], frozen))
+        found.append(Factors(*pair.names, scale, frozen))
     return found
 
 
@@ -72,14 +74,17 @@ def squares(
 ) -> tuple[float, float]:
     """|theta_syn - theta_base|^2 and |theta_base|^2 over the trained weights; of an adapter, over what it adds to."""
     own = {name for pair in factors for name in (pair.down, pair.up)}
-    moved = [syn[name].double() - base[name].double() for name in trained if name not in own]
-    held = [base[name].double() for name in trained if name not in own]
-    moved += [pair.change(syn) for pair in factors]
-    held += [base[name].double() for pair in factors for name in pair.frozen]
-    return tuple(sum(value.square().sum().item() for value in values) for values in (moved, held))  # type: ignore
+    others = [name for name in trained if name not in own]
+    frozen = [name for pair in factors for name in pair.frozen]
+    moved = _square(syn[name].double() - base[name].double() for name in others)
+    return moved + _square(pair.change(syn) for pair in factors), _square(base[name] for name in (*others, *frozen))
 
 
-def _mean_square(values: Iterator[Tensor]) -> float:
+def _square(values: Iterable[Tensor]) -> float:
+    return sum(value.double().square().sum().item() for value in values)
+
+
+def _mean_square(values: Iterable[Tensor]) -> float:
     total, count = 0.0, 0
     for value in values:
         total, count = total + value.double().square().sum().item(), count + value.numel()
