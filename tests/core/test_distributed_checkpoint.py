@@ -29,7 +29,7 @@ STATE = {"block.weight": torch.arange(24.0).reshape(4, 6), "bias": torch.ones(3,
 def save(folder, content) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that there is only one process
-        dcp.save(content, checkpoint_id=folder, no_dist=True)
+        dcp.save(content, checkpoint_id=folder)
 
 
 def parts(folder, boxes, size=(4, 6), change=None) -> None:

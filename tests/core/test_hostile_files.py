@@ -320,7 +320,7 @@ def distributed_metadata(folder: Path) -> bytes:
     state = {"model": {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}, "epoch": 1}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(state, checkpoint_id=folder, no_dist=True)
+        dcp.save(state, checkpoint_id=folder)
     return (folder / ".metadata").read_bytes()
 
 
