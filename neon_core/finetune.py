@@ -41,7 +41,7 @@ def train_on(
     `out_dir` is continued.
 
     `provenance` (everything else that the weights depend on) goes into the snapshots, with the digest of
-    the set. `cache_dir`: see `training_data`; `options` (seed, mode, activation_checkpointing): see `self_train`.
+    the set. `cache_dir`: see `training_data`; `options` (seed, mode, name ...): see `RunOptions`.
     Raises UserError.
     """
     if settings.micro_batch_size % backbone.micro_batch_multiple:

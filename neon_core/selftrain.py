@@ -203,6 +203,7 @@ class RunOptions:
     activation_checkpointing: bool = False  # less memory, more time
     state_minutes: float = 10.0  # between two states to continue from
     progress: bool = True
+    name: str = "fine-tune"  # of the training, where its progress is shown
 
 
 def self_train(
@@ -242,9 +243,9 @@ def self_train(
             run = FineTune(
                 backbone, settings, device, mode=how.mode, activation_checkpointing=how.activation_checkpointing
             )
-            loop = _Loop(run, out_dir, identity, missing, how.state_minutes)
+            loop = _Loop(run, out_dir, identity, missing, how)
             loop.resume()
-            loop.train(data, how.seed, how.progress)
+            loop.train(data)
             parallel.keep_activations(backbone.blocks())
             backbone.net.eval().requires_grad_(False)
         if is_main():
@@ -261,7 +262,7 @@ class _Loop:
     out_dir: Path
     identity: dict
     missing: list[int]  # images seen at the snapshots to be written
-    state_minutes: float
+    how: RunOptions
 
     def resume(self) -> None:
         """Continue from an earlier run's state and log. A state past a missing snapshot is not used."""
@@ -274,15 +275,15 @@ class _Loop:
         if agree(path, path.exists):
             self.run.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         path = self.out_dir / "log.jsonl"
-        self.log = StepLog(path, self.run.images_seen, self.missing[-1], self.run.must_be_finite)
+        self.log = StepLog(path, self.run.images_seen, self.missing[-1], self.run.must_be_finite, self.how.name)
 
-    def train(self, data: TrainingData, seed: int, progress: bool) -> None:
-        run, settings, end = self.run, self.run.settings, self.missing[-1]
-        show: dict[str, Any] = {"desc": "fine-tune", "unit": "img", "disable": not (progress and is_main())}
+    def train(self, data: TrainingData) -> None:
+        run, settings, end, how = self.run, self.run.settings, self.missing[-1], self.how
+        show: dict[str, Any] = {"desc": how.name, "unit": "img", "disable": not (how.progress and is_main())}
         steps = range(run.images_seen // settings.batch_size, end // settings.batch_size)
         saved_at = time.monotonic()
         with progress_bar(total=end, initial=run.images_seen, **show) as bar, signals_wait() as stop_asked:
-            for step, micro_batches in _prefetched(run, data, steps, seed):
+            for step, micro_batches in _prefetched(run, data, steps, how.seed):
                 # the step
                 lr = run.lr
                 loss = run.step(micro_batches, settings.batch_size // settings.micro_batch_size)
@@ -290,7 +291,7 @@ class _Loop:
                 bar.update(settings.batch_size)
 
                 # the decisions of all ranks: the hosts agree, waiting for no device
-                stop, late = largest(stop_asked(), time.monotonic() - saved_at > 60 * self.state_minutes)
+                stop, late = largest(stop_asked(), time.monotonic() - saved_at > 60 * how.state_minutes)
                 at_snapshot = run.images_seen in self.missing
                 write_state = (stop or late or at_snapshot) and run.images_seen < end
 
@@ -388,8 +389,8 @@ class deterministic_dropout:
 class StepLog:
     """`log.jsonl`, a line per step. Losses stay on the device until `settle`, so that no step waits for them."""
 
-    def __init__(self, path: Path, images_seen: int, end: int, must_be_finite: bool):
-        self.path, self.must_be_finite = path, must_be_finite
+    def __init__(self, path: Path, images_seen: int, end: int, must_be_finite: bool, name: str = "fine-tune"):
+        self.path, self.must_be_finite, self.name = path, must_be_finite, name
         self.lines, self.behind = earlier_lines(path, images_seen, end) if is_main() else ([], [])
         self.open: list[tuple[int, float, Tensor, Tensor]] = []  # images seen, lr, loss, gradient norm
 
@@ -411,7 +412,7 @@ class StepLog:
                     "--precision fp32"
                 )
             self.lines.append(json.dumps({"images": images, "loss": loss, "lr": lr}))
-            track({"fine-tune/loss": loss, "fine-tune/lr": lr}, images)
+            track({f"{self.name}/loss": loss, f"{self.name}/lr": lr}, images)
         self.open = []
         if is_main():
             with atomic_path(self.path) as temporary:

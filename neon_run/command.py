@@ -75,5 +75,5 @@ neon.add_command(download_command, "download")
 
 
 def main() -> None:
-    """Entry point of `neon`, `python -m neon_run` and `python -m neon_core`."""
+    """The command on this process's arguments; entry points call it through `neon_run.__main__`."""
     run(neon)

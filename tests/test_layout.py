@@ -22,6 +22,7 @@ TOP_LEVEL = {
     "toy_appendix.ipynb",
     "download_models.sh",
     "environment.yml",
+    "mkdocs.yml",
     "checkpoints",
     "fid_stats",
     "README.md",

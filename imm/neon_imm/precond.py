@@ -63,7 +63,7 @@ class VPCosine:
         return torch.arctan(nt) / (math.pi / 2)
 
 
-SCHEDULES = {"fm": FlowMatching, "vp_cosine": VPCosine}
+SCHEDULES: dict[str, type[FlowMatching] | type[VPCosine]] = {"fm": FlowMatching, "vp_cosine": VPCosine}
 
 
 class NoiseSchedule:

@@ -77,6 +77,7 @@ class PrepareFashion(ABC):
             folder / "base",
             device=CPU,
             provenance={},
+            name="base training",
             seed=derive_seed("fashion", "train base", seed),
         )
         return {

@@ -1,8 +1,11 @@
 """`neon`: every stage of every row by one command, the same as the scripts."""
 
+import importlib
+
 import pytest
 from click.testing import CliRunner
 
+from neon_run import __main__ as entry
 from neon_run.backbones import find_rows
 from neon_run.command import neon
 
@@ -38,3 +41,14 @@ def test_every_row_is_listed():
     result = run("rows")
     assert result.exit_code == 0 and all(row in result.output for row in ROWS)
     assert run("--version").output.startswith("neon, version ")
+
+
+def test_ctrl_c_while_pytorch_is_imported_ends_without_a_traceback(monkeypatch):
+    def interrupted(name):
+        assert name == "neon_run.command"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 130

@@ -63,7 +63,7 @@ def test_release_files_are_well_formed_and_name_one_version():
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(rf"^## \[.*{re.escape(version.split('.dev')[0])}", changes, re.M), "no entry for this version"
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
-    assert {"lint", "test", "wheel", "notebook", "supply"} <= workflow["jobs"].keys()
+    assert {"lint", "test", "wheel", "docs", "notebook", "supply"} <= workflow["jobs"].keys()
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text(encoding="utf-8")), form
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
@@ -76,3 +76,13 @@ def test_what_one_command_alone_needs_is_an_extra():
     }
     assert "timm" in extras["detectors"] and "torchvision" in extras["data"]
     assert not {"timm", "torchvision"} & {requirement.name for requirement in NEEDED}
+
+
+def test_every_page_stands_in_the_index():
+    """`mkdocs build --strict` in CI checks the links; here, without it, that no page is forgotten."""
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    sections = [[entry] if isinstance(entry, str) else next(iter(entry.values())) for entry in site["nav"]]
+    listed = [page for section in sections for page in section]
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [page for page in listed[1:] if f"({page})" not in index] == []

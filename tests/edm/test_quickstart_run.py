@@ -63,6 +63,14 @@ def test_the_merge_at_minus_one_is_the_self_trained_network(finished):
     assert all(torch.equal(neon.state[name], at_w_star[name]) for name in at_w_star)
 
 
+def test_training_of_the_base_is_shown_under_its_own_name(tmp_path, monkeypatch):
+    tracked = []
+    monkeypatch.setattr("neon_core.selftrain.track", lambda values, images: tracked.extend(values))
+    row = dataclasses.replace(PICO, base=base_training(2), feature_steps=2).row(0)
+    row.prepare(row, tmp_path, 0)
+    assert {"base training/loss", "base training/lr"} == set(tracked)
+
+
 def test_a_merge_that_misses_the_self_trained_network_is_reported(finished):
     wrong = {**finished[1], "minus_one_error": 1e-3, "step_length": 0.0}
     assert len(broken([wrong])) == 2

@@ -74,7 +74,7 @@ def identity(quickstart: Quickstart, seed: int) -> dict:
 def passes_per_seed(quickstart: Quickstart) -> int:
     """About how many network passes a seed takes: a training image counts 3, a sample 35."""
     trained = quickstart.base.images + 2 * quickstart.train.images + quickstart.feature_steps * BATCH
-    searched = (Budget().settings_one_axis - 2) * quickstart.ranking_images + 3 * quickstart.num_evaluate
+    searched = (Budget().settings[0] - 2) * quickstart.ranking_images + 3 * quickstart.num_evaluate
     reported = (len(quickstart.curve) + 6) * quickstart.num_evaluate
     shown = 3 * SAMPLES[0] * SAMPLES[1] + 4 * min(PIXEL_IMAGES, quickstart.num_evaluate)
     return 3 * trained + 35 * (quickstart.num_synthetic + searched + reported + shown)

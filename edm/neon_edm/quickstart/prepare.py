@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -11,6 +12,7 @@ from neon_core.backbone import TrainSettings
 from neon_core.distributed import barrier, is_main
 from neon_core.finetune import train_on
 from neon_core.seeds import derive_seed
+from neon_edm.quickstart.backbone import DigitsBackbone
 from neon_edm.quickstart.digits import load_digits_split
 from neon_edm.quickstart.features import accuracy, read_detector, train_features
 from neon_files.checkpoint import write_checkpoint
@@ -43,14 +45,14 @@ class PrepareDigits:
             "heldout": folder / "heldout.npz",
             "real_training": folder / "real.zip",
         }
-        digits = load_digits_split(seed)
+        digits, kind = load_digits_split(seed), cast(type[DigitsBackbone], row.backbone)
         if is_main() and not all(path.exists() for path in files.values()):
             network = train_features(
                 digits.train_images,
                 digits.train_labels,
                 seed=derive_seed("quickstart", "features", seed),
                 num_steps=self.feature_steps,
-                on_step=lambda: row.backbone.on_passes(3 * BATCH),
+                on_step=lambda: kind.on_passes(3 * BATCH),
             )
             metadata = {"heldout_accuracy": accuracy(network, digits.heldout_images, digits.heldout_labels)}
             write_checkpoint(files["detector"], network.state_dict(), metadata=metadata)
@@ -60,7 +62,7 @@ class PrepareDigits:
                 write_reference(files[name], Reference.from_statistics(statistics))
             write_image_zip(files["real_training"], digits.train_images, digits.train_labels)
         barrier()
-        backbone = row.backbone.create(derive_seed("quickstart", "initial weights", seed))
+        backbone = kind.create(derive_seed("quickstart", "initial weights", seed))
         snapshots = train_on(
             ImageSet(files["real_training"]),
             backbone,
@@ -68,6 +70,7 @@ class PrepareDigits:
             folder / "base",
             device=CPU,
             provenance={},
+            name="base training",
             seed=derive_seed("quickstart", "train base", seed),
         )
         return {"base": snapshots[max(snapshots)], **files}
