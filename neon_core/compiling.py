@@ -7,11 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._dynamo.exc as dynamo
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils._pytree import tree_map
 
 from neon_files.errors import UserError
+
+FAILURES = (dynamo.TorchDynamoException, getattr(dynamo, "FailOnRecompileLimitHit", dynamo.TorchDynamoException))
+# the second is since torch 2.6 one that is not of the first kind
 
 
 def compile_calls(
@@ -38,6 +41,6 @@ def _call(plain: Callable, replayed: Callable, *args: Any, **kwargs: Any) -> Any
             return plain(*args, **kwargs)
         # The next replay writes where this one has written: the caller keeps a copy.
         return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, replayed(*args, **kwargs))
-    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+    except FAILURES as error:
         reason = str(getattr(error, "inner_exception", error)).strip().split("\n")[0]
         raise UserError(f"--compile: this network cannot be compiled here ({reason}); leave --compile out") from error

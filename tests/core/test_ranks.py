@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import environment, kill_when, launch, start, torchrun
+from launch import SHARDS, environment, kill_when, launch, start, torchrun
 
 from neon_files.checkpoint import read_checkpoint
 
@@ -92,8 +92,8 @@ def test_training_agrees_over_ranks_also_where_some_have_more_micro_batches(runs
     "ranks, flags",
     [
         (5, ["--checkpointing"]),  # the fifth rank has no micro batch
-        (2, ["--mode", "fsdp"]),
-        (3, ["--mode", "fsdp", "--checkpointing"]),
+        pytest.param(2, ["--mode", "fsdp"], marks=SHARDS),
+        pytest.param(3, ["--mode", "fsdp", "--checkpointing"], marks=SHARDS),
     ],
 )
 def test_sharding_checkpointing_and_idle_ranks_change_no_training(runs, tmp_path, ranks, flags):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from core.pico import TRAIN, PicoBackbone
+from launch import SHARDS
 
 from neon_core.backbone import TrainSettings
 from neon_core.prepared import TrainingData
@@ -78,6 +79,7 @@ def test_parameters_that_a_step_leaves_out_must_be_declared(group, declared):
             run.step([batch()])
 
 
+@SHARDS
 def test_weights_that_are_not_contiguous_can_be_sharded(group):
     rule = settings(schedule=Constant(), ema=Ema(decay=0.5))
     plain = FineTune(Convolved.laid_out(torch.channels_last), rule, CPU)

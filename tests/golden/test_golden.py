@@ -9,8 +9,19 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 from golden.case import Case, mismatch, read_cases
+
+DRAWN = "a CPU draws other exponentials and dropout masks from this seed"
+BEFORE_TORCH_2_6 = {  # where these cases have other numbers
+    **dict.fromkeys(("edm-unet_train_mode", "edm-adm_train_mode"), DRAWN),
+    **dict.fromkeys(("imm-dit_dropout", "imm-loss_songunet_dropout"), DRAWN),
+    **dict.fromkeys(("var-var_seeded_sampling", "var-var_more_smooth", "var-sample_with_top_k_top_p"), DRAWN),
+    "xar-dropout": DRAWN,
+    "edm-precond_tables": "iDDPM's float32 table is rounded otherwise, by 8e-6 at most",
+}
 
 
 def pytest_generate_tests(metafunc):
@@ -29,6 +40,8 @@ def adapter_module(part: str):
 
 
 def test_case(part: str, case: Case):
+    if torch.__version__ < "2.6" and (reason := BEFORE_TORCH_2_6.get(f"{part}-{case.name}")):
+        pytest.skip(f"torch {torch.__version__}, before 2.6: {reason}")
     module = adapter_module(part)
     assert case.kind in module.ADAPTERS, f"no adapter for kind {case.kind!r} of {part}"
     ours = module.ADAPTERS[case.kind](case)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from launch import call, fails, launch
+from launch import SHARDS, call, fails, launch
 from PIL import Image
 from var.tiny import write_tiny
 
@@ -59,7 +59,10 @@ def test_two_ranks_make_the_same_images_bit_for_bit(place, tmp_path):
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("mode", [(), ("--parallel", "fsdp", "--activation_checkpointing")], ids=["ddp", "fsdp"])
+SHARDED = pytest.param(("--parallel", "fsdp", "--activation_checkpointing"), marks=SHARDS)
+
+
+@pytest.mark.parametrize("mode", [(), SHARDED], ids=["ddp", "fsdp"])
 def test_two_ranks_train_with_the_losses_of_one(place, tmp_path, mode):
     run = on_two_ranks(
         "VAR/finetune.py", *place.models, "--data", place.set, "--outdir", tmp_path / "run", *TUNE, *mode
