@@ -49,7 +49,7 @@ def test_an_image_is_redrawn_by_the_autoencoder_and_a_model_of_pixels_has_none(l
     again = latent.through_tokenizer(images)
     mean = latent.codec.moments(images)[:, :4]
     expected = (latent.codec.vae.decode(mean) + 1) * 127.5
-    assert again.shape == images.shape and (again.float() - expected.clamp(0, 255)).abs().max() <= 1
+    assert again.shape == images.shape and (again.float() - expected.clamp(0, 255)).abs().max() < 1.01
     assert pixel.through_tokenizer(images[..., :8, :8]) is None
 
 
@@ -84,7 +84,7 @@ def test_a_pixel_model_needs_neither_labels_nor_autoencoder(pixel):
 def test_float64_state_changes_rounding_only(latent):
     labels = torch.tensor([1, 2])
     a, b = (latent.sample([1, 2], labels, num_steps=4, cfg=1.5, state=state) for state in ("float32", "float64"))
-    assert (a.int() - b.int()).abs().max() <= 1
+    assert (a.int() - b.int()).abs().max() < 1.01
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_an_image_is_redrawn_from_the_mean_of_its_posterior(backbone):
     again = backbone.through_tokenizer(images)
     mean = backbone.autoencoder.encode(from_uint8(images))[:, :4]
     expected = (backbone.autoencoder.decode(mean) + 1) * 127.5
-    assert again.shape == images.shape and (again.float() - expected.clamp(0, 255)).abs().max() <= 1
+    assert again.shape == images.shape and (again.float() - expected.clamp(0, 255)).abs().max() < 1.01
 
 
 def test_images_of_another_size_are_cropped_and_grey_ones_repeated(backbone):
