@@ -105,16 +105,13 @@ def failures(results: Mapping[str, Any]) -> list[str]:
 
 
 def gains(runs: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """Base minus Neon over several runs: {"mean", "standard_error", "low", "high", "sigmas"}; None for fewer than two.
+    """How much lower Neon's distance is than the base's, as a part of the base's, over several runs of a row: {"mean",
+    "standard_error", "low", "high", "sigmas"}; None for fewer than two.
 
     A run counts once, with its mean over blocks, so the error holds the chance of training and of sampling. The 95 %
     interval is Student's with n - 1 degrees of freedom.
     """
-    values = []
-    for run in runs:
-        found = distances(run)
-        if BASE_OWN_BEST in found and "neon" in found:
-            values.append(float(np.mean(found[BASE_OWN_BEST]) - np.mean(found["neon"])))
+    values = [1 - found["neon"] for run in runs if "neon" in (found := ratios(run))]
     if len(values) < 2:
         return None
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))

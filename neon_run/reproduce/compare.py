@@ -60,9 +60,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> list[str]:
     runs = read_runs(folders)
     with atomic_path(out) as temporary:
         temporary.write_text(page("compare.html", view(runs)), encoding="utf-8")
-    groups = view(runs)["groups"]
     lines = [" | ".join([run.name, *_cells(run)]) for run in runs]
-    return [*lines, *(line for group in groups for line in (group["verdict"] or {}).get("lines", ()))]
+    return [*lines, *(line for verdict in _verdicts(runs) for line in verdict["lines"])]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -88,8 +87,11 @@ def view(runs: Sequence[Run]) -> dict[str, Any]:
     groups = [_group(number, [run for run in runs if run.scale == scale]) for number, scale in enumerate(scales, 1)]
     if len(groups) == 1:
         groups[0]["title"] = "Runs"
-    contents = [*((group["id"], group["title"]) for group in groups), ("settings", "What differs")]
-    return {"title": f"{len(runs)} runs", "contents": contents, "groups": groups, "differing": _differing(runs)}
+    verdicts = _verdicts(runs)
+    fresh = [("fresh", "On seeds that no search has seen")] if verdicts else []
+    contents = [*((group["id"], group["title"]) for group in groups), *fresh, ("settings", "What differs")]
+    parts = {"groups": groups, "verdicts": verdicts, "differing": _differing(runs)}
+    return {"title": f"{len(runs)} runs", "contents": contents, **parts}
 
 
 def _group(number: int, runs: Sequence[Run]) -> dict[str, Any]:
@@ -100,7 +102,6 @@ def _group(number: int, runs: Sequence[Run]) -> dict[str, Any]:
     one_row = len(runs) > 1 and len({run.results["row"] for run in runs}) == 1
     if one_row:
         rows.append(["mean ± sd", runs[0].results["row"], *_mean_cells(runs), *([""] if tuned else []), ""])
-    verdict = _verdict(runs) if len({run.results["row"] for run in runs}) == 1 else None
     head = ["run", "row", f"base {distance}", f"Neon {distance}", "gain", "gain, %", "w"]
     return {
         "id": f"group-{number}",
@@ -109,13 +110,19 @@ def _group(number: int, runs: Sequence[Run]) -> dict[str, Any]:
         "count": count,
         "head": [*head, *(["sampler"] if tuned else []), "snapshot"],
         "rows": rows,
-        "verdict": verdict,
         "several": len(runs) if one_row else 0,
         "svg": Markup(charts.runs(intervals, distance)),
     }
 
 
-def _verdict(runs: Sequence[Run]) -> dict[str, Any] | None:
+def _verdicts(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Of each row; its runs may have references of their own, since only ratios are put together."""
+    rows = dict.fromkeys(run.results["row"] for run in runs)
+    found = [_verdict(row, [run for run in runs if run.results["row"] == row]) for row in rows]
+    return [verdict for verdict in found if verdict]
+
+
+def _verdict(row: str, runs: Sequence[Run]) -> dict[str, Any] | None:
     """Runs of one row against the base at its own best, on seeds that no search has seen: a table with mean and
     standard deviation of the ratios, and sentences. None where nothing was measured on such seeds."""
     table = [acceptance.distances(run.results) for run in runs]
@@ -135,16 +142,16 @@ def _verdict(runs: Sequence[Run]) -> dict[str, Any] | None:
         rows.append(["ratio to the base", "1", *cells])
     lines = [f"{run.name}: {problem}" for run in runs for problem in acceptance.failures(run.results)]
     if runs[0].results.get("acceptance") and not lines:
-        lines.append(f"the claim of {runs[0].results['row']} holds in all {len(runs)} runs")
+        lines.append(f"the claim of {row} holds in {f'all {len(runs)} runs' if len(runs) > 1 else 'this run'}")
     gain = acceptance.gains([run.results for run in runs])
     if gain:
         word = "beats" if gain["sigmas"] >= acceptance.SIGMAS else "does NOT beat"
         lines.append(
-            f"Neon {word} the base at its own best by {acceptance.SIGMAS:g} standard errors: gain "
-            f"{fid_text(gain['mean'])}, 95 % interval {fid_text(gain['low'])} to {fid_text(gain['high'])} over "
-            f"{len(runs)} runs, {gain['sigmas']:.1f} standard errors"
+            f"{row}: Neon {word} the base at its own best by {acceptance.SIGMAS:g} standard errors: "
+            f"{100 * gain['mean']:.1f} % lower, 95 % interval {100 * gain['low']:.1f} to {100 * gain['high']:.1f} % "
+            f"over {len(runs)} runs, {gain['sigmas']:.1f} standard errors"
         )
-    return {"head": ["run", *(acceptance.PLACES[name] for name in names)], "rows": rows, "lines": lines}
+    return {"row": row, "head": ["run", *(acceptance.PLACES[name] for name in names)], "rows": rows, "lines": lines}
 
 
 def _cells(run: Run, tuned: bool = True) -> list[str]:

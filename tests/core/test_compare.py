@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from neon_files.errors import UserError
+from neon_files.run_files import write_record
 from neon_run.command import neon
 from neon_run.reproduce import commands
 from neon_run.reproduce.compare import read_runs, view, write_comparison
@@ -63,9 +64,10 @@ def test_a_run_from_before_the_settings_had_names_is_read_like_a_new_one(tmp_pat
         told = {**results, "best": {"w": 1.0, "snapshot": "snapshot-1", **best}, "base_best": of_base}
         told |= {"points": {"evaluate": points}, **({"guidance": "cfg"} if folder == old else {})}
         (folder / "results.json").write_text(json.dumps(told), encoding="utf-8")
-    (group,) = view(read_runs([new, old]))["groups"]
+    shown = view(read_runs([new, old]))
+    (group,), (verdict,) = shown["groups"], shown["verdicts"]
     assert group["rows"][0][1:] == group["rows"][1][1:] and "cfg 2.5" in group["rows"][0]
-    assert group["verdict"]["rows"][0][1:] == group["verdict"]["rows"][1][1:] == ["4.0000", "5.0000", "3.0000"]
+    assert verdict["rows"][0][1:] == verdict["rows"][1][1:] == ["4.0000", "5.0000", "3.0000"]
 
 
 @pytest.mark.parametrize("other", [{"reference": "bb" * 32}, {"seeds": "0-49"}])
@@ -112,3 +114,22 @@ def test_repeated_runs_share_no_seed_and_end_in_one_page(tmp_path, monkeypatch, 
     assert seen == [("seed-4", 4, 0, "1000000-1049999"), ("seed-5", 5, 10_000_000, "11000000-11049999")]
     assert "seed-5" in (tmp_path / "runs/compare.html").read_text(encoding="utf-8")
     assert "run 2 of 2" in capsys.readouterr().out
+
+
+def test_runs_of_a_row_are_judged_together_though_each_has_a_reference_of_its_own(tmp_path):
+    for number, reference in enumerate(("aa" * 32, "bb" * 32)):
+        folder = tmp_path / f"seed-{number}"
+        write_run(folder, 2.0, 1.0, reference=reference)
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        places = [("base", 0.0, 2.0), ("snapshot-1", 1.0, 1.0 + number / 10), ("snapshot-1", -1.0, 3.0),
+                  ("random-direction", 1.0, 1.8), ("real-data", 1.0, 2.1)]  # fmt: skip
+        results["points"]["evaluate"] = [
+            {"snapshot": s, "w": w, "settings": {}, "num_images": 100, "fid": fid, "block": "second"}
+            for s, w, fid in places
+        ]
+        results["acceptance"] = {"neon": 0.52, "self_trained": 1.2, "controls": 0.9}
+        write_record(folder / "results.json", results)
+    lines = write_comparison([tmp_path / "seed-0", tmp_path / "seed-1"], tmp_path / "page.html")
+    assert "seed-1: Neon: 0.550 of the base, claimed at most 0.52" in lines
+    assert any(line.startswith("edm/x: Neon beats the base") and "47.5 % lower" in line for line in lines)
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("claimed at most 0.52") == 1
