@@ -19,7 +19,7 @@ from gpu_free.fake_cuda import GIB, fake_cuda
 from gpu_free.published import ROWS, training_step
 
 from neon_files.atomic import write_json
-from neon_run.memory import SAMPLING_MEMORY
+from neon_run.memory import SAMPLING_MEMORY, Line, largest_batch
 
 CARDS = (24, 40, 80)  # GB
 RESERVE = 2.0  # GiB left for what is not in the table
@@ -42,39 +42,42 @@ def cards(peak: float) -> str:
     return ", ".join(str(size) for size in CARDS if peak + RESERVE <= size * 1e9 / GIB) or "none"
 
 
-def sampling(name: str, half: bool) -> tuple[int, float, float]:
-    """(parameters, GiB of a batch beside its images, GiB an image) of the row's evaluation in half or full precision:
-    the line through the peaks of the row's batch and of half of it."""
-    row, peaks, parameters = ROWS[name], [], 0
-    for images in (row.batch // 2, row.batch):
+def sampling(name: str, half: bool) -> tuple[int, float, list[Line]]:
+    """(parameters, GiB of the row's batch, lines of whose values at a batch the largest is its peak) of the row's
+    evaluation in half or full precision: one line of small batches, one of large ones, since a decoder that takes the
+    images in parts holds as much for any batch."""
+    row, parameters = ROWS[name], 0
+    peaks: dict[int, float] = {}
+    for images in (row.batch // 2, row.batch, 4 * row.batch, 8 * row.batch):
         with fake_cuda() as record:
             backbone = row.build()
             parameters = sum(p.numel() for p in backbone.net.parameters())
             record.reset()
-            smaller = replace(row, row=replace(row.row, batch_size=images))
-            smaller.sampling(backbone, precision="fp16" if half else "fp32", **({row.steps: FEW} if row.steps else {}))
-            peaks.append(record.peak / GIB)
+            other = replace(row, row=replace(row.row, batch_size=images))
+            other.sampling(backbone, precision="fp16" if half else "fp32", **({row.steps: FEW} if row.steps else {}))
+            peaks[images] = record.peak / GIB
             del backbone
             gc.collect()
-    each = (peaks[1] - peaks[0]) / (row.batch - row.batch // 2)
-    return parameters, peaks[1] - each * row.batch, each
+    lines = []
+    for few, many in ((row.batch // 2, row.batch), (4 * row.batch, 8 * row.batch)):
+        each = (peaks[many] - peaks[few]) / (many - few)
+        line = (round(peaks[many] - each * many, 3), round(each, 5))
+        lines += [line] if not lines or abs(line[1] - lines[0][1]) > 0.01 * line[1] else []
+    return parameters, peaks[row.batch], lines
 
 
 def sampling_lines(name: str) -> list[str]:
-    """The lines of a row; what was found goes into `SAMPLING_MEMORY` too."""
-    row, lines = ROWS[name], []
+    """The rows of the table for a row; what was found goes into `SAMPLING_MEMORY` too."""
+    row, text = ROWS[name], []
     kept = json.loads(SAMPLING_MEMORY.read_text(encoding="utf-8")) if SAMPLING_MEMORY.exists() else {}
     for half in (True, False):
-        parameters, fixed, each = sampling(name, half)
-        kind = "half" if half else "fp32"
-        entry = kept.setdefault(str(parameters), {"network": name})
-        entry[kind] = [round(fixed, 3), round(each, 4)]
-        fitting = " / ".join(str(max(0, int((size * 1e9 / GIB - RESERVE - fixed) / each))) for size in CARDS)
-        peak = fixed + each * row.batch
-        lines.append(f"| {name} | {'fp16' if half else 'fp32'} | {row.batch} | {peak:.1f} | {fixed:.1f} | {each:.3f} "
-                     f"| {fitting} |")  # fmt: skip
+        parameters, peak, lines = sampling(name, half)
+        kept.setdefault(str(parameters), {"network": name})["half" if half else "fp32"] = lines
+        fitting = " / ".join(str(max(0, largest_batch(lines, size * 1e9 / GIB - RESERVE))) for size in CARDS)
+        text.append(f"| {name} | {'fp16' if half else 'fp32'} | {row.batch} | {peak:.1f} | {lines[-1][0]:.1f} "
+                    f"| {lines[-1][1]:.3f} | {fitting} |")  # fmt: skip
     write_json(SAMPLING_MEMORY, dict(sorted(kept.items(), key=lambda item: item[1]["network"])))
-    return lines
+    return text
 
 
 def fine_tune(name: str) -> str:

@@ -44,18 +44,18 @@ def half(on: bool) -> torch.autocast:
 
 
 def edm() -> Callable[[bool], None]:
-    """CIFAR-10, 1 image, 2 steps: 3 calls of the U-Net."""
+    """CIFAR-10, 4 images, 2 steps: 3 calls of the U-Net."""
     from neon_edm.backbone import EDMBackbone
     from neon_edm.precond import build_network
 
     kwargs = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_type": "SongUNet", "augment_dim": 9,
               "model_channels": 128, "channel_mult": [2, 2, 2]}  # fmt: skip
     backbone = EDMBackbone(filled(build_network("EDMPrecond", kwargs)), {"class": "EDMPrecond", "kwargs": kwargs})
-    labels = torch.arange(1)
+    labels = torch.arange(4)
 
     def run(bf16: bool) -> None:
         settings = {"precision": "bf16"} if bf16 else {}  # older checkouts know no precision
-        backbone.sample([0], labels, num_steps=2, **settings)
+        backbone.sample([0, 1, 2, 3], labels, num_steps=2, **settings)
 
     return run
 
@@ -135,17 +135,17 @@ def decoder(vae: nn.Module, z: torch.Tensor) -> Callable[[bool], None]:
 
 
 def vqvae() -> Callable[[bool], None]:
-    """VAR's decoder, 1 image of 128 pixels."""
+    """VAR's decoder, 1 image of 256 pixels."""
     from neon_var.vqvae import VQVAE
 
-    return decoder(filled(VQVAE()), torch.randn(1, 32, 8, 8))
+    return decoder(filled(VQVAE()), torch.randn(1, 32, 16, 16))
 
 
 def kl() -> Callable[[bool], None]:
-    """KL-16's decoder, xAR's, 1 image of 128 pixels. (The SD-VAE's is the same code with other widths.)"""
+    """KL-16's decoder, xAR's, 1 image of 256 pixels. (The SD-VAE's is the same code with other widths.)"""
     from neon_core.kl_vae import AutoencoderKL
 
-    return decoder(filled(AutoencoderKL()), torch.randn(1, 16, 8, 8))
+    return decoder(filled(AutoencoderKL()), torch.randn(1, 16, 16, 16))
 
 
 PARTS = {"edm": edm, "imm": imm, "vqvae": vqvae, "kl": kl, "var": var, "xar": xar}

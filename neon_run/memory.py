@@ -1,13 +1,14 @@
 """Does a batch fit the memory of a GPU? Known before anything is sampled, from the peaks of the published networks.
 
-`sampling_memory.json` is written by `benchmarks/memory.py`: number of parameters of a network -> GiB of a batch that
-are fixed, and GiB that each image adds, in float32 and in half precision. Computed from tensors, not measured on a GPU.
+`sampling_memory.json` is written by `benchmarks/memory.py`: number of parameters of a network -> in float32 and in half
+precision, lines: GiB that are fixed, and GiB that each image adds. The peak of a batch is the largest of its lines'
+values. Computed from tensors, not measured on a GPU.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,18 @@ from neon_files.errors import say
 
 SAMPLING_MEMORY = Path(__file__).with_name("sampling_memory.json")
 GIB = 2**30
+Line = Sequence[float]  # GiB fixed, GiB an image
 RESERVE = 1.0  # GiB left for workspaces of cuDNN and cuBLAS, and for fragmentation
+
+
+def peak(lines: Sequence[Line], batch_size: int) -> float:
+    """GiB of a batch."""
+    return max(fixed + each * batch_size for fixed, each in lines)
+
+
+def largest_batch(lines: Sequence[Line], memory: float) -> int:
+    """The most images whose peak lies within `memory` GiB; 0 or less where there is none."""
+    return min(int((memory - fixed) // each) for fixed, each in lines)
 
 
 def free_memory(device: torch.device) -> float | None:
@@ -39,8 +51,8 @@ def warn_of_large_batch(backbone: Backbone, settings: Mapping[str, Any], batch_s
     if entry is None:
         return
     half = backbone.precisions(**settings)["network"] != "fp32"
-    fixed, each = entry["half" if half else "fp32"]
-    need, fits = fixed + each * batch_size + RESERVE, int((free - RESERVE - fixed) / each)
+    lines = entry["half" if half else "fp32"]
+    need, fits = peak(lines, batch_size) + RESERVE, largest_batch(lines, free - RESERVE)
     if fits >= batch_size:
         return
     advice = f"--batch_size {fits} fits" if fits > 0 else "no batch fits; use a larger GPU, or --precision fp16"

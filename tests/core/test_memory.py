@@ -24,7 +24,7 @@ class Network:
 def warned(tmp_path, monkeypatch, capsys):
     """warned(free GiB, batch, precision) -> the line."""
     table = tmp_path / "memory.json"
-    entry = {"network": "a/row", "half": [4.0, 0.5], "fp32": [4.0, 1.0]}
+    entry = {"network": "a/row", "half": [[4.0, 0.5], [5.0, 0.1]], "fp32": [[4.0, 1.0]]}
     table.write_text(json.dumps({"12": entry}), encoding="utf-8")
     monkeypatch.setattr(memory, "SAMPLING_MEMORY", table)
 
@@ -38,12 +38,13 @@ def warned(tmp_path, monkeypatch, capsys):
 
 
 def test_a_batch_that_fits_is_not_spoken_of(warned):
-    assert warned(15, 20) == "" and warned(25, 20, "fp32") == ""
+    assert warned(15, 20) == "" and warned(6.15, 1) == "" and warned(25, 20, "fp32") == ""
 
 
 def test_one_line_names_the_batch_that_fits(warned):
     line = "warning: a batch of 21 needs about 15.5 GiB, and cuda:0 has 15.0 free; --batch_size 20 fits\n"
     assert warned(15, 21) == line
+    assert "needs about 6.1 GiB" in warned(6.05, 1)  # a decoder's parts hold more than the network does
     assert "--batch_size 10 fits" in warned(15, 20, "fp32")
 
 
