@@ -11,6 +11,7 @@ import argparse
 import os
 import platform
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,9 @@ import numpy as np
 import torch
 
 from neon_metrics import FeatureStatistics, InceptionDetector, Reference, fid, fid_from_features, kid, prdc
+from neon_metrics.accumulator import MetricAccumulator, MetricSettings
 from neon_metrics.inception import InceptionV3, folded, normalise, resize_tf1
+from neon_run.check.numbers import fill
 
 D = 2048
 
@@ -126,6 +129,64 @@ def extractor(count: int, size: int, repeats: int = 3) -> None:
     print(f"  largest difference of a feature, product against published modules: {gap:.1e} of the largest feature")
 
 
+class InMemory(torch.utils.data.Dataset):
+    """uint8 [n, 3, H, W] as torch-fidelity takes it."""
+
+    def __init__(self, images: torch.Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
+
+
+def against_torch_fidelity(count: int, size: int, repeats: int = 3) -> None:
+    """Images in memory -> Inception Score, and mean and covariance for FID, by both, on the same weights, in turn."""
+    try:
+        from torch_fidelity import metric_fid, metric_isc
+        from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
+    except ImportError:
+        print("torch-fidelity is not installed: skipped (pip install torch-fidelity --no-deps)")
+        return
+    print(f"Evaluation of {count} images of {size} x {size} in memory, batches of 8")
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+    net = fill(InceptionV3()).eval()
+    layers = ["2048", "logits_unbiased"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "weights.pth")
+        torch.save(net.state_dict(), path)
+        options = {"feature_extractor_weights_path": path, "cuda": False, "verbose": False}
+        extractor = create_feature_extractor("inception-v3-compat", layers, **options)
+    detector = InceptionDetector(net, "the same weights", official=False)
+
+    def theirs() -> float:
+        found = extract_featuresdict_from_input_id(
+            1, extractor, input1=InMemory(images), batch_size=8, save_cpu_ram=True, cuda=False, verbose=False
+        )
+        metric_fid.fid_featuresdict_to_statistics(found, "2048")
+        return metric_isc.isc_featuresdict_to_metric(
+            found, "logits_unbiased", isc_splits=4, samples_shuffle=True, rng_seed=2020, verbose=False
+        )["inception_score_mean"]
+
+    def ours() -> float:
+        accumulator = MetricAccumulator(detector, count, ("fid", "is"), MetricSettings(is_splits=4))
+        for start in range(0, count, 8):
+            accumulator.update(images[start : start + 8], range(start, min(start + 8, count)))
+        accumulator.feature_statistics.covariance()
+        return accumulator.inception_score.score()[0]
+
+    ratios = []
+    for _ in range(repeats):
+        cpu_theirs, wall_theirs, score_theirs = timed(theirs)
+        cpu, wall, score = timed(ours)
+        line("torch-fidelity", cpu_theirs, wall_theirs, f"IS {score_theirs:.9f}")
+        line("ours", cpu, wall, f"IS {score:.9f}, {cpu_theirs / cpu:.2f} x")
+        ratios.append(cpu_theirs / cpu)
+    print(f"  ratios of CPU time {', '.join(f'{ratio:.2f}' for ratio in ratios)}: median {np.median(ratios):.2f} x")
+
+
 def neighbours(count: int) -> None:
     print(f"Neighbours and kernels, {count} against {count} points with {D} features")
     generated, real = features(count, 2), features(count, 3)
@@ -151,6 +212,7 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, {threads} thread(s), torch {torch.__version__}")
     frechet(args.images, args.sqrtm)
     extractor(args.extractor_images, args.image_size)
+    against_torch_fidelity(args.extractor_images, args.image_size)
     neighbours(args.neighbours)
 
 

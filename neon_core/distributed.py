@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import sys
@@ -25,6 +26,9 @@ from neon_files.stopping import Stopped, asked, signals_raise
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)  # of one collective: longer than any stage in which ranks wait for each other
 START_TIMEOUT = timedelta(minutes=10)  # in which all ranks must have started
+LOOK_SECONDS = 1.0  # at most, between two looks at whether rank 0 has finished its own work
+_calls = itertools.count()  # of `on_rank_0`, the same on every rank
+_stores: list[dist.Store] = []  # of the session
 
 
 def rank() -> int:
@@ -66,6 +70,36 @@ def broadcast_object(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """Rank 0's (picklable) value of `work` on every rank. It has all cores; the others look now and then whether it has
+    finished, in no collective, so that it may take longer than `TIMEOUT`. Every rank calls it."""
+    if not dist.is_initialized():
+        return work()
+    finished, failures = (dist.PrefixStore(name, _stores[-1]) for name in ("neon_finished", "neon_failures"))
+    key, value = f"{next(_calls)}", None
+    if is_main():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(cores())
+        try:
+            value = work()
+        finally:
+            torch.set_num_threads(threads)
+        finished.set(key, "")
+    else:
+        pause = 0.002
+        while not finished.check([key]):
+            if failures.check(["count"]):
+                raise RuntimeError("another rank has failed")  # with its own message
+            time.sleep(pause)
+            pause = min(2 * pause, LOOK_SECONDS)
+    return broadcast_object(value)
+
+
+def cores() -> int:
+    """Those that this process may use, whatever number of threads a launcher has set."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gather_objects(value) -> list:
@@ -118,7 +152,7 @@ def agree(subject: str | Path, look: Callable[[], T], describe: Callable[[T], An
 
 def file_hash(path: str | Path) -> str:
     """sha256 of a file, computed once for all ranks. Every rank calls it."""
-    return broadcast_object(sha256_file(path) if is_main() else "")
+    return on_rank_0(lambda: sha256_file(path))
 
 
 def pick_device(name: str) -> torch.device:
@@ -169,6 +203,7 @@ def session(device_name: str = "auto") -> Iterator[torch.device]:
         return
     store, this_rank, ranks = _meet()
     end_with_launcher()
+    _stores.append(store)
     with signals_raise():
         try:
             device = pick_device(device_name)

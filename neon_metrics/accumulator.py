@@ -16,7 +16,7 @@ from torch import Tensor
 from neon_core.distributed import all_reduce_, gather_objects
 from neon_files.errors import UserError
 from neon_metrics.detector import Detector
-from neon_metrics.neighbours import prdc
+from neon_metrics.neighbours import MOST, prdc
 from neon_metrics.reference import Reference
 from neon_metrics.scores import fid, kid
 from neon_metrics.statistics import SEED, FeatureStatistics, InceptionScoreStatistics
@@ -68,7 +68,8 @@ class MetricAccumulator:
         num_classes = getattr(detector, "num_classes", 0)
         if "is" in selected and num_classes == 0:
             raise UserError(f"the Inception Score needs class logits, which the detector {detector.name} does not give")
-        check_sizes(selected, num_images, settings, "were asked for")
+        check_sizes(selected, num_images, settings, device, "were asked for")
+        self.device = device
         self.detector = detector
         self.num_images = num_images
         self.metrics = selected
@@ -190,7 +191,8 @@ class MetricAccumulator:
         """All selected metrics: fid; is_mean, is_std; kid_mean, kid_std; precision, recall, density, coverage.
 
         FID needs `reference`, KID and PRDC `real_features` [n, D]. Precision and recall count open balls, as the
-        paper's prdc. ValueError while images are missing; BiasedFidWarning where there are too few for FID.
+        paper's prdc. Those from features are computed on the detector's device and shared out over ranks: every rank
+        calls it. ValueError while images are missing; BiasedFidWarning where there are too few for FID.
         """
         if not self.seen.all():
             raise ValueError(f"{self.num_images - self.num_seen} of {self.num_images} images are missing")
@@ -210,7 +212,7 @@ class MetricAccumulator:
     def _compared(self, generated: Tensor, real: Tensor) -> dict[str, float]:
         """What is computed from the features of both sides: KID, PRDC."""
         values: dict[str, float] = {}
-        s = self.settings
+        s, generated, real = self.settings, generated.to(self.device), real.to(self.device)
         if "kid" in self.metrics:
             values["kid_mean"], values["kid_std"] = kid(
                 generated=generated, real=real, subsets=s.kid_subsets, subset_size=s.kid_subset_size, seed=s.seed
@@ -257,8 +259,10 @@ def extract_features(detector: Detector, batches: Iterable[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, detector.num_features)
 
 
-def check_sizes(metrics: Iterable[str], num_images: int, settings: MetricSettings, where: str) -> None:
-    """UserError where `num_images` are too few for one of `metrics`; `where` ends the sentence."""
+def check_sizes(
+    metrics: Iterable[str], num_images: int, settings: MetricSettings, device: torch.device, where: str
+) -> None:
+    """UserError where `num_images` are too few for one of `metrics`, or too many to end; `where` ends the sentence."""
     least = {
         "fid": (2, "FID"),
         "is": (settings.is_splits, f"the Inception Score in {settings.is_splits} parts"),
@@ -269,6 +273,12 @@ def check_sizes(metrics: Iterable[str], num_images: int, settings: MetricSetting
         count, text = least[metric]
         if metric in metrics and num_images < count:
             raise UserError(f"{text} needs at least {count} images, and {num_images} {where}")
+    most = MOST[device.type]
+    if "prdc" in metrics and num_images > most:
+        raise UserError(
+            f"precision and recall compare all pairs of images, at most {most:,} on this device, and {num_images:,} "
+            f"{where}; use fewer, or leave prdc out of --metrics"
+        )
 
 
 def _difference(mine: dict, theirs: dict) -> str:

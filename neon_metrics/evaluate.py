@@ -67,7 +67,9 @@ class Evaluator:
                 side.check_detector(opened.name, opened.num_features)
         self.detector, self.device = opened, device
         compared = {"kid", "prdc"} & set(metrics)
-        self._real_images = _open_real_images(real_images, compared) if compared and real_images is not None else None
+        self._real_images = (
+            _open_real_images(real_images, compared, device) if compared and real_images is not None else None
+        )
         self._real_features: Tensor | None = None
         self._kept: KeptWork | None = None
 
@@ -150,10 +152,10 @@ class Evaluator:
             self._kept.clear()
 
 
-def _open_real_images(path: str | Path, metrics: set[str]) -> ImageSet:
-    """Raises UserError, on every rank alike, where they are too few for `metrics`, or one of them cannot be used."""
+def _open_real_images(path: str | Path, metrics: set[str], device: torch.device) -> ImageSet:
+    """Raises UserError, on every rank alike, where they are too few for `metrics`, too many, or cannot be used."""
     images = agree(path, lambda: ImageSet(path, use_labels=False), lambda images: f"{len(images)} images")
-    check_sizes(metrics, len(images), MetricSettings(), f"are in {images.path}")
+    check_sizes(metrics, len(images), MetricSettings(), device, f"are in {images.path}")
     check_images(images)
     return images
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neon_core.distributed import all_reduce_, rank, world_size
 from neon_files.errors import UserError
 from neon_metrics.covariance import EPS, psd_factor
 from neon_metrics.reference import Reference
@@ -190,14 +191,17 @@ def kid(
     """(mean, population standard deviation) of `mmd2` over random subsets of features [n1, D] and [n2, D].
 
     Binkowski et al. 2018, with torch-fidelity's draws: per subset first of the generated, then of the real set.
-    Unbiased at any n, so it may be negative. UserError where a set is smaller than a subset.
+    Unbiased at any n, so it may be negative. The subsets are shared out over ranks: every rank calls it with the same
+    features and gets the same. UserError where a set is smaller than a subset.
     """
     for name, features in (("generated", generated), ("real", real)):
         if len(features) < subset_size:
             raise UserError(f"KID takes subsets of {subset_size} images, and the {name} set has {len(features)}")
     rng = np.random.RandomState(seed)
-    values = []
-    for _ in range(subsets):
+    found = torch.zeros(subsets, dtype=torch.float64, device=generated.device)
+    for number in range(subsets):
         drawn = [torch.from_numpy(rng.choice(len(z), subset_size, replace=False)) for z in (generated, real)]
-        values.append(mmd2(generated[drawn[0].to(generated.device)], real[drawn[1].to(real.device)], kernel))
+        if number % world_size() == rank():
+            found[number] = mmd2(generated[drawn[0].to(generated.device)], real[drawn[1].to(real.device)], kernel)
+    values = all_reduce_(found).cpu().numpy()  # each is 0 on all ranks but one
     return float(np.mean(values)), float(np.std(values))

@@ -20,6 +20,7 @@ import click
 from neon_core.backbone import TrainSettings
 from neon_core.merge import Rule
 from neon_files.errors import UserError
+from neon_run.check.parts import CheckParts
 from neon_run.row import Row
 
 GROUP = "neon.backbones"
@@ -69,6 +70,7 @@ class BackboneCommands:
     final_seeds: tuple[str, ...] = ()  # and of its --final_seeds
     words: Callable[[str, Sequence[str]], list[str]] = lambda stage, words: list(words)  # the official form -> flags
     merge_rule: Rule | None = None  # the official merge, where it differs from ours
+    machine_check: CheckParts | None = None  # what `neon check` measures; None: nothing
 
     def find_row(self, name: str | None, default: str | None, training: bool = False) -> Row:
         """The row that --preset names. Raises UserError, also for `training` without a row: no settings fit any

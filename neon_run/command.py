@@ -8,6 +8,7 @@ import click
 
 from neon_files.downloads import main as download_command
 from neon_run.backbones import backbone_of, find_row, find_rows
+from neon_run.check.command import check_command
 from neon_run.cli import run
 from neon_run.commands import STAGES, command, run_words
 from neon_run.diagnose_command import diagnose_command
@@ -69,7 +70,7 @@ for stage, name in (("generate", "generate"), ("finetune", "finetune"), ("sweep"
     neon.add_command(stage_command(stage, name))
 for other in (rows_command, reproduce_command, status_command, compare_command, merge_command, push_command):
     neon.add_command(other)
-for other in (improve_command, reference_command, diagnose_command):
+for other in (improve_command, reference_command, diagnose_command, check_command):
     neon.add_command(other)
 neon.add_command(download_command, "download")
 

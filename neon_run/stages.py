@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from neon_core.backbone import Backbone
-from neon_core.distributed import barrier, file_hash, is_main
+from neon_core.distributed import file_hash, on_rank_0
 from neon_core.finetune import need_labels, open_set, train_on
 from neon_core.merge import NeonWeights
 from neon_core.precision import check_precision, float32_precision
@@ -219,10 +219,9 @@ def sweep(
     if measured["snapshot"] != BASE:
         merged = out_dir / "neon.safetensors"
         steps = steps_of(model.backbone.net, best["w"])
-        if is_main():
-            entries = (model.options.get("entry"), None)
-            merge_files(model.checkpoint, snapshots[best["snapshot"]], steps, merged, entries=entries)
-        barrier()
+        entries = (model.options.get("entry"), None)
+        synthetic = snapshots[best["snapshot"]]
+        on_rank_0(lambda: merge_files(model.checkpoint, synthetic, steps, merged, entries=entries))
         measured = {**measured, "checkpoint": str(merged)}
     points.restore()
     return {**result, "result": {**measured, "network_config": model.backbone.network_config()}}

@@ -17,6 +17,7 @@ from neon_run.flags import COMPILE, COUNT, FILE, POSITIVE, SHARE, flag, parse_fi
 from neon_run.row import Row
 from neon_var.architectures import ARCHITECTURES
 from neon_var.backbone import CROPS, VARBackbone
+from neon_var.check import PARTS
 from neon_var.official import merge_rule
 from neon_var.rows import ROWS
 
@@ -156,4 +157,5 @@ COMMANDS = BackboneCommands(
     refused=REFUSED,
     result_settings=result_settings,
     merge_rule=merge_rule,
+    machine_check=PARTS,
 )

@@ -13,6 +13,7 @@ from neon_core.backbone import TrainSettings
 from neon_core.schedules import Ema
 from neon_edm import official
 from neon_edm.backbone import EDMBackbone
+from neon_edm.check import PARTS
 from neon_edm.layers import FourierEmbedding
 from neon_edm.networks import SongUNet
 from neon_edm.rows import ANY_NETWORK, ROWS, SNAPSHOT_TICKS, TICK_IMAGES
@@ -151,4 +152,5 @@ COMMANDS = BackboneCommands(
     digits=6,
     metrics="fid",
     merge_rule=official.merge_rule,
+    machine_check=PARTS,
 )

@@ -85,9 +85,7 @@ class IMMBackbone(Backbone):
             codec = VaeCodec(autoencoder, **statistics, factor=autoencoder.stride)
         net = load_network(read, config).to(device)
         if compiled:
-            # On a GPU the whole network, whose launches are what is saved; else its blocks, which share one graph.
-            units = [] if device.type == "cuda" else repeated_blocks(net)
-            compile_calls(units or [net.model], device, static=True)
+            compile_network(net, device)
         return cls(net, codec, IMMLoss(**config["loss"]), config, codec_name)
 
     @property
@@ -313,3 +311,9 @@ def load_network(read: Checkpoint, config: dict[str, Any]) -> IMMPrecond:
 def repeated_blocks(net: IMMPrecond) -> list[nn.Module]:
     """The transformer's blocks; the U-Net's are too different to be units."""
     return list(getattr(net.model, "blocks", []))
+
+
+def compile_network(net: IMMPrecond, device: torch.device) -> None:
+    """In place: on a GPU the whole, whose launches are what is saved; else its blocks, which share one graph."""
+    units = [] if device.type == "cuda" else repeated_blocks(net)
+    compile_calls(units or [net.model], device, static=True)

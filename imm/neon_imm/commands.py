@@ -10,6 +10,7 @@ import click
 
 from neon_files.errors import UserError
 from neon_imm.backbone import LABEL_RULES, SAMPLERS, STATES
+from neon_imm.check import PARTS
 from neon_imm.official import merge_rule, official_arguments
 from neon_imm.rows import ROWS, official_presets
 from neon_imm.sampler import DISCRETIZATIONS
@@ -86,4 +87,5 @@ COMMANDS = BackboneCommands(
     result_settings=result_settings,
     digits=6,
     merge_rule=merge_rule,
+    machine_check=PARTS,
 )

@@ -23,6 +23,7 @@ from neon_run.reproduce.pages import settings_text
 from neon_run.reproduce.reproduction import Plan, Reproduction
 from neon_run.row import Row
 from neon_run.search.axes import check_varied, chosen_axes
+from neon_run.search.interval import MOST_RESAMPLES
 from neon_run.stages import with_settings
 
 
@@ -106,7 +107,7 @@ PLAN_FLAGS = (  # -> Plan
     ),
     f.flag("--data", metavar="PATH", help="Real images, where the row trains its base on them here."),
     f.flag("--real_training", metavar="PATH", help="Training set: the control of more training on real data."),
-    f.flag("--resamples", type=f.TWO_OR_MORE, default=30, help="Of the bootstrap."),
+    f.flag("--resamples", type=click.IntRange(2, MOST_RESAMPLES), default=30, help="Of the bootstrap."),
     f.flag("--seed", type=click.IntRange(0), default=0, help="Of the fine-tune, and of a base that is trained here."),
 )
 REPEAT = f.flag(

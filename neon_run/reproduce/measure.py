@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neon_core.backbone import Backbone
-from neon_core.distributed import barrier, broadcast_object, is_main, print0
+from neon_core.distributed import barrier, is_main, on_rank_0, print0
 from neon_core.seeds import parse_seeds
 from neon_files.atomic import atomic_path
 from neon_files.checkpoint import read_checkpoint, read_state, write_checkpoint
@@ -119,21 +120,19 @@ class Measurement:
 
     def _intervals(self, ends: Mapping[str, tuple], whole: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Of base, Neon and their difference, by the bootstrap; the same blocks are drawn for both."""
-        out, drawn = None, {}
+        drawn = {}
         for name, (snapshot, w, settings) in ends.items():
             total = self.sweep.statistics(snapshot, w, self.seeds, **settings)
-            if total is not None and total.features is not None:
-                print0(f"bootstrap: {name}, {self.plan.resamples} resamples")
-                drawn[name] = self._resampled(total)
-        if is_main():
-            out = {name: interval(whole[name]["fid"], values) for name, values in drawn.items()}
-            gain = whole["base"]["fid"] - whole["neon"]["fid"]
-            out["gain"] = interval(gain, drawn["base"] - drawn["neon"])
-        return broadcast_object(out)
+            print0(f"bootstrap: {name}, {self.plan.resamples} resamples")
+            drawn[name] = on_rank_0(partial(self._resampled, total))
+        out = {name: interval(whole[name]["fid"], values) for name, values in drawn.items()}
+        gain = whole["base"]["fid"] - whole["neon"]["fid"]
+        return {**out, "gain": interval(gain, drawn["base"] - drawn["neon"])}
 
-    def _resampled(self, total: MetricAccumulator) -> np.ndarray:
-        """Distances whose spread is the standard error of that of all images."""
+    def _resampled(self, total: MetricAccumulator | None) -> np.ndarray:
+        """Distances whose spread is the standard error of that of all images. On rank 0, where `total` is."""
         evaluator = self.sweep.evaluator
+        assert total is not None
         if isinstance(evaluator, ScoreEvaluator):
             return evaluator.of_blocks(total)
         blocks = block_statistics(total.rows, self.sweep.batch_size)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neon_core.distributed import barrier, broadcast_object, is_main, print0, world_size
+from neon_core.distributed import barrier, broadcast_object, is_main, on_rank_0, print0, world_size
 from neon_core.pixels import NotFiniteImages
 from neon_core.seeds import format_seeds
 from neon_files.atomic import atomic_path
@@ -151,20 +152,29 @@ class GrowingSweep(Sweep):
         return few
 
     def _values(self, total: MetricAccumulator | None) -> dict[str, float]:
-        """FID, and every metric once all images have been seen; on rank 0, {} elsewhere."""
+        """FID, and every metric once all images have been seen. `total` is on rank 0, None elsewhere."""
+        evaluator = self.evaluator
         complete = broadcast_object(total is not None and bool(total.seen.all()))
+        if complete and {"kid", "prdc"} & set(evaluator.metrics):  # computed by all ranks together
+            state = broadcast_object(None if total is None else (total.num_images, total.state_dict()))
+            if total is None:
+                total = self._empty(state[0])
+                total.load_state_dict(state[1])
+            return evaluator.compute(total, self.batch_size)
+
+        measure: Callable[[Any], dict[str, float]] = evaluator.distance
         if complete:
-            self.evaluator.real_features(self.batch_size)  # shared out over ranks
-        if total is None:
-            return {}
-        if complete:
-            return self.evaluator.compute(total, self.batch_size)
-        return self.evaluator.distance(total)
+            measure = partial(evaluator.compute, batch_size=self.batch_size)
+        return on_rank_0(lambda: measure(total))
+
+    def _empty(self, count: int) -> MetricAccumulator:
+        """For the first images of `count`."""
+        return MetricAccumulator(self.evaluator.detector, count, self.evaluator.metrics, keep_features=True)
 
     def _load(self, path: Path, whole: int) -> MetricAccumulator | None:
         if not is_main():
             return None
-        total = MetricAccumulator(self.evaluator.detector, whole, self.evaluator.metrics, keep_features=True)
+        total = self._empty(whole)
 
         def load(saved: dict[str, Any]) -> bool:
             total.load_state_dict(saved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -10,11 +11,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
-from neon_core.distributed import rank, session, world_size  # noqa: E402
-from neon_metrics import FunctionDetector, MetricAccumulator, MetricSettings  # noqa: E402
+from neon_core import distributed  # noqa: E402
+from neon_core.distributed import on_rank_0, rank, session, world_size  # noqa: E402
+from neon_files.atomic import write_json  # noqa: E402
+from neon_metrics import (  # noqa: E402
+    FunctionDetector,
+    MetricAccumulator,
+    MetricSettings,
+    Reference,
+    neighbours,
+)
+from neon_metrics.statistics import FeatureStatistics  # noqa: E402
+from neon_run.check import machine  # noqa: E402
 
 NUM_IMAGES = 53
 METRICS = ("fid", "is", "kid", "prdc")
+PIECES = 240  # elements of a piece of distances: several for each rank
 SETTINGS = MetricSettings(is_splits=4, kid_subsets=5, kid_subset_size=20, nearest_k=3)
 
 
@@ -49,6 +61,28 @@ def reduce_twice_seen(folder: Path) -> None:
         (folder / f"error-{rank()}.txt").write_text(str(error), encoding="utf-8")
 
 
+def references() -> tuple[Reference, torch.Tensor]:
+    """What the images are compared with: statistics, and the features of 60 real images."""
+    real = torch.randn(60, 9, generator=torch.Generator().manual_seed(2)) + 3000
+    return Reference.from_statistics(FeatureStatistics(9).update(real)), real
+
+
+def wait_for_rank_0(folder: Path) -> None:
+    """Rank 0 works until another rank has looked for its result; it has all cores."""
+    seen, pause, threads = folder / "looked", time.sleep, torch.get_num_threads()
+
+    def work() -> int:
+        limit = time.monotonic() + 60
+        while not seen.exists():
+            assert time.monotonic() < limit, "nobody looks"
+            pause(0.01)
+        return torch.get_num_threads()
+
+    distributed.time.sleep = lambda seconds: (seen.touch(), pause(seconds))
+    assert on_rank_0(work) == distributed.cores() and torch.get_num_threads() == threads
+    distributed.time.sleep = pause
+
+
 def main(folder: Path) -> None:
     with session("cpu"):
         last = rank() == world_size() - 1
@@ -61,7 +95,11 @@ def main(folder: Path) -> None:
             total = part.reduced()
             assert part.num_seen == part.feature_statistics.count == len(mine)  # the rank's own part stays as it was
             torch.save(total.state_dict(), folder / f"{name}-{rank()}.pt")
+        neighbours.CHUNK_ELEMENTS = PIECES
+        write_json(folder / f"values-{rank()}.json", total.compute(*references()))
+        wait_for_rank_0(folder)
         reduce_twice_seen(folder)
+        write_json(folder / f"sum-{rank()}.json", machine.collective(torch.device("cpu")))
 
 
 if __name__ == "__main__":

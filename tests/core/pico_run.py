@@ -2,7 +2,7 @@
 
 python -m torch.distributed.run --standalone --nproc_per_node=2 tests/core/pico_run.py generate OUT
 
-`fail` and `user_error`: the set is made, then rank 1 fails while the others wait for it.
+`fail`: the set is made, then rank 0 fails in work of its own; `user_error`: rank 1 fails while the others wait for it.
 """
 
 import json
@@ -18,7 +18,7 @@ import click
 import torch
 from pico import SETTINGS, TRAIN, PicoBackbone, PixelMoments
 
-from neon_core.distributed import print0, rank, session
+from neon_core.distributed import on_rank_0, print0, rank, session
 from neon_core.finetune import open_set
 from neon_core.pixels import check_finite
 from neon_core.prepared import training_data
@@ -57,6 +57,10 @@ class SlowPico(PicoBackbone):
         return super().encode(*args)
 
 
+def breaks():
+    raise RuntimeError("rank zero breaks")
+
+
 @click.command()
 @click.argument("stage", type=click.Choice(["generate", "finetune", "evaluate", "fail", "user_error", "all"]))
 @click.argument("out", type=click.Path(path_type=Path))
@@ -71,11 +75,11 @@ def main(stage, out, num, batch, save_seconds, mode, checkpointing):
     with session("cpu") as device:
         if stage not in ("finetune", "evaluate"):
             generate_set(backbone, range(num), out / "set", settings=SETTINGS, batch_size=batch)
-        if stage == "fail" and rank() == 1:
-            raise RuntimeError("rank one breaks")
+        if stage == "fail":
+            on_rank_0(breaks)
         if stage == "user_error" and rank() == 1:
             raise UserError("--flag 7: not what was expected; use 8")
-        if stage in ("fail", "user_error"):
+        if stage == "user_error":
             torch.distributed.barrier()
         if stage in ("finetune", "all"):
             data = training_data(backbone, open_set(os.environ.get(f"PICO_SET_{rank()}", out / "set")), device)

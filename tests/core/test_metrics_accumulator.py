@@ -109,6 +109,7 @@ def test_what_cannot_work_is_said_before_the_first_image():
         (("fid",), 1, "FID needs at least 2 images, and 1 were asked for"),
         (("kid",), 999, "KID with subsets of 1000 needs at least 1000 images, and 999"),
         (("prdc",), 5, "k = 5 needs at least 6 images, and 5"),
+        (("prdc",), 1_281_167, "at most 100,000 on this device, and 1,281,167 were asked for; use fewer"),
     ]:
         with pytest.raises(UserError, match=message):
             MetricAccumulator(plain, num_images, metrics)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from golden.fill import fill
 from neon_files.atomic import sha256_file
 from neon_files.errors import UserError
 from neon_metrics import FunctionDetector, InceptionDetector, load_inception
 from neon_metrics import detector as detector_module
 from neon_metrics.inception import FEATURES, InceptionV3, normalise, resize_tf1
+from neon_run.check.numbers import fill
 
 
 @pytest.fixture(scope="module")

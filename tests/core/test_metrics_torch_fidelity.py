@@ -5,10 +5,10 @@
 import pytest
 import torch
 
-from golden.fill import fill
 from neon_metrics import MetricAccumulator, MetricSettings, Reference, extract_features, load_inception
 from neon_metrics.inception import InceptionV3, normalise, resize_tf1
 from neon_metrics.statistics import FeatureStatistics
+from neon_run.check.numbers import fill
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 

@@ -91,6 +91,16 @@ def test_blocks_hold_every_image_once_and_whole_batches():
     assert all(block.count % 16 == 0 for block in blocks[:-1])
 
 
+def test_the_bootstrap_gives_the_same_on_any_number_of_cores(monkeypatch):
+    reference = Reference(np.zeros(4), np.eye(4))
+    blocks = block_statistics(torch.randn(320, 4, generator=torch.Generator().manual_seed(0)), 16)
+    values = {}
+    for count in (1, 4):
+        monkeypatch.setattr("neon_run.search.interval.cores", lambda count=count: count)
+        values[count] = bootstrap_fids(blocks, reference, resamples=12, seed=3)
+    assert np.array_equal(values[1], values[4])
+
+
 def test_a_drawn_block_counts_like_its_images_repeated():
     x = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
     blocks = block_statistics(x, batch_size=16)

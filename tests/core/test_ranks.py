@@ -105,7 +105,7 @@ def test_sharding_checkpointing_and_idle_ranks_change_no_training(runs, tmp_path
 
 @pytest.mark.parametrize(
     ("stage", "text"),
-    [("fail", "RuntimeError: rank one breaks"), ("user_error", "--flag 7: not what was expected; use 8")],
+    [("fail", "RuntimeError: rank zero breaks"), ("user_error", "--flag 7: not what was expected; use 8")],
 )
 def test_a_failing_rank_ends_all_with_its_message_once(tmp_path, stage, text):
     """By themselves: no launcher ends the rank that waits for the failed one."""

@@ -21,20 +21,13 @@ from torch.utils._pytree import tree_map
 
 from neon_edm.augment import constant
 from neon_metrics.inception import _source_samples
+from neon_run.check.launches import SILENT
 
 GPU = torch.device("cuda", 0)
 META = torch.device("meta")
 GIB = 2**30
 aten = torch.ops.aten
 
-# No kernel: allocations, and what only changes how a storage is looked at (views are known by their schema).
-SILENT = {
-    f"aten::{name}"
-    for name in (
-        "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted", "resize_",
-        "detach", "lift_fresh", "alias", "_unsafe_view", "_reshape_alias", "set_",
-    )
-} | {"prim::device"}  # fmt: skip
 NUMBERS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero"}
 DATA_DEPENDENT = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal", "aten::repeat_interleave"}
 FAKE = FakeTensorMode()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from var.tiny import tiny_vae
 
-from golden.fill import fill
+from neon_run.check.numbers import fill
 from neon_var.quantizer import MultiScaleQuantizer, phi_index
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from golden.fill import fill
 from neon_files.checkpoint import write_checkpoint
+from neon_run.check.numbers import fill
 from neon_var.backbone import VARBackbone
 from neon_var.var import VAR
 from neon_var.vqvae import VQVAE

@@ -12,6 +12,7 @@ from neon_files.errors import UserError
 from neon_run.backbones import BackboneCommands
 from neon_run.flags import COMPILE, COUNT, FILE, flag, parse_finite, precision_flag
 from neon_xar.backbone import LABEL_RULES, XARBackbone
+from neon_xar.check import PARTS
 from neon_xar.rows import ROWS
 from neon_xar.vae import ROUNDINGS
 
@@ -106,4 +107,5 @@ COMMANDS = BackboneCommands(
     seed_block=1_000_000,
     search_seeds=("--seeds",),
     result_settings=result_settings,
+    machine_check=PARTS,
 )

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from golden.adapters.merges import merge_edm
 from golden.adapters.pickles import read_edm_pickle, refuse_hostile
 from golden.case import Case, mismatch
-from golden.fill import fill
 from golden.official.edm import evaluate_batches, generate_batches
 from golden.official.metrics import edm_sweep_covariance
 from neon_core.backbone import TrainSettings
@@ -41,6 +40,7 @@ from neon_files.image_set import ImageSet
 from neon_metrics.neighbours import prdc
 from neon_metrics.scores import frechet_distance
 from neon_metrics.statistics import FeatureStatistics
+from neon_run.check.numbers import fill
 
 UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 LOSSES = {"EDMLoss": EDMLoss, "VPLoss": VPLoss, "VELoss": VELoss}

@@ -15,7 +15,6 @@ import torch
 
 from golden.adapters import merges, pickles
 from golden.case import Case, mismatch
-from golden.fill import fill, tensor_for
 from golden.official import imm as official
 from neon_core.backbone import Backbone, TrainSettings
 from neon_core.data_order import windowed_shuffle
@@ -33,6 +32,7 @@ from neon_imm.loss import IMMLoss
 from neon_imm.precond import IMMPrecond, NoiseSchedule, build_network
 from neon_imm.sampler import pushforward, restart, time_grid
 from neon_imm.songunet import SongUNet, positional_table
+from neon_run.check.numbers import fill, tensor_for
 from neon_run.merging.rules import find_rule
 
 PRECISION = {"f32": torch.float32, "f64": torch.float64}

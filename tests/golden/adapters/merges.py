@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from golden.case import Case
-from golden.fill import fill
 from neon_core.merge import neon_merge
 from neon_files.checkpoint import read_checkpoint
+from neon_run.check.numbers import fill
 from neon_run.merging.rules import find_rule
 
 

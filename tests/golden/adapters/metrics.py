@@ -4,11 +4,11 @@ import numpy as np
 import torch
 
 from golden.case import Case
-from golden.fill import fill
 from golden.official.metrics import edm_sweep_covariance, fid_infinity_fit, kernel_by_name
 from neon_metrics import FeatureStatistics, InceptionDetector, Reference, fid, kid, prdc
 from neon_metrics.inception import INPUT_SIZE, InceptionV3, normalise, resize_tf1
 from neon_metrics.scores import frechet_terms, inception_score, mmd2
+from neon_run.check.numbers import fill
 
 
 def frechet(case: Case) -> dict:

@@ -10,8 +10,8 @@ from torch import nn
 
 from golden.adapters.merges import merge_var
 from golden.case import Case, mismatch
-from golden.fill import fill
 from golden.official import var as official_var
+from neon_run.check.numbers import fill
 from neon_var import loss, official, preprocessing, sampler
 from neon_var.quantizer import MultiScaleQuantizer
 from neon_var.var import VAR

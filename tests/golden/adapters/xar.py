@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from golden.adapters import merges
 from golden.case import mismatch
-from golden.fill import fill
 from golden.official.xar import OfficialSchedule, euler, official_lr
 from neon_core.backbone import TrainSettings
 from neon_core.kl_vae import AutoencoderKL, posterior
 from neon_core.schedules import Ema
 from neon_core.selftrain import FineTune, snapshot_plan
+from neon_run.check.numbers import fill
 from neon_xar.backbone import XARBackbone
 from neon_xar.flow import cell_guidance, euler_maruyama, guide, sde_times, time_index
 from neon_xar.loss import Randomness, drop_labels, logit_normal, noised, velocity_loss
