@@ -24,7 +24,8 @@ quickstart-fast: $(READY)  ## the same with one seed, a shorter training and a s
 	$(BIN)/python edm/quickstart.py --fast --out runs/quickstart-fast
 
 evidence: $(READY)  ## Neon on real images in every family, three training seeds each: hours on 2 cores; goes on where it stopped
-	for row in xar edm imm var; do $(BIN)/neon reproduce $$row/fashion --repeat 3 --out runs/evidence/$$row || exit; done
+	for row in xar/fashion edm/fashion imm/fashion var/fashion var/fashion_retuned; do \
+	  $(BIN)/neon reproduce $$row --repeat 3 --out runs/evidence/$$row || exit; done
 	$(BIN)/python benchmarks/evidence.py
 
 test: $(READY)  ## all tests

@@ -140,7 +140,8 @@ def draw(path: Path, curves: list, pictures: dict[str, Tensor]) -> None:
     axes[0].set(xlabel="w (0: the base)", ylabel="distance to the training digits", yscale="log")
     axes[0].legend(fontsize=8)
     for axis, (name, images) in zip(axes[1:], pictures.items(), strict=True):
-        grid = images[:, 0].reshape(8, 6, 8, 8).permute(0, 2, 1, 3).reshape(64, 48)
+        framed = torch.nn.functional.pad(images[:, 0], (1, 1, 1, 1), value=90)
+        grid = framed.reshape(8, 6, 10, 10).permute(0, 2, 1, 3).reshape(80, 60)
         axis.imshow(grid, cmap="gray", vmin=0, vmax=255)
         axis.set_title(names[name], fontsize=9)
         axis.axis("off")
