@@ -4,11 +4,15 @@ Imports that take seconds stand in the fixtures: xdist's controller reads this f
 """
 
 import re
+import signal
 import textwrap
 from pathlib import Path
 
 import huggingface_hub.constants  # noqa: F401  reads HF_HUB_OFFLINE when imported, which some tests set
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; what tests start would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN_DATA = Path(__file__).parent / "golden" / "data"
 
