@@ -37,6 +37,11 @@ def main() -> None:
         name = results[0]["row"]
         record[name] = {run.name: summary(run.results) for run in runs} | {"gain": acceptance.gains(results)}
         print(f"\n{name}\n\n{table(runs)}\n")
+        gain = record[name]["gain"]
+        if gain:
+            low, high = -100 * gain["high"], -100 * gain["low"]
+            change = f"{-100 * gain['mean']:+.1f} % ({low:+.1f} to {high:+.1f})"
+            print(f"Neon against the base: {change}, {gain['sigmas']:.1f} standard errors")
         for run in runs:
             for problem in acceptance.failures(run.results):
                 print(f"{run.name}: {problem}")

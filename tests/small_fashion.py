@@ -1,11 +1,13 @@
 """A row on Fashion-MNIST in miniature: made-up images in place of the data set, and trainings of two steps."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from neon_files.checkpoint import read_checkpoint
 from neon_run import stages
 from neon_run.fashion import prepare
 from neon_run.fashion.data import Fashion
@@ -36,3 +38,30 @@ def in_miniature(row: Row, folder: Path) -> tuple[stages.Model, dict[str, Path]]
         patch.setattr(prepare, "LEAST_ACCURACY", 0.0)
         files = small.prepare(small, folder, 0)
     return stages.Model(small, files["base"], CPU), files
+
+
+def check_labels_and_guidance(model: stages.Model, guidance: str, strong: float) -> None:
+    """Classes go round; guidance changes images; an image does not depend on its batch."""
+    backbone, seeds = model.load(), range(7, 19)
+    with torch.no_grad():
+        for parameter in backbone.net.parameters():  # a network that has hardly been trained heeds no label
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    labels = backbone.assign_labels(seeds, **model.row.evaluate)
+    assert labels.tolist() == [seed % 10 for seed in seeds]
+    plain, guided = ({**model.row.evaluate, guidance: value} for value in (1.0, strong))
+    images = backbone.sample(seeds, labels, **plain)
+    assert images.shape == (12, 1, 16, 16) and images.dtype == torch.uint8
+    assert not torch.equal(images, backbone.sample(seeds, labels, **guided))
+    half = backbone.sample(seeds[6:], labels[6:], **plain)
+    assert (half.int() - images[6:].int()).abs().max() <= 1
+
+
+def check_s_and_fine_tune(model: stages.Model, folder: Path) -> None:
+    """S has as many images of every class; the fine-tune on it moves the weights, and not far."""
+    stages.generate(model, folder / "S")
+    entries = json.loads((folder / "S" / "dataset.json").read_text(encoding="utf-8"))["labels"]
+    assert len(entries) == 20 and sorted(label for _, label in entries) == sorted(2 * list(range(10)))
+    snapshots = stages.finetune(model, folder / "S", folder / "tuned")
+    base, syn = read_checkpoint(model.checkpoint).state, read_checkpoint(snapshots[32]).state
+    moved = torch.cat([(syn[name] - value).flatten() for name, value in base.items()]).norm()
+    assert 0 < moved < 0.1

@@ -37,14 +37,11 @@ def untrained(row: Row, device: torch.device, make: Make) -> VARBackbone | None:
 
 
 class FixedTokens:
-    """In the place of noise: the same tokens on every device, whatever the probabilities are."""
+    """In the place of noise: the same tokens on every device, whatever the probabilities are; none for soft codes."""
 
     def draw(self, probabilities: Tensor) -> Tensor:
         numbers = normal(f"tokens {probabilities.shape[1]}", probabilities.shape[:2])
         return torch.from_numpy((numbers * 1000).astype("int64") % 64).to(probabilities.device)
-
-    def exponential(self, like: Tensor) -> Tensor:
-        raise NotImplementedError("drawn for soft codes only")
 
 
 def tiny(device: torch.device) -> Outputs:

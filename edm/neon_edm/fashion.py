@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neon_core.backbone import Backbone, TrainSettings
-from neon_core.schedules import Ema, LinearRamp
+from neon_core.backbone import Backbone
+from neon_core.schedules import Ema
 from neon_edm.guidance import GuidedBackbone, passes_per_image
 from neon_run.fashion.data import IMG_SIZE, NUM_CLASSES, Fashion
 from neon_run.fashion.prepare import PrepareFashion
-from neon_run.fashion.rows import fashion_row
+from neon_run.fashion.rows import fashion_row, training
 from neon_run.row import Acceptance, Range
 
-BATCH = 128
 NO_SNAPSHOTS = 1 << 60  # but the last
 # Few steps, whose levels lie where they matter for eight grey bits at this size: between 0.02 and 40.
 SAMPLER = {"num_steps": 8, "sigma_min": 0.02, "sigma_max": 40.0, "rho": 5.0}
@@ -45,26 +44,9 @@ class PrepareEDM(PrepareFashion):
         return FashionBackbone.fresh({**NETWORK, "width": self.width}, seed), {}
 
 
-# Real images -> theta_base: briefly, so that there is something left to repair. A rate that does not fall: the run goes
-# on to twice this length.
-BASE = TrainSettings(
-    images=4000 * BATCH,
-    batch_size=BATCH,
-    micro_batch_size=BATCH,
-    lr=1e-3,
-    schedule=LinearRamp(100 * BATCH),
-    ema=Ema(decay=0.998, warmup_steps=10),
-    snapshot_images=NO_SNAPSHOTS,
-)
-FINE_TUNE = TrainSettings(
-    images=50 * BATCH,
-    batch_size=BATCH,
-    micro_batch_size=BATCH,
-    lr=1.5e-4,
-    schedule=LinearRamp(20 * BATCH),
-    ema=Ema(decay=0.99, warmup_steps=10),
-    snapshot_images=NO_SNAPSHOTS,
-)
+# Real images -> theta_base: briefly, so that there is something left to repair.
+BASE = training(4_000, 100, 1e-3, Ema(decay=0.998, warmup_steps=10), snapshot_images=NO_SNAPSHOTS)
+FINE_TUNE = training(50, 20, 1.5e-4, Ema(decay=0.99, warmup_steps=10), snapshot_images=NO_SNAPSHOTS)
 
 FASHION = fashion_row(
     "edm/fashion",

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from neon_core.backbone import Backbone, TrainSettings
-from neon_core.schedules import Ema, LinearRamp
+from neon_core.backbone import Backbone
+from neon_core.schedules import Ema
 from neon_imm.backbone import IMMBackbone
 from neon_imm.latents import RgbCodec
 from neon_imm.loss import IMMLoss
@@ -18,10 +18,9 @@ from neon_imm.precond import IMMPrecond
 from neon_imm.sampler import passes_per_image
 from neon_run.fashion.data import IMG_SIZE, NUM_CLASSES, Fashion
 from neon_run.fashion.prepare import PrepareFashion
-from neon_run.fashion.rows import fashion_row
+from neon_run.fashion.rows import BATCH, fashion_row, training
 from neon_run.row import Acceptance, Range
 
-BATCH = 128
 NO_SNAPSHOTS = 1 << 60  # but the last
 SAMPLER = {"num_steps": 2, "cfg": 1.5, "label_rule": "balanced"}
 NETWORK: dict[str, Any] = {  # the arguments of IMMPrecond and, after model_type, of the transformer
@@ -58,26 +57,10 @@ class PrepareIMM(PrepareFashion):
             return IMMBackbone(IMMPrecond(**kwargs), RgbCodec(1), LOSS, config), {}
 
 
-# Real images -> theta_base: briefly, so that there is something left to repair. A rate that does not fall: the run goes
-# on to twice this length.
-BASE = TrainSettings(
-    images=1200 * BATCH,
-    batch_size=BATCH,
-    micro_batch_size=BATCH // 2,  # so that two ranks can share a step
-    lr=2e-3,
-    schedule=LinearRamp(50 * BATCH),
-    ema=Ema(decay=0.995, warmup_steps=10),
-    snapshot_images=NO_SNAPSHOTS,
-)
-FINE_TUNE = TrainSettings(
-    images=50 * BATCH,
-    batch_size=BATCH,
-    micro_batch_size=BATCH // 2,
-    lr=1e-4,
-    schedule=LinearRamp(20 * BATCH),
-    ema=Ema(decay=0.97, warmup_steps=10),
-    snapshot_images=NO_SNAPSHOTS,
-)
+SHARED: dict[str, Any] = {"micro_batch_size": BATCH // 2, "snapshot_images": NO_SNAPSHOTS}  # two ranks can share a step
+# Real images -> theta_base: briefly, so that there is something left to repair.
+BASE = training(1_200, 50, 2e-3, Ema(decay=0.995, warmup_steps=10), **SHARED)
+FINE_TUNE = training(50, 20, 1e-4, Ema(decay=0.97, warmup_steps=10), **SHARED)
 
 FASHION = fashion_row(
     "imm/fashion",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from neon_files.atomic import sha256_file
 from neon_files.checkpoint import load_strict, read_checkpoint
 from neon_files.progress import progress_bar
+from neon_metrics.detector import FunctionDetector
 from neon_run.fashion.data import NUM_CLASSES
 
 NUM_FEATURES = 64
@@ -64,25 +65,10 @@ def accuracy(network: FashionFeatures, images: Tensor, labels: Tensor) -> float:
     return (network(images)["logits"].argmax(1) == labels).float().mean().item()
 
 
-class FashionDetector:
-    """The trained network as a detector of `neon_metrics`. It has no `num_classes`: no Inception Score is reported."""
-
-    num_features = NUM_FEATURES
-    num_classes = 0
-    official = False
-
-    def __init__(self, network: FashionFeatures, name: str, device: torch.device | str = "cpu"):
-        self.network, self.name, self.device = network.to(device), name, torch.device(device)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, 1 or 3, 16, 16] -> {"features": [B, 64]}, float32."""
-        return {"features": self.network(images.to(self.device))["features"]}
-
-
-def read_detector(path: Path, device: torch.device) -> FashionDetector:
-    """From the file that `prepare` wrote. Raises UserError."""
+def read_detector(path: Path, device: torch.device) -> FunctionDetector:
+    """From the file that `prepare` wrote; without classes, so that no Inception Score is reported. Raises UserError."""
     network = FashionFeatures()
     load_strict(network, read_checkpoint(path))
+    network = network.to(device).eval().requires_grad_(False)
     name = f"classifier of Fashion-MNIST, {NUM_FEATURES} features, weights {sha256_file(path)[:8]}"
-    return FashionDetector(network.eval().requires_grad_(False), name, device)
+    return FunctionDetector(name, NUM_FEATURES, lambda images: network(images.to(device))["features"])

@@ -1,16 +1,13 @@
 """The row edm/fashion in miniature: what it prepares, its labels and guidance, S and a fine-tune on it."""
 
-import json
-
 import pytest
 import torch
-from small_fashion import in_miniature
+from small_fashion import check_labels_and_guidance, check_s_and_fine_tune, in_miniature
 
 from neon_core.finetune import open_set
 from neon_edm.fashion import FASHION
 from neon_edm.guidance import passes_per_image
 from neon_files.checkpoint import read_checkpoint
-from neon_run import stages
 from neon_run.backbones import find_row
 
 
@@ -46,26 +43,8 @@ def test_initial_weights_are_drawn_from_the_seed(prepared, tmp_path):
 
 
 def test_classes_go_round_and_guidance_changes_images(prepared):
-    model, _ = prepared
-    backbone, seeds = model.load(), range(7, 19)
-    with torch.no_grad():
-        for parameter in backbone.net.parameters():  # a network that has hardly been trained heeds no label
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    labels = backbone.assign_labels(seeds, **model.row.evaluate)
-    assert labels.tolist() == [seed % 10 for seed in seeds]
-    images = {g: backbone.sample(seeds, labels, **{**model.row.evaluate, "guidance": g}) for g in (1.0, 2.0)}
-    assert images[1.0].shape == (12, 1, 16, 16) and images[1.0].dtype == torch.uint8
-    assert not torch.equal(images[1.0], images[2.0])
-    half = backbone.sample(seeds[6:], labels[6:], **{**model.row.evaluate, "guidance": 1.0})
-    assert (half.int() - images[1.0][6:].int()).abs().max() <= 1
+    check_labels_and_guidance(prepared[0], "guidance", 2.0)
 
 
 def test_s_is_made_and_the_base_is_fine_tuned_on_it(prepared, tmp_path):
-    model, _ = prepared
-    stages.generate(model, tmp_path / "S")
-    entries = json.loads((tmp_path / "S" / "dataset.json").read_text(encoding="utf-8"))["labels"]
-    assert len(entries) == 20 and sorted(label for _, label in entries) == sorted(2 * list(range(10)))
-    snapshots = stages.finetune(model, tmp_path / "S", tmp_path / "tuned")
-    base, syn = read_checkpoint(model.checkpoint).state, read_checkpoint(snapshots[32]).state
-    moved = torch.cat([(syn[name] - value).flatten() for name, value in base.items()]).norm()
-    assert 0 < moved < 0.1
+    check_s_and_fine_tune(prepared[0], tmp_path)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from neon_core.backbone import TrainSettings
-from neon_core.schedules import Ema, LinearRamp
+from neon_core.schedules import Ema
 from neon_run.fashion.data import IMG_SIZE, NUM_CLASSES, Fashion
 from neon_run.fashion.prepare import PrepareFashion
-from neon_run.fashion.rows import fashion_row
+from neon_run.fashion.rows import fashion_row, training
 from neon_run.row import Acceptance, Grid, Range
 from neon_xar.patches import PatchXAR
 from neon_xar.sampler import passes_per_image
 from neon_xar.xar import XAR
 
-PATCH, WIDTH, HEADS, BATCH = 4, 64, 4, 128
+PATCH, WIDTH, HEADS = 4, 64, 4
 SAMPLER = {"cfg": 2.0, "flow_steps": 20, "rounding": "round"}  # exact pixels: truncation would darken every image
 
 
@@ -48,23 +48,9 @@ def network() -> XAR:
     )
 
 
-def training(steps: int, ramp_steps: int, lr: float, ema: Ema | None = None) -> TrainSettings:
-    """A ramp, then a constant rate."""
-    return TrainSettings(
-        images=steps * BATCH,
-        batch_size=BATCH,
-        micro_batch_size=BATCH,
-        lr=lr,
-        schedule=LinearRamp(ramp_steps * BATCH),
-        optimizer="adamw",
-        betas=(0.9, 0.95),
-        clip_norm=2.0,
-        ema=ema,
-    )
-
-
-BASE = training(1_563, 100, 2e-3, Ema(decay=0.998, warmup_steps=10))  # 200,064 images
-FINE_TUNE = training(40, 40, 1e-4)
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "betas": (0.9, 0.95), "clip_norm": 2.0}
+BASE = training(1_563, 100, 2e-3, Ema(decay=0.998, warmup_steps=10), **ADAMW)  # 200,064 images
+FINE_TUNE = training(40, 40, 1e-4, **ADAMW)
 
 # No mirrored images anywhere: every shoe of this set points to the left, and the base has seen no other. S has the
 # guidance that was best for the base in two of three pilot runs.

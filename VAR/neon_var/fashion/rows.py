@@ -5,40 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from neon_core.backbone import TrainSettings
-from neon_core.schedules import Ema, LinearRamp
-from neon_run.fashion.rows import fashion_row
+from neon_core.schedules import Ema
+from neon_run.fashion.rows import BATCH, fashion_row, training
 from neon_run.row import Acceptance, Grid, Range, Row
 from neon_var.backbone import VARBackbone
 from neon_var.fashion.prepare import PrepareVAR
 from neon_var.fashion.tokenizer import PATCH_NUMS
 
-BATCH = 128
 FILTER = {"top_p": 0.9}  # as the paper's searches hold theirs fixed
 GUIDANCE = Range(-0.5, 1.5)  # the best of the base lies near 0; below, the class counts for less
 GRID_WS, GRID_GUIDANCES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0), (-0.5, 0.0, 0.5, 1.0, 1.5)
 
-BASE = TrainSettings(
-    images=160_000,
-    batch_size=BATCH,
-    micro_batch_size=BATCH,
-    lr=2e-3,
-    schedule=LinearRamp(100 * BATCH),
-    optimizer="adamw",
-    betas=(0.9, 0.95),
-    clip_norm=2.0,
-    ema=Ema(decay=0.998, warmup_steps=10),
-)
-FINE_TUNE = TrainSettings(
-    images=40 * BATCH,
-    batch_size=BATCH,
-    micro_batch_size=BATCH,
-    lr=4e-4,
-    schedule=LinearRamp(40 * BATCH),
-    optimizer="adamw",
-    betas=(0.9, 0.95),
-    clip_norm=2.0,
-    snapshot_images=40 * BATCH,
-)
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "betas": (0.9, 0.95), "clip_norm": 2.0}
+BASE = training(1_250, 100, 2e-3, Ema(decay=0.998, warmup_steps=10), **ADAMW)
+FINE_TUNE = training(40, 40, 4e-4, snapshot_images=40 * BATCH, **ADAMW)
 
 
 def _row(name: str, prepare: PrepareVAR, train: TrainSettings, num_synthetic: int, **fields: Any) -> Row:
