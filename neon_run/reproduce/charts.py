@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 340, 62, 18, 16, 48
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 340, 76, 18, 16, 48
 SCALE = ((253, 231, 37), (94, 201, 98), (33, 145, 140), (59, 82, 139), (68, 1, 84))  # low FID bright, high FID dark
 CELLS = 48
 CAP = 2.5  # height of the plot of FID over w, in units of the distance between the best point and the base
@@ -80,8 +80,8 @@ def curve_over_w(
     ws = [w for w, _ in [*curve, *shown]]
     frame = Frame((min(ws), max(ws)), (min(values), max(values)), "w", distance)
     body = [_line(frame, (frame.x[0], base_fid), (frame.x[1], base_fid), "base")]
-    _, py = frame.at(frame.x[0], base_fid)
-    body.append(f'<text class="note" x="{WIDTH - RIGHT - 6}" y="{py - 6:.1f}" text-anchor="end">{base_name}</text>')
+    places = [frame.at(w, min(fid, cap)) for w, fid in [*curve, *shown]]
+    note = _beside_line(base_name, frame.at(frame.x[0], base_fid)[1], places)
     body += [_dot(frame, w, fid, 3, "searched", f"search: w {w:g}, {distance} {fid:.4g}") for w, fid in shown]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.at(w, min(fid, cap)) for w, fid in curve))
     body.append(f'<polyline class="curve" points="{path}"/>')
@@ -91,7 +91,16 @@ def curve_over_w(
         if fid > cap:
             x, y = frame.at(w, cap)
             body.append(f'<text class="note" x="{x + 9:.1f}" y="{y + 4:.1f}">↑ {fid:.3g}</text>')
-    return frame.svg(body, title=f"{distance} over w")
+    return frame.svg([*body, note], title=f"{distance} over w")
+
+
+def _beside_line(text: str, height: float, places: Sequence[tuple[float, float]]) -> str:
+    """The label of a horizontal line, at that of its ends from which the nearest of `places` (pixels) is farther."""
+    ends = {"start": LEFT + 6.0, "end": WIDTH - RIGHT - 6.0}
+    middles = {"start": ends["start"] + 50, "end": ends["end"] - 50}
+    room = {end: min(math.dist((x, height - 10), place) for place in places) for end, x in middles.items()}
+    end = max(("end", "start"), key=room.__getitem__)
+    return f'<text class="note" x="{ends[end]}" y="{height - 6:.1f}" text-anchor="{end}">{escape(text)}</text>'
 
 
 def surface(
@@ -120,7 +129,7 @@ def surface(
 
 def runs(lines: Sequence[tuple[str, Mapping[str, float], Mapping[str, float]]], distance: str) -> str:
     """One line per run: (name, interval of the base, interval of Neon), each {"value", "low", "high"}."""
-    height, left, step = 64 + 44 * len(lines), 150, 44
+    height, left, step = 64 + 44 * len(lines), 170, 44
     ends = [interval[end] for _, *pair in lines for interval in pair for end in ("low", "high")]
     low, high = _widened(min(ends), max(ends))
     across = lambda value: left + (value - low) / (high - low) * (WIDTH - left - RIGHT)  # noqa: E731
@@ -131,7 +140,7 @@ def runs(lines: Sequence[tuple[str, Mapping[str, float], Mapping[str, float]]], 
         parts.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{value:g}</text>')
     for number, (name, *pair) in enumerate(lines):
         y = TOP + step * number + step / 2
-        shown = name if len(name) <= 18 else f"…{name[-17:]}"
+        shown = name if len(name) <= 16 else f"…{name[-15:]}"
         parts.append(f'<text class="label" x="{left - 12}" y="{y + 4:.1f}" text-anchor="end">{escape(shown)}</text>')
         for kind, interval, shift in zip(("of-base", "of-neon"), pair, (-6, 6), strict=True):
             x1, x2, x = (across(interval[end]) for end in ("low", "high", "value"))

@@ -7,6 +7,7 @@ experiment), their mean and standard deviation stand below.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,11 +66,13 @@ def write_comparison(folders: Sequence[Path], out: Path) -> list[str]:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The finished runs in these folders, by the folders' names, or paths where two have one name."""
-    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
+    """The finished runs in these folders, by the folders' names, or by as much of their paths as tells them apart."""
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < max(2, len(paths)):
         raise UserError("compare: name two or more different runs, the --out folders of `neon reproduce`")
-    plain = len({folder.name for folder in folders}) == len(folders)
-    return [Run(folder.name if plain else str(folder), _read(folder)) for folder in folders]
+    endings = ([Path(*path.parts[-depth:]).as_posix() for path in paths] for depth in itertools.count(1))
+    names = next(names for names in endings if len(set(names)) == len(names))
+    return [Run(name, _read(folder)) for name, folder in zip(names, folders, strict=True)]
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import jinja2
 
+from neon_run.reproduce.glossary import explained
+
 
 def fid_text(value: float) -> str:
     """Four decimals, as papers report FIDs; three digits where four decimals would show none."""
@@ -36,6 +38,7 @@ ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
 )
 ENVIRONMENT.filters |= {"fid": fid_text, "short": short, "margin": margin}
+ENVIRONMENT.globals["explained"] = explained
 
 
 def page(template: str, view: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from neon_run.row import Row
 from neon_run.search.quick import Settings
 from neon_run.search.sweep import BASE
 
-LAYOUT = 8  # counts up when a report of the same records would look different
+LAYOUT = 9  # counts up when a report of the same records would look different
 METRICS = {
     "is_mean": ("IS", "{:.2f}"),
     "kid_mean": ("KID x 1000", "{:.3f}"),

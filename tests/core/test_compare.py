@@ -44,10 +44,28 @@ def test_seeds_of_one_row_have_a_mean_and_a_standard_deviation(tmp_path):
     runs = [write_run(tmp_path / f"seed-{i}", 4.0, 4.0 - gain, w=w) for i, (gain, w) in enumerate([(1, 1), (2, 1.5)])]
     lines = write_comparison(runs, tmp_path / "page.html")
     assert lines[0].startswith("seed-0 | edm/x | 4.0000 ± 0.0196 | 3.0000 ± 0.0196 | 1.0000 ± 0.0196 | 25.0 | 1 |")
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8").replace("±\u00a0", "± ")
     assert "1.5000 ± 0.7071" in text and "37.5 ± 17.7" in text and "1.25 ± 0.3536" in text
     assert "http" not in text and text.count("<svg") == 1 and "the settings of all runs are equal" in text
-    assert set(re.findall(r'href="#([\w-]+)"', text)) == set(re.findall(r'<section id="([\w-]+)"', text))
+    assert set(re.findall(r'<li><a href="#([\w-]+)"', text)) == set(re.findall(r'<section id="([\w-]+)"', text))
+    used = set(re.findall(r'class="term" href="#([\w-]+)"', text))
+    assert "term-w" in used and used == set(re.findall(r'<div id="(term-[\w-]+)"', text))
+
+
+def test_runs_of_one_name_are_told_apart_by_the_ends_of_their_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [write_run(tmp_path / f"{row}/seed-{i}", 4.0, 3.0) for row in "ab" for i in (0, 1)]
+    names = ["a/seed-0", "a/seed-1", "b/seed-0", "b/seed-1"]
+    assert [run.name for run in read_runs([runs[0].relative_to(tmp_path), *runs[1:]])] == names
+    assert [run.name for run in read_runs(runs[:2])] == ["seed-0", "seed-1"]
+
+
+def test_settings_of_many_runs_stand_one_below_the_other_at_every_width(tmp_path):
+    """A column for each would be wider than the page."""
+    runs = [write_run(tmp_path / f"run-{i}", 4.0, 3.0, lr=0.1 * i) for i in range(8)]
+    for count, kind in ((3, "values"), (5, "values many"), (8, "values most")):
+        write_comparison(runs[:count], tmp_path / "page.html")
+        assert f'<table class="{kind}"><thead>' in (tmp_path / "page.html").read_text(encoding="utf-8"), count
 
 
 def test_a_run_from_before_the_settings_had_names_is_read_like_a_new_one(tmp_path):

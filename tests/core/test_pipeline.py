@@ -44,6 +44,11 @@ def copied(whole, tmp_path):
     return shutil.copytree(whole[0], tmp_path / "out")
 
 
+def words(page):
+    """A report without the links into its glossary, which may stand within a sentence."""
+    return re.sub(r'<a class="term"[^>]*>(.*?)</a>', r"\1", page)
+
+
 def records(out):
     return {stage: (out / "stages" / f"{stage}.json").stat().st_mtime_ns for stage in STAGES}
 
@@ -81,7 +86,7 @@ def test_more_training_on_real_data_is_a_control(whole, files, tmp_path):
     at = {(p["snapshot"], p["w"]): p["fid"] for p in results["points"]["evaluate"] if p["num_images"] == 80}
     # given S itself for real data, it must be plain self-training
     assert at["real-data", -1.0] == pytest.approx(at[results["best"]["snapshot"], -1.0], rel=1e-3)
-    assert "as much more training on real data" in (out / "report.html").read_text(encoding="utf-8")
+    assert "as much more training on real data" in words((out / "report.html").read_text(encoding="utf-8"))
     cost = next(cost for cost in results["ledger"] if cost["stage"] == "evaluate")
     assert cost["training_images"] == int(results["best"]["snapshot"].split("-")[1])
 
@@ -207,7 +212,7 @@ def test_two_settings_are_searched_with_w_and_the_base_is_compared_at_its_own_be
     assert of_base in searched and len({tuple(settings.items()) for settings in searched}) >= 10
     compared = [p["settings"] for p in results["points"]["evaluate"] if p["snapshot"] == "base"]
     assert best in compared and of_base in compared
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    text = words((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert text.count("<svg") == 3 and "w, contrast and levels" in text
     assert "base, at its own best contrast, levels" in text and "The other settings vary too" in text
 
@@ -217,6 +222,7 @@ def test_the_report_stands_alone_and_tells_the_numbers(whole):
     text = (out / "report.html").read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(?!data:|#)', text) and "http" not in text and "<script" not in text
     assert text.count("data:image/png;base64,") == 3 * 24 and text.count("<svg") == 2
+    text = words(text)
     assert "Neon lowers the FID by" in text and "random direction of equal length" in text
     for name in ("base", "neon"):
         assert f"{results['final'][name]['fid']:.3g}" in text
@@ -231,8 +237,13 @@ def test_the_report_can_be_read_by_everyone(whole):
     assert (
         re.findall(r'<li><a href="#(\w+)">', text)
         == ids
-        == ["result", "curve", "controls", "samples", "cost", "provenance"]
+        == ["result", "curve", "controls", "samples", "cost", "provenance", "glossary"]
     )
+    links, places = re.findall(r'href="#([\w-]+)"', text), re.findall(r' id="([\w-]+)"', text)
+    assert set(links) <= set(places) and len(set(places)) == len(places)
+    defined = {place for place in places if place.startswith("term-")}
+    assert {"term-w", "term-snapshot", "term-random-control"} <= defined <= set(links)
+    assert "term-real-data-control" not in defined, "this run has no such control"
     pictures = re.findall(r'<img alt="([^"]*)"', text)
     assert len(set(pictures)) == 3 * 24 and pictures[0] == "base, seed 1000"
     assert '<td data-label="95 % interval">' in text and "td::before { content: attr(data-label)" in text
@@ -258,7 +269,7 @@ def test_real_images_add_their_metrics_and_too_few_seeds_for_them_are_refused_at
     results = Reproduction(row, tmp_path / "out", plan, CPU).run()
     for name in ("base", "neon"):
         assert {"kid_mean", "precision", "recall", "density", "coverage"} <= set(results["final"][name])
-    assert "KID x 1000" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "KID x 1000" in words((tmp_path / "out/report.html").read_text(encoding="utf-8"))
 
 
 def test_a_second_reference_is_told_everywhere_and_searched_on_nowhere(whole, files, tmp_path):

@@ -127,6 +127,9 @@ def test_plots_have_round_ticks_and_show_every_point():
     assert ticks(-0.13, 3.2) == [0, 1, 2, 3] or ticks(-0.13, 3.2)[1] - ticks(-0.13, 3.2)[0] in (0.5, 1)
     drawn = curve_over_w([(-1, 3.0), (0, 2.0), (1, 1.5)], [(0.5, 1.7)], best=1, base=("base", 1.9))
     assert drawn.count("<circle") == 4 and 'class="best"' in drawn and drawn.count("<svg") == drawn.count("</svg>") == 1
+    for curve, end in (([(-1, 3.0), (0, 2.0), (1, 1.8)], "start"), ([(-1, 2.0), (0, 2.5), (1, 3.0)], "end")):
+        drawn = curve_over_w(curve, [], best=1, base=("base", 1.9))
+        assert f'text-anchor="{end}">base</text>' in drawn, "the line's label stands where the curve is not"
     points = [{"w": w, "settings": {"cfg": g}, "fid": w * w + (g - w) ** 2} for w in (0, 1, 2) for g in (1, 2, 3)]
     best = {"w": 0, "settings": {"cfg": 1}}
     drawn = surface(points, best, "cfg")
