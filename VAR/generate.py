@@ -13,8 +13,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neon_var and the floors, without installing
 
-from neon_run.commands import run_script
-from neon_var.commands import COMMANDS
+from neon_run.start import run_stage
 
 if __name__ == "__main__":
-    run_script("generate", COMMANDS)
+    run_stage("generate", "neon_var")

@@ -12,8 +12,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]  # neon_edm and the floors, without installing
 
-from neon_edm.commands import COMMANDS
-from neon_run.commands import run_script
+from neon_run.start import run_stage
 
 if __name__ == "__main__":
-    run_script("calculate_fid", COMMANDS)
+    run_stage("calculate_fid", "neon_edm")

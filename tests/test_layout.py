@@ -172,10 +172,11 @@ def test_scripts_are_thin():
         lines = path.read_text(encoding="utf-8").splitlines()
         docstring = code.body[0].end_lineno
         assert len(lines) - docstring <= 13, f"{path}: a script is its docstring, the path line and one call"
+        assert imports(path) == {"neon_run.start"}, f"{path}: all else is imported there"
 
 
-def test_downloading_needs_no_torch():
-    code = "import sys, neon_files.downloads; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+def test_downloading_and_starting_need_no_torch():
+    code = "import sys, neon_files.downloads, neon_run.start; assert not {'torch', 'numpy'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # neon_var and the floors, without installing
 
-from neon_run.commands import run_script
-from neon_var.commands import COMMANDS
+from neon_run.start import run_stage
 
 if __name__ == "__main__":
-    run_script("calculate_fid", COMMANDS, preset="imagenet_512")
+    run_stage("calculate_fid", "neon_var", preset="imagenet_512")

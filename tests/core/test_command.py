@@ -1,14 +1,23 @@
 """`neon`: every stage of every row by one command, the same as the scripts."""
 
 import importlib
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from neon_run import __main__ as entry
+from neon_run import start
 from neon_run.backbones import find_rows
 from neon_run.command import neon
 
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("VAR", "VAR/VAR_imagenet_256", "VAR/VAR_imagenet_512", "xAR", "edm", "imm")
+STARTS = [ROOT / "neon_run/__main__.py", *(path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")))]
 ROWS = [row.id for row in find_rows().values() if row.prepare is None]
 
 
@@ -43,12 +52,35 @@ def test_every_row_is_listed():
     assert run("--version").output.startswith("neon, version ")
 
 
-def test_ctrl_c_while_pytorch_is_imported_ends_without_a_traceback(monkeypatch):
-    def interrupted(name):
-        assert name == "neon_run.command"
-        raise KeyboardInterrupt
+def interrupted(*args):
+    signal.raise_signal(signal.SIGINT)
+    pytest.fail("still importing")
 
+
+@pytest.mark.parametrize("script", STARTS, ids=lambda script: script.relative_to(ROOT).as_posix())
+def test_ctrl_c_while_pytorch_is_imported_ends_without_a_traceback(script, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(importlib, "import_module", interrupted)
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
-        entry.main()
+        runpy.run_path(str(script), run_name="__main__")
     assert ended.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_where_a_shell_has_its_jobs_ignore_ctrl_c_imports_ignore_it_too(monkeypatch):
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(importlib, "import_module", lambda name: signal.raise_signal(signal.SIGINT) or name)
+        assert start.imported("torch") == "torch"
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+def test_a_script_that_is_interrupted_while_it_imports_prints_nothing(tmp_path):
+    interrupting = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+    (tmp_path / "torch.py").write_text(interrupting, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "imm/generate.py", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
