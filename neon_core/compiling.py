@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,11 +28,24 @@ def compile_calls(
     """
     options: dict[str, Any] = {"fullgraph": True, "dynamic": None if static else True, "backend": backend}
     for module in modules:
-        plain = torch.compile(module._call_impl, **options)
+        entry = _entry((type(module), *((name, x.shape, x.dtype) for name, x in module.state_dict().items())))
+        plain = torch.compile(entry, **options)
         replayed = plain
         if static and device.type == "cuda":
-            replayed = torch.compile(module._call_impl, mode="reduce-overhead", **options)
-        module._compiled_call_impl = partial(_call, plain, replayed)
+            replayed = torch.compile(entry, mode="reduce-overhead", **options)
+        module._compiled_call_impl = partial(_call, plain, replayed, module)
+
+
+@cache
+def _entry(kind: tuple[Any, ...]) -> Callable:
+    """Where torch enters modules of one kind, a class and shapes. A code object of its own, since torch keeps eight
+    graphs of one: the networks of a process would use up those of `forward`, and torch's own are never entered."""
+
+    def entry(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    entry.__code__ = entry.__code__.replace()
+    return entry
 
 
 def _call(plain: Callable, replayed: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ def test_what_a_replay_overwrites_is_copied_and_gradients_are_not_replayed(monke
     def compiled(function, mode=None, **options):
         if mode is None:
             return function
-        return lambda x: {"output": memory.copy_(x), "count": 2}
+        return lambda module, x: {"output": memory.copy_(x), "count": 2}
 
     monkeypatch.setattr(torch, "compile", compiled)
     module = nn.Identity()
@@ -55,3 +55,18 @@ def test_a_compilation_that_fails_is_one_sentence_and_the_network_is_as_it_was()
     )
     assert list(net.state_dict()) == names
     assert net.forward(torch.ones(1, 2)).shape == (1, 2)
+
+
+@torch.no_grad()
+def test_a_process_may_compile_many_networks_and_equal_ones_share_their_graphs():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for width in (*range(2, 13), 5):  # torch keeps eight graphs of one function
+        net = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+        compile_calls(net, CPU, static=False, backend=backend)
+        assert net(torch.ones(1, width)).shape == (1, width)
+    assert len(graphs) == 11
