@@ -1,12 +1,13 @@
 """Published files: fetched, checked, and then used without a network. `bash download_models.sh --help`.
 
 The hub reports a file's hash (through its client: mirrors, tokens and offline mode work as usual), then
-`neon_files.transfer` downloads it. A verified file is recorded in `.NAME.verified`, so that later runs need neither
+`neon_files.receive` downloads it. A verified file is recorded in `.NAME.verified`, so that later runs need neither
 network nor hashing.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -25,15 +26,15 @@ from neon_files.home import cache_dir, home
 from neon_files.kinds import stand_in
 from neon_files.lock import Unwritable, one_process, sidecar
 from neon_files.manifest import MANIFEST, Entry, Manifest, Missing, find_file, read_manifest
-from neon_files.streams import Source, hub_client, is_on, timeout_seconds
-from neon_files.transfer import Unreachable, compare, download, forget
+from neon_files.receive import Source, Unreachable, compare, download, forget, hub_client
 
 Say = Callable[[str], None]
 
 
 def is_offline() -> bool:
     """The hub client's switches, honoured for every source."""
-    return is_on("HF_HUB_OFFLINE") or is_on("TRANSFORMERS_OFFLINE")
+    switches = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(switch.lower() in {"1", "true", "yes", "on"} for switch in switches)
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,9 @@ def resolve(entry: Entry, say: Say = lambda text: None) -> Source:
     hub = hub_client()
     errors = hub.errors
     endpoint = os.environ.get("HF_ENDPOINT") or None
-    url = hub.hf_hub_url(entry.repo, entry.path or entry.name, revision=entry.revision, endpoint=endpoint)
+    address = functools.partial(hub.hf_hub_url, entry.repo, entry.path or entry.name, endpoint=endpoint)
     try:
-        facts = hub.get_hf_file_metadata(url, timeout=timeout_seconds(), endpoint=endpoint)
+        facts = hub.get_hf_file_metadata(address(revision=entry.revision), endpoint=endpoint)
     except errors.GatedRepoError as error:
         raise UserError(
             f"{entry.name}: {entry.repo} asks for a login; accept its conditions, then `hf auth login`"
@@ -179,7 +180,8 @@ def resolve(entry: Entry, say: Say = lambda text: None) -> Source:
     size = facts.size if sha256 and sha256 != entry.sha256 else entry.size or facts.size
     headers = tuple(hub.utils.build_hf_headers().items())
     confirmed = known_source(entry).sha256
-    version = f"{facts.commit_hash} {etag}"
+    url = address(revision=facts.commit_hash or entry.revision)  # what a commit names does not change
+    version = f"{facts.commit_hash} {etag}" if facts.commit_hash else ""
     return Source(url, headers, size, confirmed or sha256, git_sha1, version, xet=getattr(facts, "xet_file_data", None))
 
 

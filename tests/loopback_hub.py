@@ -91,7 +91,8 @@ class Loopback:
         content = self.files.get(name)
         if handler.path == "/xet-token":
             token = {"casUrl": self.cas, "exp": int(time.time()) + 3600, "accessToken": "secret"}
-            return self._json(handler, token)
+            names = {"casUrl": "X-Xet-Cas-Url", "exp": "X-Xet-Token-Expiration", "accessToken": "X-Xet-Access-Token"}
+            return self._json(handler, token, **{names[key]: value for key, value in token.items()})
         if "/reconstructions/" in handler.path:  # a store of chunks that says nothing
             self.stalled.wait(60)
         if "/resolve/" in handler.path:
@@ -146,9 +147,11 @@ class Loopback:
         self.files |= {name: content for name, content in there.items() if "/" not in name}  # to be fetched again
         return self._json(handler, {"commitUrl": f"{self.url}/{commit[1]}/commit/{COMMIT}", "commitOid": COMMIT})
 
-    def _json(self, handler, value, status: int = 200) -> None:
+    def _json(self, handler, value, status: int = 200, **headers) -> None:
         content = json.dumps(value).encode()
         handler.send_response(status)
+        for key, text in headers.items():
+            handler.send_header(key, str(text))
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()

@@ -4,12 +4,12 @@ import pytest
 from download_place import A, B, Place
 from loopback_hub import Loopback
 
-from neon_files import transfer
+from neon_files import receive
 
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(transfer, "BACKOFF", 0.01)
+    monkeypatch.setattr(receive, "BACKOFF", 0.01)
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     with Loopback(a__pth=A, b__npz=B) as loopback:

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 from download_place import ROOT, A, B, Place, leftovers
+from huggingface_hub.utils._xet import XET_CONNECTION_INFO_CACHE, XetSessionHolder
+from loopback_hub import COMMIT
 
-from neon_files import streams, transfer
+from neon_files import receive
 from neon_files.downloads import fetch
 from neon_files.errors import UserError
 
@@ -21,7 +23,10 @@ from neon_files.errors import UserError
 def xet(server, tmp_path, monkeypatch):
     """The hub stores a.pth in Xet, with the real library's store of chunks in a folder."""
     hf_xet = pytest.importorskip("hf_xet", reason="a platform without the hub's Xet library")
+    for name, value in {"CLIENT_RETRY_MAX_ATTEMPTS": "1", "CLIENT_RETRY_BASE_DELAY": "10ms"}.items():
+        monkeypatch.setenv(f"HF_XET_{name}", value)
     monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet cache"))
+    monkeypatch.setattr("huggingface_hub.utils._xet._GLOBAL_XET_HOLDER", XetSessionHolder())  # read the variables anew
     server.cas = f"local://{tmp_path / 'chunks'}"
     with hf_xet.XetSession().new_upload_commit(endpoint=server.cas) as commit:
         upload = commit.start_upload_bytes(A, name="a.pth")
@@ -37,10 +42,11 @@ def test_file_in_xet_comes_from_there_and_is_checked(xet):
 
 
 def test_file_in_xet_goes_on_where_http_broke_off(xet, monkeypatch):
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # its variable is read at the import
     xet.server.faults["a.pth"] = [("cut", 300_000)] + [("cut", 0)] * 9
     assert xet.run("a.pth")[0] == 2
-    monkeypatch.delenv("HF_HUB_DISABLE_XET")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    xet.server.faults["a.pth"] = []
     part = xet.a.with_name(".a.pth.part")
     assert part.read_bytes() == A[:300_000]
     part.write_bytes(b"?" + A[1:300_000])  # would not be seen if it started over
@@ -49,22 +55,37 @@ def test_file_in_xet_goes_on_where_http_broke_off(xet, monkeypatch):
     assert xet.run("a.pth")[0] == 0 and xet.a.read_bytes() == A
 
 
-def test_store_of_chunks_that_fails_is_told_and_the_next_run_goes_on(xet, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("Task error"), KeyboardInterrupt()])
+def test_file_in_xet_that_breaks_off_goes_on_over_http(xet, monkeypatch, error):
+    def broken(incomplete_path, **_):
+        incomplete_path.write_bytes(A[:300_000])
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.file_download.xet_get", broken)
+        code, _, _ = xet.run("a.pth")
+    if isinstance(error, KeyboardInterrupt):
+        assert code == 130 and not xet.a.exists() and xet.server.gets() == []
+        code, _, _ = xet.run("a.pth")
+    assert code == 0 and xet.a.read_bytes() == A
+    assert [headers.get("Range") for headers in xet.server.gets()] == ["bytes=300000-"]
+    assert COMMIT in next(path for method, path, _ in xet.server.requests if method == "GET")  # no later version
+
+
+def test_store_of_chunks_that_fails_is_told_and_the_next_run_goes_on(xet):
     good, xet.server.cas = xet.server.cas, "http://127.0.0.1:9"
-    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
-    monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")
     code, _, err = xet.run("a.pth")
     assert code == 2 and "no lasting connection to" in err and "1 of 1 files are not here" in err
     xet.server.cas = good
+    XET_CONNECTION_INFO_CACHE.clear()
     assert xet.run("a.pth")[0] == 0 and xet.a.read_bytes() == A
 
 
 def test_store_of_chunks_that_falls_silent_is_given_up(xet, monkeypatch):
     xet.server.cas = xet.server.url
-    monkeypatch.setattr(transfer, "ATTEMPTS", 2)
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+    monkeypatch.setenv("HF_XET_CLIENT_READ_TIMEOUT", "200ms")
     code, _, err = xet.run("a.pth")
-    assert code == 2 and "no lasting connection to" in err and "(silent for 1 s)" in err
+    assert code == 2 and "no lasting connection to" in err and "error sending request" in err
 
 
 # What is no download: pages in its place, odd settings, file systems without locks
@@ -121,7 +142,7 @@ def test_empty_time_out_means_none_and_an_odd_one_is_named(server, tmp_path, mon
     code, _, err = place.run("a.pth")
     assert code == 2 and f"{name}=soon: not a whole number of seconds; set another or unset it" in err
     monkeypatch.setenv(name, "")
-    assert place.run("a.pth")[0] == 0 and streams.timeout_seconds() == 30
+    assert place.run("a.pth")[0] == 0 and "HF_HUB_DOWNLOAD_TIMEOUT" not in os.environ
 
 
 def test_a_fresh_process_needs_no_torch_and_survives_empty_time_outs(server, tmp_path):
@@ -153,7 +174,6 @@ def test_names_of_240_letters_and_long_urls(server, tmp_path, monkeypatch):
 
 def test_address_that_leads_from_https_to_http_is_refused(monkeypatch, tmp_path):
     response = SimpleNamespace(status_code=200, url=SimpleNamespace(scheme="http"), headers={}, iter_raw=list)
-    session = SimpleNamespace(stream=lambda *_, **__: contextlib.nullcontext(response))
-    monkeypatch.setattr(streams, "hub_client", lambda: SimpleNamespace(get_session=lambda: session))
+    monkeypatch.setattr("huggingface_hub.utils.http_stream_backoff", lambda *_, **__: contextlib.nullcontext(response))
     with pytest.raises(UserError, match="which is not encrypted; not fetched"):
-        transfer.download(streams.Source("https://example.org/a"), tmp_path / "a", "a")
+        receive.download(receive.Source("https://example.org/a"), tmp_path / "a", "a")

@@ -11,7 +11,7 @@ import pytest
 from download_place import ROOT, A, B, Place, leftovers
 from loopback_hub import COMMIT
 
-from neon_files import transfer
+from neon_files import receive
 from neon_files.manifest import NON_COMMERCIAL
 
 
@@ -56,8 +56,14 @@ def test_passing_trouble_of_the_server_is_sat_out(place, fault):
     assert place.run()[0] == 0 and place.good()
 
 
+def test_trouble_of_the_server_that_lasts_is_told(place):
+    place.server.faults["a.pth"] = [("status", 503)] * 9
+    code, _, err = place.run("a.pth")
+    assert code == 2 and "no lasting connection to" in err and "503" in err and len(place.server.gets()) == 5
+
+
 def test_silent_server_is_given_up_and_asked_again(place, monkeypatch):
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1)  # its variable is read at the import
     place.server.faults["a.pth"] = [("stall", 200_000)]
     assert place.run("a.pth")[0] == 0 and place.a.read_bytes() == A
     assert place.server.gets()[-1]["Range"] == "bytes=200000-"
@@ -157,7 +163,7 @@ def killed(*_):
 
 def test_stopped_while_it_is_hashed_then_not_fetched_again(place, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(transfer, "compare", killed)
+        patch.setattr(receive, "compare", killed)
         assert place.run("a.pth")[0] == 130 and not place.a.exists()
     assert place.run("a.pth")[0] == 0 and place.a.read_bytes() == A and len(place.server.gets()) == 1
 
@@ -168,7 +174,7 @@ def test_stopped_before_the_first_byte_of_another_version_nothing_is_spliced(ser
     assert place.run("a.pth")[0] == 2
     server.files["a.pth"], server.faults["a.pth"] = bytes(reversed(A)), []
     with monkeypatch.context() as patch:
-        patch.setattr(transfer, "_copy", killed)
+        patch.setattr(receive, "_copy", killed)
         assert place.run("a.pth")[0] == 130
     assert place.run("a.pth")[0] == 0 and place.a.read_bytes() == bytes(reversed(A))
 
@@ -274,7 +280,7 @@ def test_read_only_folder(place):
 
 def test_full_disk_is_foreseen(place, monkeypatch):
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(receive.shutil, "disk_usage", lambda path: usage)
     code, _, err = place.run("a.pth")
     assert code == 2 and "needs 700,000 bytes" in err and "1,000 are free" in err
 
