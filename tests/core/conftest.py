@@ -12,6 +12,7 @@ def server(monkeypatch):
     monkeypatch.setattr(receive, "BACKOFF", 0.01)
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # as it was when it was imported
     with Loopback(a__pth=A, b__npz=B) as loopback:
         monkeypatch.setenv("HF_ENDPOINT", loopback.url)
         yield loopback

@@ -26,6 +26,7 @@ def xet(server, tmp_path, monkeypatch):
     for name, value in {"CLIENT_RETRY_MAX_ATTEMPTS": "1", "CLIENT_RETRY_BASE_DELAY": "10ms"}.items():
         monkeypatch.setenv(f"HF_XET_{name}", value)
     monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
     monkeypatch.setattr("huggingface_hub.utils._xet._GLOBAL_XET_HOLDER", XetSessionHolder())  # read the variables anew
     server.cas = f"local://{tmp_path / 'chunks'}"
     with hf_xet.XetSession().new_upload_commit(endpoint=server.cas) as commit:
