@@ -19,7 +19,7 @@ from neon_xar.backbone import XARBackbone
 
 README_COMMANDS = [
     line.split("xAR/calculate_fid.py ", 1)[1]
-    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     if line.startswith("PYTHONPATH=xAR torchrun") and "xAR/calculate_fid.py" in line
 ]
 SHORT = ("--images", 16, "--batch_size", 8, "--micro_batch_size", 4, "--lr", 1e-3, "--ramp_images", 16, "--ema_decay",
