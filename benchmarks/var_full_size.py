@@ -17,8 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "VAR")]
 
 import torch
 
-from neon_core.compiling import compile_calls
 from neon_run.backbones import choose_row
+from neon_run.compiling import compile_network
 from neon_var.architectures import ARCHITECTURES, tokenizer
 from neon_var.backbone import VARBackbone
 from neon_var.rows import ROWS
@@ -57,7 +57,7 @@ def main() -> None:
                 float(name.endswith("weight"))
             )
     if args.compile:
-        compile_calls(net.blocks, device, static=False)
+        compile_network(net, net.blocks, device, dynamic=True)
     backbone = VARBackbone(net.eval().requires_grad_(False), vae, kwargs)
     count = sum(p.numel() for p in net.parameters())
     built = f"built in {time.perf_counter() - began:.1f} s ({time.process_time() - cpu_began:.1f} CPU s)"

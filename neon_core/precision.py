@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neon_files.errors import UserError
 
@@ -18,22 +18,24 @@ TF32 = ("none", "conv", "all")  # nowhere, in cuDNN's convolutions (PyTorch's de
 @contextmanager
 def float32_precision(tf32: str) -> Iterator[None]:
     """Inside the block float32 is rounded to TF32 in these places, one of `TF32`, and nowhere else."""
-    flags = {"none": (False, False), "conv": (True, False), "all": (True, True)}[tf32]
-    backends: Any = torch.backends  # whose flags have other names in other versions
-    values: Sequence[bool | str] = flags
-    if hasattr(backends.cudnn, "conv"):  # torch >= 2.9, which objects where the older flags are mixed in
-        places, name = (backends.cudnn.conv, backends.cuda.matmul), "fp32_precision"
-        values = ["tf32" if allowed else "ieee" for allowed in flags]
-    else:
-        places, name = (backends.cudnn, backends.cuda.matmul), "allow_tf32"
-    before = [getattr(place, name) for place in places]
+    allowed = {"none": (False, False), "conv": (True, False), "all": (True, True)}[tf32]
+    switches = float32_switches()
+    before = [getattr(place, name) for place, name in switches]
     try:
-        for place, value in zip(places, values, strict=True):
-            setattr(place, name, value)
+        for (place, name), on in zip(switches, allowed, strict=True):
+            setattr(place, name, on if name == "allow_tf32" else "tf32" if on else "ieee")
         yield
     finally:
-        for place, old in zip(places, before, strict=True):
+        for (place, name), old in zip(switches, before, strict=True):
             setattr(place, name, old)
+
+
+def float32_switches() -> list[tuple[Any, str]]:
+    """Where PyTorch keeps what convolutions and matrix products do with float32: (object, name of its attribute)."""
+    backends: Any = torch.backends
+    if hasattr(backends.cudnn, "conv"):  # torch >= 2.9, which objects where the older names are mixed in
+        return [(backends.cudnn.conv, "fp32_precision"), (backends.cuda.matmul, "fp32_precision")]
+    return [(backends.cudnn, "allow_tf32"), (backends.cuda.matmul, "allow_tf32")]
 
 
 def check_precision(precision: str, flag: str = "--precision", device: torch.device | None = None) -> None:
@@ -79,15 +81,22 @@ def product_layers(net: nn.Module) -> list[nn.Module]:
     return [module for module in net.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
 
 
+def _converted(name: str, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [tensor.to(dtype) for tensor in tensors]
+
+
 @contextmanager
-def weights_as(dtype: torch.dtype | None, layers: Iterable[nn.Module]) -> Iterator[None]:
+def weights_as(
+    dtype: torch.dtype | None, layers: Iterable[nn.Module], convert: Callable[..., list[Tensor]] = _converted
+) -> Iterator[None]:
     """The layers' direct parameters and buffers have `dtype` inside the block (None: unchanged), for a sampling call:
-    autocast keeps its conversions only where a gradient is required, and converts a frozen weight at every use."""
+    autocast keeps its conversions only where a gradient is required, and converts a frozen weight at every use.
+    `convert`(name, tensors, dtype) may keep them at one place for later calls."""
     tensors = [t for layer in layers for t in (*layer.parameters(False), *layer.buffers(False))] if dtype else []
     before = [tensor.data for tensor in tensors]
     try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(dtype)
+        for tensor, data in zip(tensors, convert("weights", before, dtype), strict=True):
+            tensor.data = data
         yield
     finally:
         for tensor, data in zip(tensors, before, strict=True):

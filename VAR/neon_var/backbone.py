@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
-from neon_core.compiling import compile_calls
 from neon_core.distributed import file_hash
 from neon_core.precision import autocast, check_precision, half_on_gpu
 from neon_core.seeds import PerImageRandom
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
+from neon_run.compiling import compile_network
 from neon_var import loss, official, preprocessing
 from neon_var.loading import find_vae, load_vae, load_var
 from neon_var.sampler import BatchNoise, PerImageNoise, decode_images, sample_tokens, to_uint8
@@ -69,7 +69,7 @@ class VARBackbone(Backbone):
         vae_path = find_vae(vae_ckpt)
         vae = load_vae(vae_path, net)
         if compiled:
-            compile_calls(net.blocks, device, static=False)  # keys and values are written in place
+            compile_network(net, net.blocks, device, dynamic=True)
         backbone = cls(net.to(device).eval().requires_grad_(False), vae.to(device), net_kwargs, token_crops, crop)
         backbone.vae_path = vae_path
         return backbone

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neon_core.compiling import compile_calls
 from neon_run.check.numbers import fill, gradient_norms, normal
 from neon_run.check.parts import CheckParts, Make, Outputs
+from neon_run.compiling import compile_network
 from neon_run.row import Row
 from neon_var.architectures import ARCHITECTURES, tokenizer
 from neon_var.backbone import VARBackbone
@@ -59,7 +59,7 @@ def tiny(device: torch.device) -> Outputs:
 
 PARTS = CheckParts(
     untrained=untrained,
-    compile=lambda backbone: compile_calls(backbone.net.blocks, backbone.device, static=False),
+    compile=lambda backbone: compile_network(backbone.net, backbone.net.blocks, backbone.device, dynamic=True),
     tiny=tiny,
     recorded=Path(__file__).with_suffix(".json"),
 )

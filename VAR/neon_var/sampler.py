@@ -151,7 +151,10 @@ def sample_tokens(var: VAR, vae: VQVAE, labels: Tensor, noise: TokenNoise, **set
     """(tokens int64 [B, L] of all scales, their feature map [B, C, P, P])."""
     tokens: list[Tensor] = []
     dtype = autocast_dtype(labels.device)
-    with weights_as(dtype, [*var.autocast_layers(), *product_layers(vae.quantize)]):
+    with (
+        weights_as(dtype, var.autocast_layers(), var.calls.hold),
+        weights_as(dtype, product_layers(vae.quantize)),
+    ):
         for result in sample_scales(var, vae.quantize, labels, noise, **settings):
             tokens, f_hat = [*tokens, result.tokens], result.f_hat
             del result  # before the next scale needs the memory

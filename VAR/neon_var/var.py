@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from neon_core.precision import autocast_dtype, product_layers
+from neon_run.replay import Calls
 
 MAX_LOG_SCALE = math.log(100)  # of the learned attention temperature
 Modulation = tuple[Tensor, ...]  # gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2, each [B, 1, D]
@@ -160,14 +164,21 @@ class Context:
     positions: Tensor  # [1, L, D], level and position embeddings
     modulations: list[Modulation]  # per block
     head_modulation: Modulation
-    caches: list[tuple[Tensor, Tensor]]  # per block: keys, values [B, H, L', c] of all scales but the last
     constants: list[tuple[Tensor, Tensor | None]]  # per block, of its attention
+    caches: list[tuple[Tensor, Tensor]]  # per block: keys, values [B, H, L', c] of all scales but the last
     scale: int = 0  # the next one
     length: int = 0  # tokens of the scales before
+
+    def fixed(self) -> dict[str, Any]:
+        """What no scale changes."""
+        names = ("start_token", "positions", "modulations", "head_modulation", "constants")
+        return {name: getattr(self, name) for name in names}
 
 
 class VAR(nn.Module):
     """Class-conditional next-scale transformer over the tokens of a VQVAE with V codes of width C."""
+
+    calls = Calls()
 
     def __init__(
         self,
@@ -280,10 +291,12 @@ class VAR(nn.Module):
         block_cond = self.block_condition(cond)
         shape = (len(labels), self.num_heads, self.num_tokens - self.sizes[-1], self.width // self.num_heads)
         dtype = autocast_dtype(cond.device) or cond.dtype
-        caches = [tuple(cond.new_empty(shape, dtype=dtype) for _ in "kv") for _ in self.blocks]
+        stores = (self.calls.stores(name, [shape] * self.depth, cond, dtype) for name in ("keys", "values"))
+        caches = list(zip(*stores, strict=True))
         modulations = [block.modulation(block_cond) for block in self.blocks]
         constants = [(bias.to(dtype), scale) for bias, scale in (block.attn.constants() for block in self.blocks)]
-        return Context(cond[:, None], positions, modulations, self.head_nm.modulation(cond), caches, constants)
+        context = Context(cond[:, None], positions, modulations, self.head_nm.modulation(cond), constants, caches)
+        return replace(context, **self.calls.hold("context", context.fixed()))
 
     def next_logits(self, context: Context, following: Tensor | None = None) -> Tensor:
         """Raw logits [B, p_i^2, V] of the context's next scale i.
@@ -291,10 +304,17 @@ class VAR(nn.Module):
         following: the map [b, C, p_i, p_i] that scale i starts from; where b < B, the B sequences share it in turn.
         None at the first scale. No mask: a scale reads itself and everything before.
         """
-        l, start = self.sizes[context.scale], context.length
+        scale, start = context.scale, context.length
+        reads = [x for x in tree_leaves((context.fixed(), context.caches)) if x is not None]
+        logits = self.calls.run(("scale", scale), partial(self._logits, context, scale, start), following, reads=reads)
+        context.scale, context.length = scale + 1, start + self.sizes[scale]
+        return logits
+
+    def _logits(self, context: Context, scale: int, start: int, following: Tensor | None) -> Tensor:
+        l = self.sizes[scale]
         with torch.autocast(context.positions.device.type, enabled=False):
             positions = context.positions[:, start : start + l]
-            if context.scale == 0:
+            if following is None:
                 x = context.start_token + self.pos_start + positions
             else:
                 x = self.word_embed(following.float().flatten(2).transpose(1, 2)) + positions
@@ -302,7 +322,6 @@ class VAR(nn.Module):
         of_blocks = zip(self.blocks, context.modulations, context.caches, context.constants, strict=True)
         for block, modulation, cache, constants in of_blocks:
             x = block(x, modulation=modulation, cache=cache, start=start, constants=constants)
-        context.scale, context.length = context.scale + 1, start + l
         return self.logits(x, context.head_modulation)
 
     def draw_drop_path(self, batch: int, generator: torch.Generator) -> Tensor:

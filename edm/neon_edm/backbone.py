@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
-from neon_core.compiling import compile_calls
 from neon_core.data_order import batched, windowed_shuffle
 from neon_core.precision import PRECISIONS, check_precision
 from neon_core.seeds import PerImageRandom
@@ -25,6 +24,7 @@ from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
 from neon_files.downloads import fetch
 from neon_files.errors import UserError
 from neon_files.image_set import ImageSet
+from neon_run.compiling import compile_network
 
 LABEL_CHUNK = 256  # images whose labels are drawn together; affects memory only
 
@@ -90,7 +90,7 @@ class EDMBackbone(Backbone):
         if augment > 0 and getattr(net.model, "map_augment", None) is None:
             raise UserError(f"{checkpoint}: this network takes no augmentation labels; train it with --augment 0")
         if compiled:
-            compile_calls([net.model], torch.device(device), static=True)
+            compile_network(net, [net.model], torch.device(device), dynamic=False)
         return cls(net, config, device, augment=augmentation(augment) if augment > 0 else None)
 
     @classmethod

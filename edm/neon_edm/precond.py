@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from neon_core.precision import PRECISIONS, weights_as
 from neon_edm.layers import Conv2d, GroupNorm
 from neon_edm.networks import DhariwalUNet, SongUNet
 from neon_edm.perceptron import PixelPerceptron
+from neon_run.replay import Calls
 
 UNETS: dict[str, type[nn.Module]] = {c.__name__: c for c in (SongUNet, DhariwalUNet, PixelPerceptron)}
 
@@ -33,6 +35,7 @@ class Precond(nn.Module, ABC):
 
     sigma_min: float
     sigma_max: float
+    calls = Calls()
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ class Precond(nn.Module, ABC):
         dtype = self.unet_dtype(device)
         layers = [m for m in self.model.modules() if isinstance(m, (Conv2d, GroupNorm))]
         try:
-            with weights_as(None if dtype == torch.float32 else dtype, layers):
+            with weights_as(None if dtype == torch.float32 else dtype, layers, self.calls.hold):
                 yield
         finally:
             self.precision = before
@@ -112,7 +115,8 @@ class Precond(nn.Module, ABC):
 
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
         F_in = (c_in * x).to(dtype)
-        F_x = self.model(F_in, c_noise.flatten(), class_labels=class_labels, **unet_kwargs)
+        unet = partial(self.model, **unet_kwargs)  # tensors among them come in training only
+        F_x = self.calls.run("unet", unet, F_in, c_noise.flatten(), class_labels)
         return c_skip * x + c_out * F_x[:, : self.img_channels].to(torch.float32)
 
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
-from neon_core.compiling import compile_calls
 from neon_core.data_order import batched, windowed_shuffle
 from neon_core.kl_vae import weights_digest
 from neon_core.precision import PRECISIONS, check_precision, half_on_gpu
@@ -28,6 +27,7 @@ from neon_imm.loss import IMMLoss
 from neon_imm.precond import IMMPrecond, build_network
 from neon_imm.sampler import DISCRETIZATIONS, pushforward, restart, time_grid
 from neon_imm.vae_files import DEFAULT_VAE, load_vae, locate_vae
+from neon_run.compiling import compile_network
 
 STATES = {"float32": torch.float32, "float64": torch.float64}
 LABEL_RULES = ("in_order", "balanced")
@@ -85,7 +85,7 @@ class IMMBackbone(Backbone):
             codec = VaeCodec(autoencoder, **statistics, factor=autoencoder.stride)
         net = load_network(read, config).to(device)
         if compiled:
-            compile_network(net, device)
+            compile_imm(net, device)
         return cls(net, codec, IMMLoss(**config["loss"]), config, codec_name)
 
     @property
@@ -313,7 +313,6 @@ def repeated_blocks(net: IMMPrecond) -> list[nn.Module]:
     return list(getattr(net.model, "blocks", []))
 
 
-def compile_network(net: IMMPrecond, device: torch.device) -> None:
-    """In place: on a GPU the whole, whose launches are what is saved; else its blocks, which share one graph."""
-    units = [] if device.type == "cuda" else repeated_blocks(net)
-    compile_calls(units or [net.model], device, static=True)
+def compile_imm(net: IMMPrecond, device: torch.device) -> None:
+    """In place: its blocks, which share one graph, or the U-Net, which has none."""
+    compile_network(net, repeated_blocks(net) or [net.model], device, dynamic=False)

@@ -9,7 +9,7 @@ import torch
 
 from neon_core.kl_vae import AutoencoderKL
 from neon_imm import fashion
-from neon_imm.backbone import IMMBackbone, compile_network
+from neon_imm.backbone import IMMBackbone, compile_imm
 from neon_imm.latents import Codec, RgbCodec, VaeCodec
 from neon_imm.loss import IMMLoss
 from neon_imm.precond import IMMPrecond, build_network
@@ -58,7 +58,7 @@ def tiny(device: torch.device) -> Outputs:
 
 PARTS = CheckParts(
     untrained=untrained,
-    compile=lambda backbone: compile_network(backbone.net, backbone.device),
+    compile=lambda backbone: compile_imm(backbone.net, backbone.device),
     tiny=tiny,
     recorded=Path(__file__).with_suffix(".json"),
 )

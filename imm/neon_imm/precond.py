@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from neon_core.precision import product_layers, weights_as
 from neon_files.errors import UserError
 from neon_imm import songunet
 from neon_imm.dit import DIT_MODELS, DiT
+from neon_run.replay import Calls
 
 F_TYPES = ("identity", "simple_edm", "euler_fm")  # how f(x, t, s) is made from the raw output
 TEMB_TYPES = ("identity", "stride")  # the second time input: s, or t - s
@@ -119,6 +121,8 @@ class IMMPrecond(nn.Module):
     one-hot rows [B, K] or one row [1, K]; an all-zero row, or None, is unconditional.
     """
 
+    calls = Calls()
+
     def __init__(
         self,
         img_resolution: int,
@@ -172,8 +176,8 @@ class IMMPrecond(nn.Module):
         """Inside, every weight is held in the precision that it is used in: for many calls without a gradient."""
         products = [*product_layers(self.model), *(m for m in self.model.modules() if isinstance(m, songunet.Conv))]
         embeddings = [m for m in self.model.modules() if isinstance(m, songunet.Linear)]
-        half = weights_as(PRECISIONS.get(self.mixed_precision), products)
-        with half, weights_as(torch.float64 if embeddings else None, embeddings):
+        half = weights_as(PRECISIONS.get(self.mixed_precision), products, self.calls.hold)
+        with half, weights_as(torch.float64 if embeddings else None, embeddings, self.calls.hold):
             yield
 
     def autocast(self, device: torch.device, force_fp32: bool = False) -> AbstractContextManager:
@@ -189,9 +193,8 @@ class IMMPrecond(nn.Module):
         c_in = (alpha**2 + sigma**2) ** -0.5 / self.sigma_data
         second = (t - s if self.temb_type == "stride" else s) * self.time_scale
         with self.autocast(x.device, force_fp32):
-            return self.model(
-                c_in * x, (t * self.time_scale).flatten(), second.flatten(), class_labels=labels, **kwargs
-            )
+            model = partial(self.model, **kwargs)  # tensors among them come in training only
+            return self.calls.run("model", model, c_in * x, (t * self.time_scale).flatten(), second.flatten(), labels)
 
     def label_rows(self, class_labels: Tensor | None, device: torch.device) -> Tensor | None:
         """float32 [B or 1, K], or None where the model knows no classes."""

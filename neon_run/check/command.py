@@ -44,6 +44,8 @@ def check(rows: tuple[str, ...], compiled: bool, batch_size: int | None, device:
             skipped = {"row": row.id, "skipped": "its backbone brings nothing to `neon check`"}
             report["rows"].append(skipped if parts is None else measure(row, parts, where, effort))
             print0(_line(cells(report["rows"][-1])))
+            if reason := report["rows"][-1].get("compiled", {}).get("error"):
+                print0(f"  not compiled: {reason}")
         worst, difference = max(report["golden"].items(), key=lambda item: item[1])
         wrong = difference > golden.LIMIT
         done = sum("skipped" not in row for row in report["rows"])

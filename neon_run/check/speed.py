@@ -170,14 +170,21 @@ def micro_batch(backbone: Backbone, shape: Sequence[int], size: int, device: tor
 
 
 def _compiled(row: Row, parts: CheckParts, backbone: Backbone, device: torch.device, count: int) -> dict[str, Any]:
-    """The first batch, with the compilation, and a later one."""
+    """The first batch, with the compilation, and a later one, with the memory that all of it reserved."""
+    sample = partial(_sample, row, backbone, count)
+    _reset_peak(device)
     try:
         parts.compile(backbone)
-        first = _seconds(lambda: _sample(row, backbone, count), device)
-        rate = count / _seconds(lambda: _sample(row, backbone, count), device)
+        first = _seconds(sample, device)
+        if device.type == "cuda":
+            sample()  # records the graphs
+        rate = count / _seconds(sample, device)
     except Exception as error:  # of the compiler, which raises many kinds
         return {"error": one_line(error)}
-    return {"first_seconds": first, "images_per_second": sum(gather_objects(rate))}
+    result = {"first_seconds": first, "images_per_second": sum(gather_objects(rate))}
+    if device.type == "cuda":
+        result["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+    return result
 
 
 def hours(row: Row, measured: Mapping[str, Any], device: torch.device) -> dict[str, float | None]:

@@ -7,12 +7,12 @@ import torch
 from edm.conftest import PICO, pico_backbone, pico_net, write_pico
 from torch._dynamo.utils import counters
 
-from neon_core.compiling import compile_calls
 from neon_core.seeds import PerImageRandom
 from neon_edm.backbone import EDMBackbone, augmentation
 from neon_edm.commands import COMMANDS
 from neon_files.checkpoint import write_checkpoint
 from neon_files.errors import UserError
+from neon_run.compiling import compile_network
 from neon_run.merging.files import merge_files
 
 CPU = torch.device("cpu")
@@ -196,7 +196,7 @@ def test_a_compiled_network_gives_the_same_images_from_two_graphs(backbone):
     batches = [[0, 1, 2], [3, 4], [5, 6, 7, 8]]
     plain = [backbone.sample(seeds, backbone.assign_labels(seeds), num_steps=2) for seeds in batches]
     before = counters["stats"]["unique_graphs"]
-    compile_calls([backbone.net.model], torch.device("cpu"), static=True, backend="eager")
+    compile_network(backbone.net, [backbone.net.model], torch.device("cpu"), dynamic=False, backend="eager")
     for seeds, images in zip(batches, plain, strict=True):
         assert torch.equal(backbone.sample(seeds, backbone.assign_labels(seeds), num_steps=2), images)
     assert counters["stats"]["unique_graphs"] == before + 2

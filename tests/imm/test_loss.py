@@ -16,10 +16,10 @@ class Recorder(IMMPrecond):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.calls = []
+        self.seen = []
 
     def forward(self, x, t, s, class_labels=None, force_fp32=False, **kwargs):
-        self.calls.append(
+        self.seen.append(
             {"x": x, "t": t, "s": s, "labels": class_labels, "fp32": force_fp32, "grad": torch.is_grad_enabled()}
         )
         return super().forward(x, t, s, class_labels, force_fp32, **kwargs)
@@ -39,7 +39,7 @@ def test_student_and_teacher_get_what_the_paper_says():
     net = randomised(Recorder(**LATENT)).train().requires_grad_(True)
     labels = torch.nn.functional.one_hot(torch.arange(6), 10).float()
     loss, logs = LOSS.from_draws(net, torch.randn(6, 4, 8, 8), labels, **draws())
-    student, teacher = net.calls
+    student, teacher = net.seen
     assert student["grad"] and not teacher["grad"] and teacher["fp32"] and not student["fp32"]
     assert torch.equal(student["s"], teacher["s"])
     t, r, s = student["t"].flatten(), teacher["t"].flatten(), student["s"].flatten()

@@ -5,10 +5,10 @@ import torch
 from imm.reference_path import sample
 from imm.tiny import LATENT, PIXEL, randomised
 
-from neon_core.compiling import compile_calls
 from neon_files.errors import UserError
 from neon_imm.precond import IMMPrecond, build_network
 from neon_imm.sampler import pushforward, time_grid
+from neon_run.compiling import compile_network
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_compiled_blocks_give_the_same_numbers_under_the_same_names(net):
     with torch.no_grad():
         exact = net.cfg_forward(x, t, s, labels, 1.5)
         names = list(net.state_dict())
-        compile_calls(net.model.blocks, x.device, static=True, backend="eager")
+        compile_network(net, net.model.blocks, x.device, dynamic=False, backend="eager")
         torch.testing.assert_close(net.cfg_forward(x, t, s, labels, 1.5), exact, rtol=1e-4, atol=1e-4)
     assert list(net.state_dict()) == names
 

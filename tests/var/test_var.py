@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 from var.tiny import PATCH_NUMS, random_tokens, tiny_vae, tiny_var
 
-from neon_core.compiling import compile_calls
+from neon_run.compiling import compile_network
 from neon_var.var import VAR
 
 SIZES = [p * p for p in PATCH_NUMS]
@@ -53,7 +53,7 @@ def test_half_precision_autocast_stays_close_to_float32():
 @torch.no_grad()
 def test_compiled_blocks_give_the_same_logits_from_the_same_graphs_for_a_smaller_batch():
     plain, compiled = tiny_var(depth=2), tiny_var(depth=2)
-    compile_calls(compiled.blocks, torch.device("cpu"), static=False, backend="eager")
+    compile_network(compiled, compiled.blocks, torch.device("cpu"), dynamic=True, backend="eager")
     assert list(compiled.state_dict()) == list(plain.state_dict())
     graphs = []
     for labels in (torch.tensor([3, 5, 1]), torch.tensor([3, 5])):

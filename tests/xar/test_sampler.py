@@ -6,9 +6,9 @@ from torch._dynamo.utils import counters
 from xar.pico import pico_net, pico_vae
 from xar.reference_path import sample_latents_plainly
 
-from neon_core.compiling import compile_calls
 from neon_core.seeds import PerImageRandom
 from neon_files.errors import UserError
+from neon_run.compiling import compile_network
 from neon_xar.backbone import XARBackbone
 from neon_xar.flow import euler_maruyama, sde_times, time_index
 from neon_xar.sampler import sample_latents
@@ -95,7 +95,7 @@ def test_compiled_blocks_give_the_same_latents_and_stay_compiled():
     net, keys, graphs = pico_net(), list(pico_net().state_dict()), []
     draw = lambda: (net, torch.tensor([0, 1]), 3, 2.0, PerImageRandom([0, 1]).randn)  # noqa: E731
     exact = sample_latents(*draw())
-    compile_calls(net.blocks, torch.device("cpu"), static=False, backend="eager")
+    compile_network(net, net.blocks, torch.device("cpu"), dynamic=True, backend="eager")
     for _ in range(2):
         assert torch.allclose(sample_latents(*draw()), exact, atol=1e-5)
         graphs.append(counters["stats"]["unique_graphs"])

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from neon_core.backbone import Backbone
-from neon_core.compiling import compile_calls
 from neon_core.kl_vae import AutoencoderKL, to_ldm_names, weights_digest
 from neon_core.precision import autocast, check_precision, half_on_gpu
 from neon_core.seeds import PerImageRandom
 from neon_files.checkpoint import Checkpoint, load_strict, read_checkpoint
 from neon_files.errors import UserError
+from neon_run.compiling import compile_network
 from neon_xar.flow import MIN_STEPS
 from neon_xar.loss import draw_randomness, velocity_loss
 from neon_xar.official import official_labels
@@ -203,7 +203,7 @@ def load_net(
     load_strict(net, weights)
     net = net.to(device).eval().requires_grad_(False)
     if compiled:
-        compile_calls(net.blocks, device, static=False)  # keys and values are written in place
+        compile_network(net, net.blocks, device, dynamic=True)
     return net
 
 

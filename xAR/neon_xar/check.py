@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from neon_core.compiling import compile_calls
 from neon_core.kl_vae import AutoencoderKL
 from neon_run.check.numbers import Draws, fill, gradient_norms
 from neon_run.check.parts import CheckParts, Make, Outputs
+from neon_run.compiling import compile_network
 from neon_run.row import Row
 from neon_xar.backbone import XARBackbone
 from neon_xar.loss import Randomness, velocity_loss
@@ -51,7 +51,7 @@ def tiny(device: torch.device) -> Outputs:
 
 PARTS = CheckParts(
     untrained=untrained,
-    compile=lambda backbone: compile_calls(backbone.net.blocks, backbone.net.mask.device, static=False),
+    compile=lambda backbone: compile_network(backbone.net, backbone.net.blocks, backbone.net.mask.device, dynamic=True),
     tiny=tiny,
     recorded=Path(__file__).with_suffix(".json"),
 )

@@ -29,7 +29,7 @@ def sample_latents(net: XAR, labels: Tensor, num_steps: int, cfg: float, draw: D
     """
     if num_steps < MIN_STEPS:
         raise ValueError(f"num_steps {num_steps}: at least {MIN_STEPS} steps are needed")
-    with weights_as(autocast_dtype(labels.device), product_layers(net)):
+    with weights_as(autocast_dtype(labels.device), product_layers(net), net.calls.hold):
         return from_cells(torch.cat(_cells(net, labels, num_steps, cfg, draw), dim=1))
 
 

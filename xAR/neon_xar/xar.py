@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from neon_core.precision import autocast_dtype
+from neon_run.replay import Calls
 
 GRID = 16  # latent positions of the published networks, each way
 CELLS = 4  # 2 x 2 of them, of g/2 x g/2 positions each
@@ -206,6 +208,8 @@ class XAR(nn.Module):
     Raises ValueError where the image is not `grid` latents wide, the grid has no 2x2 cells, or the widths differ.
     """
 
+    calls = Calls()
+
     def __init__(
         self,
         img_size: int = 256,
@@ -282,13 +286,9 @@ class XAR(nn.Module):
         """An empty cache for `rows` sequences, in the dtype in which attention runs (autocast's, where it is on)."""
         weight = self.pred.weight
         dtype = autocast_dtype(weight.device) or weight.dtype
-
-        def stores() -> list[Tensor]:
-            tokens = self.grid**2
-            shapes = [(rows, b.attn.heads, tokens, b.attn.proj.in_features // b.attn.heads) for b in self.blocks]
-            return [torch.empty(shape, dtype=dtype, device=weight.device) for shape in shapes]
-
-        return Cache(keys=stores(), values=stores())
+        shapes = [(rows, b.attn.heads, self.grid**2, b.attn.proj.in_features // b.attn.heads) for b in self.blocks]
+        keys, values = (self.calls.stores(name, shapes, weight, dtype) for name in ("keys", "values"))
+        return Cache(keys, values)
 
     def forward(self, tokens: Tensor, labels: Tensor, k: Tensor) -> Tensor:
         """Velocity of all tokens [B, g g, C] in one masked pass, as in training; integer times k [B, 4] per cell."""
@@ -303,7 +303,15 @@ class XAR(nn.Module):
         first = self.cell_tokens * (cell + 1) - L
         if first > (cache.length if cache else 0):
             raise ValueError(f"cell {cell} needs {first} cached tokens, the cache holds {cache.length if cache else 0}")
-        here = slice(first, first + L)
+        stores = [*cache.keys, *cache.values] if cache else []
+        work = partial(self._velocity, first=first, cache=cache)
+        v = self.calls.run(("velocity", first, bool(cache)), work, tokens, condition, reads=stores)
+        if cache:
+            cache.length = first + L - self.cell_tokens
+        return v
+
+    def _velocity(self, tokens: Tensor, condition: Tensor, first: int, cache: Cache | None) -> Tensor:
+        here = slice(first, first + tokens.shape[1])
         # One cell alone sees everything that there is.
         mask = self.mask[:, :, here, : here.stop] if condition.shape[1] > 1 else None
         active = None  # one SiLU for all blocks, unless autograd would add up their gradients before it
@@ -315,8 +323,6 @@ class XAR(nn.Module):
             if number == len(self.encoder_blocks):
                 x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_pos_embed_learned[:, here]
             x = block(x, condition, first, mask, cached, active)
-        if cache:
-            cache.length = first + L - self.cell_tokens
         return self.pred(self.decoder_norm(x))
 
 
