@@ -3,6 +3,7 @@
 Imports that take seconds stand in the fixtures: xdist's controller reads this file and runs no test.
 """
 
+import os
 import re
 import signal
 import textwrap
@@ -18,7 +19,14 @@ GOLDEN_DATA = Path(__file__).parent / "golden" / "data"
 
 
 def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="use the GPU, where a test can; without it none is seen")
     parser.addoption("--golden-root", default=str(GOLDEN_DATA), help="folder of <part>/cases.json with their arrays")
+
+
+def pytest_configure(config):
+    """Before torch is imported, and for the processes that tests start: their numbers are those of a CPU."""
+    if not config.getoption("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -153,7 +153,7 @@ def _training(row: Row, backbone: Backbone, device: torch.device, shape: Sequenc
         _reset_peak(device)
         seconds = _seconds(lambda: run.step([batch]), device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    backbone.net.eval().requires_grad_(False)
+    backbone.net.eval().requires_grad_(False).zero_grad()  # half-precision weights beside them cannot be compiled
     slowest = max(gather_objects(seconds))
     return {"images": size, "images_per_second": size * world_size() / slowest, "peak_bytes": peak}
 
