@@ -1,11 +1,13 @@
 """Downloads: files in Xet, pages in place of files, odd settings, names and addresses."""
 
+import _thread
 import contextlib
 import errno
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,6 +89,20 @@ def test_store_of_chunks_that_falls_silent_is_given_up(xet, monkeypatch):
     monkeypatch.setenv("HF_XET_CLIENT_READ_TIMEOUT", "200ms")
     code, _, err = xet.run("a.pth")
     assert code == 2 and "no lasting connection to" in err and "error sending request" in err
+
+
+def test_ctrl_c_is_heard_while_the_store_of_chunks_is_silent(xet):
+    xet.server.cas = xet.server.url
+
+    def interrupt():
+        xet.server.wait_for(lambda: xet.server.gets("/reconstructions/"))
+        _thread.interrupt_main()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    code, _, err = xet.run("a.pth")
+    thread.join()
+    assert code == 130 and "the same command continues" in err
 
 
 # What is no download: pages in its place, odd settings, file systems without locks
