@@ -87,7 +87,7 @@ class Backbone(Protocol):
         """JSON: {"class": name, "kwargs": constructor arguments}. Stored in the checkpoints that we write."""
         ...
 
-    # Defaults that most backbones keep.
+    # Defaults that most backbones keep. Without `return` an empty body is abstract to type checkers.
 
     @classmethod
     def frozen_files(cls, checkpoint: Path, **options: Any) -> dict[str, Path]:
@@ -98,9 +98,11 @@ class Backbone(Protocol):
     @classmethod
     def check_settings(cls, **settings: Any) -> None:
         """UserError for sampler settings that no network of this kind can use. Called before anything is loaded."""
+        return
 
     def check_network(self, **settings: Any) -> None:
         """UserError for sampler settings that this network cannot use."""
+        return
 
     def arrays(self, **settings: Any) -> bool:
         """Whether `sample` gives numbers [B, C, H, W], uint8 or float32, and no pictures: they are kept as .npy."""
@@ -113,6 +115,7 @@ class Backbone(Protocol):
 
     def check_set(self, images: ImageSet) -> None:
         """UserError where the network cannot be trained on this set: sizes, channels, labels."""
+        return
 
     def file_order(self, labels: Tensor | None) -> np.ndarray | None:
         """int64 [N]: images of a run with `labels` in the order in which the official evaluation reads them, which the

@@ -21,7 +21,7 @@ from neon_files.image_set import ImageSet
 from neon_run.compiling import compile_network
 from neon_var import loss, official, preprocessing
 from neon_var.loading import find_vae, load_vae, load_var
-from neon_var.sampler import BatchNoise, PerImageNoise, decode_images, sample_tokens, to_uint8
+from neon_var.sampler import BatchNoise, PerImageNoise, TokenNoise, decode_images, sample_tokens, to_uint8
 from neon_var.var import VAR
 from neon_var.vqvae import VQVAE
 
@@ -191,12 +191,13 @@ class VARBackbone(Backbone):
         precision "auto": float16 on CUDA, as the official evaluation, and float32 on the CPU. `decoder_precision` is of
         the VQVAE's decoder; "auto": as `precision`.
         """
-        precisions = {"precision": precision, "decoder_precision": decoder_precision}
+        precisions: dict[str, Any] = {"precision": precision, "decoder_precision": decoder_precision}
         self.check_settings(cfg=cfg, top_k=top_k, top_p=top_p, temperature=temperature, **precisions)
         self.check_network(top_k=top_k)
         device = self.device
         labels = self.assign_labels(seeds, official_seeds=official_seeds) if labels is None else labels
         labels = torch.where(labels < 0, self.num_classes, labels).to(device)
+        noise: TokenNoise
         if official_seeds:
             noise = BatchNoise(torch.Generator(device).manual_seed(seeds[0]))
         else:

@@ -49,7 +49,8 @@ def tiny(device: torch.device) -> Outputs:
     net, vae = fill(VAR(**TINY)).eval().to(device), fill(VQVAE(**TINY_TOKENIZER)).eval().to(device)
     labels = torch.tensor([3, 7], device=device)
     with torch.no_grad():
-        scales = list(sample_scales(net, vae.quantize, labels, FixedTokens(), cfg=2.0, top_k=40, top_p=0.9))
+        tokens_only: Any = FixedTokens()
+        scales = list(sample_scales(net, vae.quantize, labels, tokens_only, cfg=2.0, top_k=40, top_p=0.9))
         image = vae.decode(scales[-1].f_hat)
     tokens = [scale.tokens for scale in scales]
     logits = net(labels, vae.quantize.teacher_input(tokens))

@@ -84,7 +84,7 @@ def find_vae(path: str | Path | None) -> Path:
 
 
 def _checkpoint_config(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
-    config = checkpoint.config
+    config = checkpoint.config or {}
     if config.get("class") != name:
         raise UserError(f"{checkpoint.path}: holds a {config.get('class')}, not a {name}")
     kwargs = dict(config["kwargs"])

@@ -30,7 +30,8 @@ def token_loss(
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
     """Two optimizer groups: matrices with decay; vectors, biases and position-like tables without."""
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             free = parameter.dim() <= 1 or name.endswith("bias") or any(part in name for part in UNDECAYED)

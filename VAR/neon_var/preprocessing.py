@@ -5,6 +5,8 @@ VAR was trained on crops of larger images, so its samples are enlarged before th
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -41,7 +43,7 @@ def enlarge_batch(images: Tensor, resolution: int) -> Tensor:
 def random_crops(images: Tensor, resolution: int, generator: torch.Generator) -> Tensor:
     """[B, C, resolution, resolution], each image cut at a random place, uniform over all places."""
     height, width = images.shape[-2:]
-    place = {"size": (len(images),), "generator": generator, "device": generator.device}
+    place: dict[str, Any] = {"size": (len(images),), "generator": generator, "device": generator.device}
     top = torch.randint(0, height - resolution + 1, **place).to(images.device)
     left = torch.randint(0, width - resolution + 1, **place).to(images.device)
     steps = torch.arange(resolution, device=images.device)

@@ -87,6 +87,7 @@ class MultiScaleQuantizer(nn.Module):
         def phi() -> nn.Module:
             return ResidualConv(Cvae, quant_resi) if abs(quant_resi) > 1e-6 else nn.Identity()
 
+        self.quant_resi: _OnePhi | _SharedPhi | nn.ModuleList
         if share_quant_resi == 1:
             self.quant_resi = _OnePhi(phi())
         elif share_quant_resi == 0:
@@ -99,7 +100,7 @@ class MultiScaleQuantizer(nn.Module):
         """Index of the convolution of scale `scale` where `num_scales` are in use."""
         return 0 if self.share == 1 else phi_index(scale, num_scales, len(self._phis()))
 
-    def _phis(self) -> Sequence[nn.Module]:
+    def _phis(self) -> list[nn.Module] | nn.ModuleList:
         if isinstance(self.quant_resi, _OnePhi):
             return [self.quant_resi.qresi]
         return self.quant_resi.qresi_ls if isinstance(self.quant_resi, _SharedPhi) else self.quant_resi
@@ -128,7 +129,7 @@ class MultiScaleQuantizer(nn.Module):
         `patch_nums` replaces the model's scales; the last must be the size of f.
         """
         sides = [_pair(p) for p in (patch_nums or self.patch_nums)]
-        size = tuple(f.shape[-2:])
+        size = (f.shape[-2], f.shape[-1])
         if sides[-1] != size:
             raise ValueError(f"the last scale {sides[-1]} must be the size of the feature map {size}")
         rest, f_hat = f.detach().float(), torch.zeros_like(f, dtype=torch.float32)
@@ -150,7 +151,7 @@ class MultiScaleQuantizer(nn.Module):
 
         The second is f_hat itself after the last scale, else f_hat averaged down to the next side.
         """
-        f_hat = f_hat + self.contribution(scale, h, tuple(f_hat.shape[-2:]))
+        f_hat = f_hat + self.contribution(scale, h, (f_hat.shape[-2], f_hat.shape[-1]))
         if scale == len(self.patch_nums) - 1:
             return f_hat, f_hat
         return f_hat, F.adaptive_avg_pool2d(f_hat, self.patch_nums[scale + 1])

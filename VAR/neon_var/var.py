@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ Modulation = tuple[Tensor, ...]  # gamma1, gamma2, 1 + scale1, 1 + scale2, shift
 
 class SelfAttention(nn.Module):
     """Multi-head attention; with `l2_norm` over directions, at a learned temperature per head."""
+
+    zero_k_bias: Tensor  # [D]
 
     def __init__(self, width: int, num_heads: int, l2_norm: bool):
         super().__init__()
@@ -59,7 +61,7 @@ class SelfAttention(nn.Module):
         bias, temperature = constants or self.constants()
         qkv = F.linear(x, self.mat_qkv.weight, bias).view(B, l, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, l, c]
-        if self.l2_norm:
+        if temperature is not None:
             q = (F.normalize(q, dim=-1) * temperature).to(v.dtype)
             k = F.normalize(k, dim=-1).to(v.dtype)
         if cache is not None:
@@ -127,7 +129,10 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, l, D] -> [B, l, D]. `modulation` spares its computation from `cond`, `constants` that of the
         attention's; `keep` [2, B] drops branches."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation or self.modulation(cond)
+        if modulation is None:
+            assert cond is not None
+            modulation = self.modulation(cond)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         keep_attn, keep_ffn = (None, None) if keep is None else keep
 
         def norm(x: Tensor) -> Tensor:
@@ -179,6 +184,8 @@ class VAR(nn.Module):
     """Class-conditional next-scale transformer over the tokens of a VQVAE with V codes of width C."""
 
     calls = Calls()
+    lvl_1L: Tensor  # [1, L], the scale of every token
+    attn_bias_for_masking: Tensor  # [1, 1, L, L], added
 
     def __init__(
         self,
@@ -241,7 +248,10 @@ class VAR(nn.Module):
     @property
     def drop_path_blocks(self) -> list[int]:
         """The blocks that stochastic depth touches (never the first)."""
-        return [i for i, block in enumerate(self.blocks) if block.drop_path > 0]
+        return [i for i, block in enumerate(self._blocks()) if block.drop_path > 0]
+
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))  # a ModuleList tells types nothing of its items
 
     def forward(
         self,
@@ -293,8 +303,8 @@ class VAR(nn.Module):
         dtype = autocast_dtype(cond.device) or cond.dtype
         stores = (self.calls.stores(name, [shape] * self.depth, cond, dtype) for name in ("keys", "values"))
         caches = list(zip(*stores, strict=True))
-        modulations = [block.modulation(block_cond) for block in self.blocks]
-        constants = [(bias.to(dtype), scale) for bias, scale in (block.attn.constants() for block in self.blocks)]
+        modulations = [block.modulation(block_cond) for block in self._blocks()]
+        constants = [(bias.to(dtype), scale) for bias, scale in (block.attn.constants() for block in self._blocks())]
         context = Context(cond[:, None], positions, modulations, self.head_nm.modulation(cond), constants, caches)
         return replace(context, **self.calls.hold("context", context.fixed()))
 
@@ -326,7 +336,7 @@ class VAR(nn.Module):
 
     def draw_drop_path(self, batch: int, generator: torch.Generator) -> Tensor:
         """`drop_path_keep` of a step: independent draws for each image and branch."""
-        rates = torch.tensor([self.blocks[i].drop_path for i in self.drop_path_blocks], device=generator.device)
+        rates = torch.tensor([b.drop_path for b in self._blocks() if b.drop_path > 0], device=generator.device)
         uniform = torch.rand(2 * len(rates), batch, generator=generator, device=generator.device)
         return (uniform >= rates.repeat_interleave(2)[:, None]).float()
 
@@ -345,12 +355,14 @@ class VAR(nn.Module):
                 scale = math.sqrt(1 / self.width) if name.endswith("ada_gss") else std
                 parameter.normal_(0, scale, generator=generator)
         self.head.weight.mul_(0.02)
-        self.head_nm.ada_lin[1].weight.mul_(adaln)
-        for block in self.blocks:
+        self.head_nm.ada_lin[1].get_parameter("weight").mul_(adaln)
+        for block in self._blocks():
             block.attn.proj.weight.div_(math.sqrt(2 * self.depth))
             block.ffn.fc2.weight.div_(math.sqrt(2 * self.depth))
-            gates = block.ada_gss[:, :, :2] if hasattr(block, "ada_gss") else block.ada_lin[1].weight[: 2 * self.width]
-            rest = block.ada_gss[:, :, 2:] if hasattr(block, "ada_gss") else block.ada_lin[1].weight[2 * self.width :]
+            if hasattr(block, "ada_gss"):
+                gates, rest = block.ada_gss[:, :, :2], block.ada_gss[:, :, 2:]
+            else:
+                gates, rest = block.ada_lin[1].get_parameter("weight").tensor_split([2 * self.width])
             gates.mul_(gamma)
             rest.mul_(adaln)
         return self

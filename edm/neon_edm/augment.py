@@ -279,4 +279,6 @@ def margins(M: Tensor, height: int, width: int) -> tuple[int, int, int, int]:
     reached = M @ corners.T  # [B, 3, 4]
     sides = torch.stack([-reached[:, 0], -reached[:, 1], reached[:, 0], reached[:, 1]]).amax(dim=(1, 2))  # [4]
     margin = sides + M.new_tensor([2 * REACH - cx, 2 * REACH - cy] * 2)
-    return tuple(int(m) for m in margin.clamp(min=0).minimum(M.new_tensor([width - 1, height - 1] * 2)).ceil())
+    most = M.new_tensor([width - 1, height - 1] * 2)
+    left, top, right, bottom = (int(m) for m in margin.clamp(min=0).minimum(most).ceil())
+    return left, top, right, bottom

@@ -48,7 +48,7 @@ class EDMBackbone(Backbone):
         self.device = torch.device(device)
         # Channels last suits the convolutions of tensor cores; on the CPU it gains nothing.
         self.memory_format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        self.net = net.to(self.device, memory_format=self.memory_format).eval().requires_grad_(False)
+        self.net = net.to(self.device).to(memory_format=self.memory_format).eval().requires_grad_(False)
         self.config = config
         self.loss = LOSSES.get(type(net).__name__, EDMLoss)() if loss is None else loss
         self.augment = augment

@@ -41,7 +41,8 @@ def untrained(row: Row, device: torch.device, make: Make) -> EDMBackbone:
     net = make(build_network, config["class"], config["kwargs"], memory_format=torch.channels_last)
     augment = row.load_training.get("augment", 0)
     options = {"augment": augmentation(augment)} if augment else {}
-    return row.backbone(net, config, device, **options)  # type: ignore[call-arg]
+    backbone: Any = row.backbone  # EDMBackbone or one derived from it
+    return backbone(net, config, device, **options)
 
 
 def tiny(device: torch.device) -> Outputs:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neon_edm.backbone import EDMBackbone
 from neon_edm.loss import EDMLoss
-from neon_edm.precond import Precond, build_network
+from neon_edm.precond import EDMPrecond, Precond, build_network
 from neon_edm.sampler import Denoiser
 
 
@@ -24,7 +24,8 @@ class Guided:
         self.net, self.guidance = net, guidance
         self.sigma_min, self.sigma_max, self.round_sigma = net.sigma_min, net.sigma_max, net.round_sigma
 
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None) -> Tensor:
+        assert class_labels is not None
         both = torch.cat([class_labels, torch.zeros_like(class_labels)])
         labelled, free = self.net(x.repeat(2, 1, 1, 1), sigma, both).chunk(2)
         return free + self.guidance * (labelled - free)
@@ -44,6 +45,7 @@ class GuidedBackbone(EDMBackbone):
     guidance = 1.0  # of the sampler
 
     def __init__(self, net: Precond, config: dict[str, Any], device: torch.device | str = "cpu", **options: Any):
+        assert isinstance(net, EDMPrecond)
         super().__init__(net, config, device, loss=EDMLoss(sigma_data=net.sigma_data), **options)
 
     @classmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,7 @@ class Conv2d(nn.Module):
             self.bias = nn.Parameter(random_values((out_channels,), init["mode"], *fans) * init["bias"])
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         low_pass = torch.outer(taps, taps)[None, None] / taps.sum() ** 2  # [1, 1, L, L]
+        self.resample_filter: Tensor  # with `up` or `down`, else None
         self.register_buffer("resample_filter", low_pass if up or down else None)
         self.kernel_pad = kernel // 2
         self.filter_pad = (len(taps) - 1) // 2
@@ -167,7 +169,7 @@ class UNetBlock(nn.Module):
         self.num_heads = 0
         if attention:
             self.num_heads = out_channels // channels_per_head if num_heads is None else num_heads
-        resample = {"up": up, "down": down, "resample_filter": resample_filter}
+        resample: dict[str, Any] = {"up": up, "down": down, "resample_filter": resample_filter}
 
         self.norm0 = GroupNorm(in_channels, eps)
         self.conv0 = Conv2d(in_channels, out_channels, kernel=3, init=init, **resample)
@@ -217,6 +219,8 @@ class PositionalEmbedding(nn.Module):
 
 class FourierEmbedding(nn.Module):
     """[B] -> [cos(2 pi f x), sin(2 pi f x)], [B, num_channels]; f, `scale` times normal draws, is a buffer."""
+
+    freqs: Tensor
 
     def __init__(self, num_channels: int, scale: float = 16):
         super().__init__()

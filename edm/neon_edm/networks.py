@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neon_edm.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock
+from neon_edm.layers import Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, UNetBlock
 
 AuxLayers = Callable[[int, int, int], dict[str, nn.Module]]  # (level, resolution, width) -> layers of the image pyramid
 
@@ -122,9 +123,9 @@ class SongUNet(nn.Module):
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
         widths = [model_channels * mult for mult in channel_mult]
-        init = {"mode": "xavier_uniform"}
+        init: Init = {"mode": "xavier_uniform"}
         init_zero = {"mode": "xavier_uniform", "weight": 1e-5}
-        init_attn = {"mode": "xavier_uniform", "weight": math.sqrt(0.2)}
+        init_attn: Init = {"mode": "xavier_uniform", "weight": math.sqrt(0.2)}
 
         def block(width_in: int, width_out: int, **kwargs) -> UNetBlock:
             return UNetBlock(
@@ -133,6 +134,7 @@ class SongUNet(nn.Module):
                 init=init, init_zero=init_zero, init_attn=init_attn, **kwargs,
             )  # fmt: skip
 
+        self.map_noise: PositionalEmbedding | FourierEmbedding
         if embedding_type == "positional":
             self.map_noise = PositionalEmbedding(noise_channels, endpoint=True)
         else:
@@ -145,7 +147,7 @@ class SongUNet(nn.Module):
         pyramid_channels = [in_channels]  # of the residual encoder, level by level
 
         def encoder_aux(level: int, res: int, width: int) -> dict[str, nn.Module]:
-            resample = {"down": True, "resample_filter": resample_filter}
+            resample: dict[str, Any] = {"down": True, "resample_filter": resample_filter}
             if encoder_type == "skip":
                 return {
                     f"{res}x{res}_aux_down": Conv2d(in_channels, in_channels, kernel=0, **resample),
@@ -184,6 +186,7 @@ class SongUNet(nn.Module):
         cos, sin = self.map_noise(noise_labels).chunk(2, dim=1)
         e = torch.cat([sin, cos], dim=1)  # the published networks were trained with the halves swapped
         if self.map_label is not None:
+            assert class_labels is not None
             if self.training and self.label_dropout:
                 class_labels = drop_labels(class_labels, batch_size, self.label_dropout)
             e = e + self.map_label(class_labels * math.sqrt(self.map_label.weight.shape[1]))
@@ -215,7 +218,8 @@ class SongUNet(nn.Module):
                 x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
                 left.append(x)
 
-        image = normed = None
+        image: Tensor | None = None
+        normed = x
         for name, layer in self.dec.items():
             role = name.partition("_")[2]
             if role == "aux_up":
@@ -227,6 +231,7 @@ class SongUNet(nn.Module):
                 image = out if image is None else out + image
             else:
                 x = layer(torch.cat([x, left.pop()], dim=1) if layer.in_channels != x.shape[1] else x, emb)
+        assert image is not None, "the last layer makes it"
         return image
 
 
@@ -285,6 +290,7 @@ class DhariwalUNet(nn.Module):
             e = e + self.map_augment(augment_labels)
         e = self.map_layer1(F.silu(self.map_layer0(e)))
         if self.map_label is not None:
+            assert class_labels is not None
             if self.training and self.label_dropout:
                 class_labels = drop_labels(class_labels, batch_size, self.label_dropout)
             e = e + self.map_label(class_labels)

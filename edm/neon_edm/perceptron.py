@@ -51,6 +51,7 @@ class PixelPerceptron(nn.Module):
         self.out_shape = (out_channels, img_resolution, img_resolution)
         self.label_dropout = label_dropout
         # 16 frequencies from 1/4 to 16: c_noise = ln(sigma) / 4 lies within +-1.6 over the sampler's range.
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.logspace(-2, 4, num_frequencies, base=2.0))
         self.map_layer0 = nn.Linear(2 * num_frequencies, emb_width)
         self.map_layer1 = nn.Linear(emb_width, emb_width)

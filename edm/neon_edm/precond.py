@@ -164,7 +164,10 @@ class VPPrecond(Precond):
     ):
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, **unet_kwargs)
         self.beta_d, self.beta_min, self.M, self.epsilon_t = beta_d, beta_min, M, epsilon_t
-        on_cpu = {"dtype": torch.float32, "device": "cpu"}  # also where the network itself is built on the meta device
+        on_cpu: dict[str, Any] = {
+            "dtype": torch.float32,
+            "device": "cpu",
+        }  # also where the network itself is built on the meta device
         self.sigma_min = float(self.sigma(torch.tensor(epsilon_t, **on_cpu)))
         self.sigma_max = float(self.sigma(torch.tensor(1.0, **on_cpu)))
 

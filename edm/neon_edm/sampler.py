@@ -67,6 +67,8 @@ def edm_sampler(
     range; never if S_churn is 0. The state is float64, the network computes in its own precision.
     Calls the network 2 num_steps - 1 times. Raises UserError if num_steps < 2.
     """
+    if S_churn > 0 and noise is None:
+        raise ValueError("S_churn above 0 needs `noise`")
     t = time_steps(net, num_steps, sigma_min, sigma_max, rho, latents.device)
     churned = ((t[:-1] >= S_min) & (t[:-1] <= S_max)).to(torch.float64)
     gamma = min(S_churn / num_steps, math.sqrt(2) - 1) * churned
@@ -79,7 +81,7 @@ def edm_sampler(
     for i in range(num_steps):
         # A little more noise: from level t_i up to t^_i.
         x_hat = x_next
-        if S_churn > 0:
+        if S_churn > 0 and noise is not None:
             x_hat = x_next + (t_hat[i] ** 2 - t[i] ** 2).sqrt() * S_noise * noise()
         # Euler step from t^_i to t_{i+1}.
         d = slope(x_hat, t_hat[i])

@@ -72,9 +72,10 @@ class IMMBackbone(Backbone):
         config = full_config(read, network or {}, latent, loss or IMMLoss())
         changes = {"k": k, "matrix_size": matrix_size}
         config["loss"] = {**config["loss"], **{name: value for name, value in changes.items() if value is not None}}
-        codec_name, codec = "", RgbCodec(config["kwargs"]["img_channels"])
+        codec_name = ""
+        codec: Codec = RgbCodec(config["kwargs"]["img_channels"])
         if config["codec"]["kind"] == "vae":
-            autoencoder = load_vae(vae).to(device, memory_format=torch.channels_last)
+            autoencoder = load_vae(vae).to(device).to(memory_format=torch.channels_last)
             if autoencoder.embed_dim != config["kwargs"]["img_channels"]:
                 raise UserError(
                     f"--vae {vae}: makes latents of {autoencoder.embed_dim} channels, the network takes "
@@ -287,7 +288,7 @@ def full_config(read: Checkpoint, network: Mapping[str, Any], latent: bool, loss
 
     Raises UserError where neither describes the network.
     """
-    config = dict(read.config) if read.config else {"class": "IMMPrecond", "kwargs": dict(network)}
+    config: dict[str, Any] = dict(read.config) if read.config else {"class": "IMMPrecond", "kwargs": dict(network)}
     if not config["kwargs"] and not config.get("args"):
         raise UserError(f"{read.path}: has no configuration of its network; use a published pickle, or our own files")
     if args := config.pop("args", None):

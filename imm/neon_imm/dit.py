@@ -46,6 +46,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class TimeEmbedder(nn.Module):
     """A time [B] -> [B, D]: 256 sinusoids in float64, then an MLP."""
 
+    freqs: Tensor  # of random sinusoids, where they are
+
     def __init__(self, width: int, embedding_type: str = "positional", scale: float = 1.0):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(SINUSOID_WIDTH, width), nn.SiLU(), nn.Linear(width, width))
@@ -211,11 +213,11 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer that it is
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.zeros_(self.x_embedder.proj.get_parameter("bias"))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for embedder in (self.t_embedder, self.s_embedder):
             for layer in (embedder.mlp[0], embedder.mlp[2]) if embedder is not None else ():
-                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.normal_(layer.get_parameter("weight"), std=0.02)
         modulations = [module.adaLN_modulation[1] for module in (*self.blocks, self.final_layer)]
         for layer in (*modulations, self.final_layer.linear):
             nn.init.zeros_(layer.weight)

@@ -38,7 +38,7 @@ def image_name(label: int | None, number: int) -> str:
 def file_order(labels: Tensor) -> np.ndarray:
     """int64 [num_images]: the images of a run with `labels`, in the order in which the official script reads their
     files, which is that of the names as text: label100_ before label10_ before label1_."""
-    count = Counter()
+    count: Counter[int] = Counter()
     names = []
     for label in labels.tolist():
         names.append(image_name(label, count[label]))

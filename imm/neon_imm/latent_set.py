@@ -35,7 +35,7 @@ def write_latent_zip(dest: str | Path, moments: Iterator[Tensor], labels: Sequen
     """Store moments (float32 [2C, h, w] each) uncompressed in `dest`, and return their number. Atomic."""
     dest = Path(dest)
     dest.parent.mkdir(parents=True, exist_ok=True)
-    names = []
+    names: list[str] = []
     with atomic_path(dest) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for item in moments:
             buffer = io.BytesIO()

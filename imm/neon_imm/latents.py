@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from neon_core.kl_vae import posterior
+from neon_core.kl_vae import AutoencoderKL, posterior
 from neon_core.pixels import check_finite
 from neon_core.precision import frozen_in
 
@@ -55,7 +55,7 @@ class VaeCodec:
 
     def __init__(
         self,
-        vae: nn.Module,
+        vae: AutoencoderKL,
         raw_mean: Sequence[float] = SD_VAE_MEAN,
         raw_std: Sequence[float] = SD_VAE_STD,
         final_mean: float = 0.0,
@@ -69,7 +69,8 @@ class VaeCodec:
         self.bias = final_mean - torch.tensor(raw_mean, dtype=torch.float32) * self.scale
 
     def _per_channel(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(v.to(like.device)[:, None, None] for v in (self.scale, self.bias))
+        scale, bias = (v.to(like.device)[:, None, None] for v in (self.scale, self.bias))
+        return scale, bias
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ class IMMLoss:
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`from_draws` with random numbers from `generator`, in the order t, s, label dropout, noise."""
-        where = {"generator": generator, "device": generator.device}
+        where: dict[str, Any] = {"generator": generator, "device": generator.device}
         dtype = torch.float64 if self.sample_t_mode == "uniform" else torch.float32
         groups = len(images) // self.matrix_size
         u_t, u_s = (torch.rand(groups, dtype=dtype, **where).to(images.device) for _ in range(2))

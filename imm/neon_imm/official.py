@@ -45,7 +45,8 @@ ADVICE = {  # keys of another meaning, and parts of a file
 def official_arguments(stage: str, arguments: Sequence[str]) -> list[str]:
     """`arguments` of a stage's script with the official key=value words as flags. UserError names one that has no
     counterpart, and the replacement."""
-    flags, translated = KEYS[stage], []
+    flags = KEYS[stage]
+    translated: list[str] = []
     for argument in arguments:
         key, equals, value = argument.removeprefix("+").partition("=")
         follows_flag = bool(translated) and translated[-1].startswith("-") and "=" not in translated[-1]

@@ -176,13 +176,13 @@ class IMMPrecond(nn.Module):
         """Inside, every weight is held in the precision that it is used in: for many calls without a gradient."""
         products = [*product_layers(self.model), *(m for m in self.model.modules() if isinstance(m, songunet.Conv))]
         embeddings = [m for m in self.model.modules() if isinstance(m, songunet.Linear)]
-        half = weights_as(PRECISIONS.get(self.mixed_precision), products, self.calls.hold)
+        half = weights_as(PRECISIONS.get(self.mixed_precision or ""), products, self.calls.hold)
         with half, weights_as(torch.float64 if embeddings else None, embeddings, self.calls.hold):
             yield
 
     def autocast(self, device: torch.device, force_fp32: bool = False) -> AbstractContextManager:
         """The precision of the network, whatever autocast region the caller is in."""
-        dtype = PRECISIONS.get(self.mixed_precision)
+        dtype = PRECISIONS.get(self.mixed_precision or "")
         enabled = dtype is not None and not force_fp32
         return torch.autocast(device.type, dtype=dtype if enabled else None, enabled=enabled)
 
@@ -236,13 +236,14 @@ class IMMPrecond(nn.Module):
         """
         if cfg_scale is None:
             return self(x, t, s, class_labels)
-        if self.label_dim == 0 or class_labels is None:
+        one_hot = self.label_rows(class_labels, x.device)
+        if one_hot is None or class_labels is None:
             raise UserError(
                 f"cfg {cfg_scale} needs class labels, and "
                 + ("this model knows no classes" if self.label_dim == 0 else "none were given")
                 + ": leave cfg out"
             )
-        labels = self.label_rows(class_labels, x.device).expand(len(x), -1)
+        labels = one_hot.expand(len(x), -1)
         t, s = t.reshape(-1, 1, 1, 1), s.reshape(-1, 1, 1, 1)
         both_t, both_s = (u if u.numel() == 1 else torch.cat([u, u]) for u in (t, s))
         rows = torch.cat([torch.zeros_like(labels), labels])  # [2B, K], the unconditional half first

@@ -64,7 +64,7 @@ IMAGENET_TRAIN = TrainSettings(
 
 def w_grid(num_steps: int | None) -> tuple[float, ...]:
     """The official merge weights of the search, by number of steps."""
-    few = {1: (0.0, 0.2, 0.4), 2: (0.4,)}.get(num_steps, ())
+    few = {1: (0.0, 0.2, 0.4), 2: (0.4,)}.get(num_steps or 0, ())
     return (*few, *(round(0.4 * i, 1) for i in range(2, 14)))
 
 

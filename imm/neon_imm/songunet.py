@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,8 @@ class Conv(nn.Module):
     It computes in its input's precision, or in autocast's, which then converts what is not in it yet.
     """
 
+    resample_filter: Tensor  # [1, 1, taps, taps], where `resample` is
+
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, resample: str | None = None,
         resample_filter: Sequence[float] = (1, 1), gain: float = 1.0,
@@ -57,7 +60,7 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         if resample:
             f = torch.as_tensor(resample_filter, dtype=torch.float32)
-            self.register_buffer("resample_filter", (f.outer(f) / f.sum() ** 2)[None, None])  # [1, 1, taps, taps]
+            self.register_buffer("resample_filter", (f.outer(f) / f.sum() ** 2)[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         cast = torch.Tensor.to if autocast_dtype(x.device) is None else lambda weight, dtype: weight
@@ -65,7 +68,7 @@ class Conv(nn.Module):
             channels = x.shape[1]
             taps = self.resample_filter.shape[-1]
             f = cast(self.resample_filter, x.dtype).expand(channels, 1, taps, taps)
-            how = {"stride": 2, "padding": (taps - 1) // 2, "groups": channels}
+            how: dict[str, Any] = {"stride": 2, "padding": (taps - 1) // 2, "groups": channels}
             x = F.conv_transpose2d(x, 4 * f, **how) if self.resample == "up" else F.conv2d(x, f, **how)
         weight, bias = cast(self.weight, x.dtype), cast(self.bias, x.dtype)
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
@@ -99,6 +102,7 @@ class UNetBlock(nn.Module):
         self.proj = Conv(out_channels, out_channels, 1, gain=1e-5) if attention else None
 
     def attend(self, x: Tensor) -> Tensor:
+        assert self.norm2 is not None and self.qkv is not None and self.proj is not None
         B, C, H, W = x.shape
         q, k, v = self.qkv(self.norm2(x)).view(B, C, 3, H * W).permute(2, 0, 3, 1)  # 3 x [B, HW, C]
         x = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # [B, HW, C]
@@ -208,7 +212,7 @@ class SongUNet(nn.Module):
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels.double())
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
-        if s is not None and self.map_layer0_s is not None:
+        if s is not None and self.map_layer0_s is not None and self.map_layer1_s is not None:
             table = positional_table(s, self.noise_channels)
             emb = emb + self.map_layer1_s(F.silu(self.map_layer0_s(table)))
         return F.silu(emb)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from neon_xar.xar import SIZES, XAR, build
 
 DEFAULT_VAE = Path(__file__).resolve().parents[1] / "pretrained" / "kl16.ckpt"
 LABEL_RULES = ("balanced", "official")
+M = TypeVar("M", bound=nn.Module)
 
 
 class XARBackbone(Backbone):
@@ -174,6 +175,7 @@ class XARBackbone(Backbone):
         return self.decode(SCALE * mean, "truncate")
 
     def self_training_loss(self, x: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
+        assert labels is not None, "a set without labels is refused"
         random = draw_randomness(x.shape, generator)
         return velocity_loss(self.net, x, labels, random, self.net.label_drop_prob)
 
@@ -212,7 +214,9 @@ def load_autoencoder(path: str | Path, device: torch.device) -> tuple[Autoencode
     weights = read_checkpoint(path)
     if weights.config and weights.config["class"] != "AutoencoderKL":
         raise UserError(f"--vae_path {path}: holds a {weights.config['class']}, not an autoencoder; use kl16.ckpt")
-    autoencoder = _from_config(AutoencoderKL, weights) if weights.config else _on_meta(AutoencoderKL)
+    autoencoder = (
+        _from_config(AutoencoderKL, weights, weights.config["kwargs"]) if weights.config else _on_meta(AutoencoderKL)
+    )
     weights = dataclasses.replace(weights, state=to_ldm_names(weights.state))
     try:
         load_strict(autoencoder, weights, ignore=("loss.", "model_ema."))  # leftovers of its training
@@ -221,15 +225,15 @@ def load_autoencoder(path: str | Path, device: torch.device) -> tuple[Autoencode
     return autoencoder.to(device).eval().requires_grad_(False), weights_digest(autoencoder)
 
 
-def _on_meta(make: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
+def _on_meta(make: Callable[..., M], **kwargs: Any) -> M:
     with torch.device("meta"):
         return make(**kwargs)
 
 
-def _from_config(kind: type[nn.Module], weights: Checkpoint) -> nn.Module:
+def _from_config(kind: type[M], weights: Checkpoint, kwargs: Mapping[str, Any]) -> M:
     """The network of the file's configuration, on the meta device."""
     try:
-        return _on_meta(kind, **weights.config["kwargs"])
+        return _on_meta(kind, **kwargs)
     except (TypeError, ValueError) as error:
         raise UserError(f"{weights.path}: its configuration is not one of {kind.__name__} ({error})") from error
 
@@ -239,7 +243,7 @@ def _empty_net(weights: Checkpoint, name: str | None) -> XAR:
     if weights.config:
         if weights.config["class"] != "XAR":
             raise UserError(f"{weights.path}: holds a {weights.config['class']}, not an xAR transformer")
-        return _from_config(XAR, weights)
+        return _from_config(XAR, weights, weights.config["kwargs"])
     if name not in SIZES:
         raise UserError(f"--model {name}: no such model; choose one of {', '.join(SIZES)}")
     table = weights.state.get("encoder_pos_embed_learned")

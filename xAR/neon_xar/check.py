@@ -32,7 +32,7 @@ def untrained(row: Row, device: torch.device, make: Make) -> XARBackbone | None:
     if row.prepare is not None:
         return None
     net = make(build, row.load["model"], attn_dropout=0.1, proj_dropout=0.1)
-    return XARBackbone(net.eval().requires_grad_(False), make(AutoencoderKL))  # type: ignore[abstract]
+    return XARBackbone(net.eval().requires_grad_(False), make(AutoencoderKL))
 
 
 def tiny(device: torch.device) -> Outputs:

@@ -53,12 +53,11 @@ def euler_maruyama(velocity: Velocity, x: Tensor, num_steps: int, randn: Callabl
     x = x.double()
     for i, (t, t_next) in enumerate(pairwise(times)):
         dt = t_next - t
-        noisy = i < num_steps - 1
-        eps = randn() if noisy else None  # drawn before the network runs, which may draw too
+        eps = randn() if i < num_steps - 1 else None  # drawn before the network runs, which may draw too
         v = velocity(x.float(), _float32(t), i == 0).double()
         score = -(x + (1.0 - t) * v) / t
         x = x + (v - t * score) * dt
-        if noisy:
+        if eps is not None:
             x = x + math.sqrt(2.0 * t) * math.sqrt(-dt) * eps
     return x
 

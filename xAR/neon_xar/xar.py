@@ -79,6 +79,9 @@ class TimeEmbedding(nn.Module):
 class Rope(nn.Module):
     """Two-dimensional rotary embedding: the first half of each head turns with the row, the second with the column."""
 
+    freqs_cos: Tensor  # [g g, w], and freqs_sin
+    freqs_sin: Tensor
+
     def __init__(self, head_width: int, grid: int = GRID):
         super().__init__()
         if head_width % 4:
@@ -209,6 +212,7 @@ class XAR(nn.Module):
     """
 
     calls = Calls()
+    mask: Tensor  # [1, 1, g g, g g], added: a token sees its own cell and those before
 
     def __init__(
         self,
@@ -251,7 +255,7 @@ class XAR(nn.Module):
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, grid * grid, D))
         cell = torch.arange(grid * grid) // self.cell_tokens
         mask = torch.zeros(grid * grid, grid * grid).masked_fill(cell[:, None] < cell[None, :], float("-inf"))
-        self.register_buffer("mask", mask[None, None])  # a token sees its own cell and those before
+        self.register_buffer("mask", mask[None, None])
         self.class_emb = nn.Embedding(CLASS_ROWS, D)
         self.time_embed = TimeEmbedding(D)
         self.z_proj = nn.Linear(vae_embed_dim, D)

@@ -35,8 +35,9 @@ def quickstart_run(
     pictures.check_available()
     began = time.monotonic()
     print(f"Neon on {len(seeds)} x {quickstart.name}: real 8 x 8 digits, results in {out_dir}", flush=True)
-    records = {seed: find_result(quickstart, seed, seed_folder(out_dir, seed)) for seed in seeds}
-    missing = [seed for seed, record in records.items() if record is None]
+    found = {seed: find_result(quickstart, seed, seed_folder(out_dir, seed)) for seed in seeds}
+    records = {seed: record for seed, record in found.items() if record is not None}
+    missing = [seed for seed in seeds if seed not in records]
     if len(missing) < len(seeds):
         finished = ", ".join(str(seed) for seed in seeds if seed not in missing)
         print(f"already finished: seed {finished} (remove {out_dir} to begin anew)", flush=True)

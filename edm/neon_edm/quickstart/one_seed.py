@@ -149,4 +149,5 @@ def _against(measured: FeatureStatistics, heldout: FeatureStatistics) -> dict[st
 def _real_distance(run: Reproduction) -> float:
     """Between the features of training and held-out digits, for comparison."""
     train, heldout = run.evaluator.reference, run.evaluator.heldout
+    assert train is not None and heldout is not None
     return frechet_distance(train.mu, train.sigma, heldout.mu, heldout.sigma)

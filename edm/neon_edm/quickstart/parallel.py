@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from neon_edm.quickstart.one_seed import passes_per_seed, run_seed
 from neon_edm.quickstart.settings import Quickstart
 
-_messages = None  # the queue to the parent, in a worker
+_messages: Any = None  # the queue to the parent, in a worker
 
 
 def run_seeds(quickstart: Quickstart, seeds: Sequence[int], out_dir: Path, num_workers: int) -> dict[int, dict]:
@@ -63,7 +64,9 @@ def _start_worker(messages) -> None:
 
 def _end_with_parent() -> None:
     """End a worker whose parent was killed: it would go on for minutes unseen."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only workers run this"
+    parent.join()
     os._exit(1)
 
 

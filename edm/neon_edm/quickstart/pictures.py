@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -91,10 +91,13 @@ def _draw_seed(ax: Axes, result: dict, color: str) -> None:
     curve = {point["w"]: point["heldout"] for point in result["curve"]}
     ratios = [distance / curve[0.0] for distance in curve.values()]
     ax.plot(list(curve), ratios, "-o", color=color, lw=1.8, ms=4, zorder=3, label=f"seed {result['seed']}")
-    for place, style in (("neon", {"marker": "*", "ms": 16}), ("random_direction", {"marker": "x", "ms": 7})):
+    styles: dict[str, dict[str, Any]] = {
+        "neon": {"marker": "*", "ms": 16, "mec": "white", "mew": 0.8},
+        "random_direction": {"marker": "x", "ms": 7, "mew": 1.8},
+    }
+    for place, style in styles.items():
         ratio = report[place]["heldout"] / report["base"]["heldout"]
-        edge = {"mec": "white", "mew": 0.8} if place == "neon" else {"mew": 1.8}
-        ax.plot(w_star, ratio, color=color, ls="none", zorder=4, **style, **edge)
+        ax.plot(w_star, ratio, color=color, ls="none", zorder=4, **style)
 
 
 def read_samples(folder: Path, seed: int) -> dict[str, np.ndarray]:

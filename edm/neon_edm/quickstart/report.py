@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import mean
 
 SELF_TRAINED_AT_LEAST = 1.4  # x base, in held-out feature distance, in every seed
@@ -91,7 +92,7 @@ def table(results: Sequence[dict]) -> str:
 def _rows(results: Sequence[dict], quantity: str, places: Sequence[str] = tuple(ROWS)) -> list[str]:
     lines = []
     for place in places:
-        line = _row(ROWS[place], results, lambda result, place=place: measured(result, place, quantity))
+        line = _row(ROWS[place], results, partial(measured, place=place, quantity=quantity))
         change = mean(ratio_to_base(result, place, quantity) for result in results) - 1
         lines.append(line if place == "base" else f"{line}{100 * change:+10.0f} %")
     return lines
