@@ -69,7 +69,7 @@ class VARBackbone(Backbone):
         vae_path = find_vae(vae_ckpt)
         vae = load_vae(vae_path, net)
         if compiled:
-            compile_network(net, net.blocks, device, dynamic=True)
+            compile_var(net, device)
         backbone = cls(net.to(device).eval().requires_grad_(False), vae.to(device), net_kwargs, token_crops, crop)
         backbone.vae_path = vae_path
         return backbone
@@ -300,6 +300,11 @@ class VARBackbone(Backbone):
 
     def data_order(self, num_items: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
         return official.global_batches(num_items, batch_size, seed)
+
+
+def compile_var(net: VAR, device: torch.device) -> None:
+    """In place: its blocks, which share graphs for all scales."""
+    compile_network(net, net.blocks, device, dynamic=True)
 
 
 def _weights_digest(module: nn.Module) -> str:

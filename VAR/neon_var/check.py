@@ -10,10 +10,9 @@ from torch import Tensor
 
 from neon_run.check.numbers import fill, gradient_norms, normal
 from neon_run.check.parts import CheckParts, Make, Outputs
-from neon_run.compiling import compile_network
 from neon_run.row import Row
 from neon_var.architectures import ARCHITECTURES, tokenizer
-from neon_var.backbone import VARBackbone
+from neon_var.backbone import VARBackbone, compile_var
 from neon_var.loss import token_loss
 from neon_var.sampler import sample_scales
 from neon_var.var import VAR
@@ -60,7 +59,7 @@ def tiny(device: torch.device) -> Outputs:
 
 PARTS = CheckParts(
     untrained=untrained,
-    compile=lambda backbone: compile_network(backbone.net, backbone.net.blocks, backbone.device, dynamic=True),
+    compile=lambda backbone: compile_var(backbone.net, backbone.device),
     tiny=tiny,
     recorded=Path(__file__).with_suffix(".json"),
 )

@@ -90,7 +90,7 @@ class EDMBackbone(Backbone):
         if augment > 0 and getattr(net.model, "map_augment", None) is None:
             raise UserError(f"{checkpoint}: this network takes no augmentation labels; train it with --augment 0")
         if compiled:
-            compile_network(net, [net.model], torch.device(device), dynamic=False)
+            compile_edm(net, torch.device(device))
         return cls(net, config, device, augment=augmentation(augment) if augment > 0 else None)
 
     @classmethod
@@ -205,6 +205,11 @@ class EDMBackbone(Backbone):
     def data_order(self, num_items: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
         """EDM's endless windowed shuffle: together, the ranks visit the same items as the official ones."""
         return batched(windowed_shuffle(num_items, seed), batch_size)
+
+
+def compile_edm(net: Precond, device: torch.device) -> None:
+    """In place: the U-Net."""
+    compile_network(net, [net.model], device, dynamic=False)
 
 
 def augmentation(p: float) -> AugmentPipe:

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from neon_edm import fashion
-from neon_edm.backbone import EDMBackbone, augmentation
+from neon_edm.backbone import EDMBackbone, augmentation, compile_edm
 from neon_edm.loss import loss_map
 from neon_edm.precond import build_network
 from neon_edm.quickstart import backbone as digits
 from neon_edm.sampler import edm_sampler
 from neon_run.check.numbers import Draws, fill, gradient_norms
 from neon_run.check.parts import CheckParts, Make, Outputs
-from neon_run.compiling import compile_network
 from neon_run.row import Row
 
 # What the published pickles say about themselves (Karras et al. 2022, table 7, DDPM++).
@@ -60,7 +59,7 @@ def tiny(device: torch.device) -> Outputs:
 
 PARTS = CheckParts(
     untrained=untrained,
-    compile=lambda backbone: compile_network(backbone.net, [backbone.net.model], backbone.device, dynamic=False),
+    compile=lambda backbone: compile_edm(backbone.net, backbone.device),
     tiny=tiny,
     recorded=Path(__file__).with_suffix(".json"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -220,5 +221,6 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
+        gc.collect()  # a network and its recorded calls know each other: the row before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

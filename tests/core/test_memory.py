@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from neon_run import memory
+from neon_run.replay import Recorded
 
 GPU = torch.device("cuda", 0)
 
@@ -24,7 +25,7 @@ class Network:
 def warned(tmp_path, monkeypatch, capsys):
     """warned(free GiB, batch, precision) -> the line."""
     table = tmp_path / "memory.json"
-    entry = {"network": "a/row", "half": [[4.0, 0.5], [5.0, 0.1]], "fp32": [[4.0, 1.0]]}
+    entry = {"network": "a/row", "half": [[4.0, 0.5], [5.0, 0.1]], "fp32": [[4.0, 0.5]], "measured": {"fp32": [4, 1]}}
     table.write_text(json.dumps({"12": entry}), encoding="utf-8")
     monkeypatch.setattr(memory, "SAMPLING_MEMORY", table)
 
@@ -46,6 +47,13 @@ def test_one_line_names_the_batch_that_fits(warned):
     assert warned(15, 21) == line
     assert "needs about 6.1 GiB" in warned(6.05, 1)  # a decoder's parts hold more than the network does
     assert "--batch_size 10 fits" in warned(15, 20, "fp32")
+
+
+def test_recorded_calls_take_more(warned, monkeypatch):
+    monkeypatch.setattr(Network.net, "calls", Recorded(Network.net), raising=False)
+    assert "a batch of 20 needs about 26.9 GiB" in warned(15, 20) and "--batch_size 7 fits" in warned(15, 20)
+    assert warned(15, 7) == ""
+    assert "no batch fits; leave --compile out" in warned(6, 8)
 
 
 def test_where_no_image_fits_that_is_said(warned):

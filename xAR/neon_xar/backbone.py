@@ -205,8 +205,13 @@ def load_net(
     load_strict(net, weights)
     net = net.to(device).eval().requires_grad_(False)
     if compiled:
-        compile_network(net, net.blocks, device, dynamic=True)
+        compile_xar(net, device)
     return net
+
+
+def compile_xar(net: XAR, device: torch.device) -> None:
+    """In place: its blocks, which share graphs for all cells."""
+    compile_network(net, net.blocks, device, dynamic=True)
 
 
 def load_autoencoder(path: str | Path, device: torch.device) -> tuple[AutoencoderKL, str]:

@@ -10,9 +10,8 @@ import torch
 from neon_core.kl_vae import AutoencoderKL
 from neon_run.check.numbers import Draws, fill, gradient_norms
 from neon_run.check.parts import CheckParts, Make, Outputs
-from neon_run.compiling import compile_network
 from neon_run.row import Row
-from neon_xar.backbone import XARBackbone
+from neon_xar.backbone import XARBackbone, compile_xar
 from neon_xar.loss import Randomness, velocity_loss
 from neon_xar.sampler import sample_latents
 from neon_xar.vae import SCALE
@@ -51,7 +50,7 @@ def tiny(device: torch.device) -> Outputs:
 
 PARTS = CheckParts(
     untrained=untrained,
-    compile=lambda backbone: compile_network(backbone.net, backbone.net.blocks, backbone.net.mask.device, dynamic=True),
+    compile=lambda backbone: compile_xar(backbone.net, backbone.net.mask.device),
     tiny=tiny,
     recorded=Path(__file__).with_suffix(".json"),
 )
