@@ -105,10 +105,12 @@ def _group(number: int, runs: Sequence[Run]) -> dict[str, Any]:
     one_row = len(runs) > 1 and len({run.results["row"] for run in runs}) == 1
     if one_row:
         rows.append(["mean ± sd", runs[0].results["row"], *_mean_cells(runs), *([""] if tuned else []), ""])
+    alone = [run.name for run in runs] if len(runs) == 1 else []
     head = ["run", "row", f"base {distance}", f"Neon {distance}", "gain", "gain, %", "w"]
     return {
         "id": f"group-{number}",
-        "title": f"{distance} of {count:,} images" + (f", reference {reference[:8]}" if reference else ""),
+        "title": ": ".join([*alone, f"{distance} of {count:,} images"])
+        + (f", reference {reference[:8]}" if reference else ""),
         "distance": distance,
         "count": count,
         "head": [*head, *(["sampler"] if tuned else []), "snapshot"],

@@ -93,6 +93,7 @@ def test_what_cannot_be_compared_stands_in_groups_of_its_own(tmp_path, other):
     runs = [write_run(tmp_path / "a", 4.0, 3.0), write_run(tmp_path / "b", 4.0, 3.0, **other)]
     shown = view(read_runs(runs))
     assert [len(group["rows"]) for group in shown["groups"]] == [1, 1]
+    assert [group["title"][:9] for group in shown["groups"]] == ["a: FID of", "b: FID of"]
     assert all(not group["several"] for group in shown["groups"])
 
 
