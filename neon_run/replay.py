@@ -106,7 +106,8 @@ class Recording:
         self._inputs = [x for x in own if x is not None]
         self._graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self._graph, pool=pool):
+            # Other threads, NCCL's among them, may use the device meanwhile.
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 self._output = function(*own)
         except torch.OutOfMemoryError:
             raise
