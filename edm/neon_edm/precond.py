@@ -265,7 +265,7 @@ def iddpm_table(M: int, C_1: float, C_2: float) -> np.ndarray:
     one, floor = np.float32(1), np.float32(C_1)
     u = np.zeros(M + 1, dtype=np.float32)
     for k in range(M, 0, -1):
-        u[k - 1] = np.sqrt((u[k] ** 2 + one) / max(abar[k - 1] / abar[k], floor) - one)
+        u[k - 1] = np.sqrt((u[k] * u[k] + one) / max(abar[k - 1] / abar[k], floor) - one)
     return u
 
 
