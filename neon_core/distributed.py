@@ -29,6 +29,8 @@ START_TIMEOUT = timedelta(minutes=10)  # in which all ranks must have started
 LOOK_SECONDS = 1.0  # at most, between two looks at whether rank 0 has finished its own work
 _calls = itertools.count()  # of `on_rank_0`, the same on every rank
 _stores: list[dist.Store] = []  # of the session
+_groups: list[dist.ProcessGroup | None] = []  # kept: in torch 2.5 the end of one may wait forever, with Python's lock held,
+# for a thread that needs this lock to drop its last barrier
 
 
 def rank() -> int:
@@ -216,6 +218,7 @@ def session(device_name: str = "auto") -> Iterator[torch.device]:
             dist.barrier()
         except BaseException as error:
             _leave(error, dist.PrefixStore("neon_failures", store))
+    _groups.append(dist.group.WORLD)
     dist.destroy_process_group()
 
 
