@@ -29,8 +29,8 @@ START_TIMEOUT = timedelta(minutes=10)  # in which all ranks must have started
 LOOK_SECONDS = 1.0  # at most, between two looks at whether rank 0 has finished its own work
 _calls = itertools.count()  # of `on_rank_0`, the same on every rank
 _stores: list[dist.Store] = []  # of the session
-_groups: list[dist.ProcessGroup | None] = []  # kept: in torch 2.5 the end of one may wait forever, with Python's lock held,
-# for a thread that needs this lock to drop its last barrier
+_groups: list[Any] = []  # kept, since torch 2.5 may wait forever where one ends: it holds the lock of Python that its
+# thread needs to forget its last barrier
 
 
 def rank() -> int:

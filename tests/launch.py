@@ -29,7 +29,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-SHARDS = pytest.mark.skipif(torch.__version__ < "2.6", reason="--parallel fsdp needs torch 2.6 or newer")
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 PRELOAD = ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel", "click.testing", "psutil",

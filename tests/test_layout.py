@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from pyproject import PYPROJECT
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("neon_files", "neon_core", "neon_metrics", "neon_run")  # imports go down only, in this order
@@ -195,8 +196,7 @@ def test_nothing_else_lies_at_the_top():
 
 
 def test_pyproject_lists_every_package():
-    tomllib = pytest.importorskip("tomllib", reason="the standard library reads TOML from Python 3.11 on")
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"])
+    listed = set(PYPROJECT["tool"]["setuptools"]["packages"])
     found = set()
     for name, folder in PACKAGES.items():
         for init in folder.rglob("__init__.py"):

@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import torch
+from launch import launch
 
 from neon_core import distributed
 from neon_core.distributed import agree, pick_device, session
@@ -141,6 +142,20 @@ def test_what_differs_to_the_end_is_named(monkeypatch):
     views_of_others(monkeypatch, [(["a"], False)] * 2)
     with pytest.raises(UserError, match=r"set: rank 0 sees \['a', 'b'\], rank 1 sees \['a'\]; put it where all"):
         agree("set", lambda: ["a", "b"])
+
+
+def test_a_process_group_outlives_its_session():
+    """The destructor of one may wait forever with torch 2.5."""
+    code = """
+import weakref
+import torch.distributed as dist
+from neon_core.distributed import session
+
+with session("cpu"):
+    group = weakref.ref(dist.group.WORLD)
+print(group() is not None, dist.is_initialized())
+"""
+    assert launch("-c", code, ranks=1).stdout == "True False\n"
 
 
 @pytest.mark.parametrize(

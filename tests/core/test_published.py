@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from download_place import ROOT, A
+from pyproject import PYPROJECT
 
 from neon_files import home as home_module
 from neon_files.downloads import fetch
@@ -257,8 +258,7 @@ def test_shell_script_passes_on_words_and_exit_code(tmp_path):
 
 
 def test_the_list_is_in_the_wheel():
-    tomllib = pytest.importorskip("tomllib", reason="the standard library reads TOML from Python 3.11 on")
-    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    data = PYPROJECT["tool"]["setuptools"]["package-data"]
     assert "manifest.json" in data["neon_files"] and (ROOT / "neon_files" / "manifest.json").is_file()
 
 

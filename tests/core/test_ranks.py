@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import SHARDS, environment, kill_when, launch, start, torchrun
+from launch import environment, kill_when, launch, start, torchrun
+from needs import SHARDS
 
 from neon_files.checkpoint import read_checkpoint
 

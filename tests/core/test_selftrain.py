@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from core.pico import TRAIN, PicoBackbone
-from launch import SHARDS
+from needs import SHARDS
 
 from neon_core.backbone import TrainSettings
 from neon_core.prepared import TrainingData

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from needs import OPTIONAL_CHECKSUMS, SAVED_UINT16, STORED_COMPLEX, STORED_UINT16
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from neon_files.checkpoint import is_finite, open_checkpoint, read_checkpoint, write_checkpoint
@@ -167,6 +168,11 @@ def test_one_ranks_part_of_a_distributed_tensor_is_refused(tmp_path):
         read_checkpoint(tmp_path / "x")
 
 
+def with_attribute(value: torch.Tensor) -> torch.Tensor:
+    value.note = "trained"
+    return value
+
+
 KINDS = {
     "float8": torch.tensor([1.5, -2.0]).to(torch.float8_e4m3fn),
     "float8 e5m2": torch.tensor([1.5, -2.0]).to(torch.float8_e5m2),
@@ -179,32 +185,31 @@ KINDS = {
     "expanded": torch.ones(1).expand(1000),
     "parameter": nn.Parameter(torch.ones(2)),
     "buffer": nn.Buffer(torch.ones(2)),
+    "with an attribute": with_attribute(torch.ones(3)),
+    "parameter with an attribute": with_attribute(nn.Parameter(torch.ones(1))),
 }
 
 
-def with_attribute(value: torch.Tensor) -> torch.Tensor:
-    value.note = "trained"
-    return value
+def kinds(**marks: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    """A test of each kind; `marks` of those that stand for a dtype."""
+    return pytest.mark.parametrize(
+        "kind", [pytest.param(name, marks=marks.get(str(KINDS[name].dtype)[6:], ())) for name in KINDS]
+    )
+
+
+def same_numbers(found: torch.Tensor, value: torch.Tensor) -> bool:
+    if found.dtype != value.dtype or found.shape != value.shape:
+        return False
+    return found.contiguous().view(-1).view(torch.uint8).equal(value.detach().contiguous().view(-1).view(torch.uint8))
 
 
 @FORMATS
-def test_every_kind_of_numbers(tmp_path, is_zip):
-    state = KINDS | {
-        "with an attribute": with_attribute(torch.ones(3)),
-        "p": with_attribute(nn.Parameter(torch.ones(1))),
-    }
-    torch.save(state, tmp_path / "x", _use_new_zipfile_serialization=is_zip)
-    weights = open_checkpoint(tmp_path / "x")
-    assert weights.layout() == {name: (value.dtype, tuple(value.shape)) for name, value in state.items()}
-    state = read_checkpoint(tmp_path / "x").state
-    assert all(
-        torch.equal(
-            state[name].float() if "float8" in name else state[name], value.float() if "float8" in name else value
-        )
-        for name, value in KINDS.items()
-    )
-    assert [state[name].dtype for name in KINDS] == [value.dtype for value in KINDS.values()]
-    assert not any(value.requires_grad for value in state.values())
+@kinds(uint16=SAVED_UINT16)
+def test_every_kind_of_numbers(tmp_path, is_zip, kind):
+    torch.save({kind: KINDS[kind]}, tmp_path / "x", _use_new_zipfile_serialization=is_zip)
+    assert open_checkpoint(tmp_path / "x").layout() == {kind: (KINDS[kind].dtype, tuple(KINDS[kind].shape))}
+    found = read_checkpoint(tmp_path / "x").state[kind]
+    assert same_numbers(found, KINDS[kind]) and not found.requires_grad
 
 
 @FORMATS
@@ -224,19 +229,14 @@ def test_tied_weights_share_memory(tmp_path, is_zip):
     assert state["a"].data_ptr() == state["b"].data_ptr() and torch.equal(state["b"], state["a"].t())
 
 
-def test_safetensors_of_every_kind(tmp_path):
+@kinds(complex64=STORED_COMPLEX, uint16=STORED_UINT16)
+def test_safetensors_of_every_kind(tmp_path, kind):
     """Written by us and by the library; each reads the other's."""
-    state = {name: value.detach().contiguous() for name, value in KINDS.items()}
-    save_file(state, tmp_path / "theirs")
-    write_checkpoint(tmp_path / "ours", state)
-    for name in ("theirs", "ours"):
-        found = read_checkpoint(tmp_path / name).state
-        assert all(found[key].dtype == value.dtype for key, value in state.items())
-        assert all(
-            found[key].contiguous().view(torch.uint8).equal(value.view(torch.uint8))
-            for key, value in state.items()
-            if value.dim() and value.numel()
-        )
+    value = KINDS[kind].detach().contiguous()
+    save_file({kind: value}, tmp_path / "theirs")
+    write_checkpoint(tmp_path / "ours", {kind: value})
+    assert same_numbers(load_file(tmp_path / "ours")[kind], value)
+    assert all(same_numbers(read_checkpoint(tmp_path / name).state[kind], value) for name in ("theirs", "ours"))
 
 
 def test_complex_numbers_must_be_finite_too():
@@ -287,7 +287,7 @@ def test_flipped_bit_is_noticed_when_the_tensor_is_read(tmp_path):
         weights.loaders["w"]()
 
 
-@pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="torch before 2.6 always writes them")
+@OPTIONAL_CHECKSUMS
 def test_archive_saved_without_checksums(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:

@@ -10,18 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from needs import DRAWS
 
 from golden.case import Case, mismatch, read_cases
 
-DRAWN = "a CPU draws other exponentials and dropout masks from this seed"
-BEFORE_TORCH_2_6 = {  # where these cases have other numbers
-    **dict.fromkeys(("edm-unet_train_mode", "edm-adm_train_mode"), DRAWN),
-    **dict.fromkeys(("imm-dit_dropout", "imm-loss_songunet_dropout"), DRAWN),
-    **dict.fromkeys(("var-var_seeded_sampling", "var-var_more_smooth", "var-sample_with_top_k_top_p"), DRAWN),
-    "xar-dropout": DRAWN,
-    "edm-precond_tables": "iDDPM's float32 table is rounded otherwise, by 8e-6 at most",
-}
+DRAWN = {"edm-unet_train_mode", "edm-adm_train_mode", "imm-dit_dropout", "imm-loss_songunet_dropout", "xar-dropout",
+         "var-var_seeded_sampling", "var-var_more_smooth", "var-sample_with_top_k_top_p"}  # fmt: skip
 
 
 def pytest_generate_tests(metafunc):
@@ -29,7 +23,9 @@ def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         cases = read_cases(root)
         assert cases, f"--golden-root {root}: no <part>/cases.json found"
-        metafunc.parametrize(("part", "case"), cases, ids=[f"{part}-{case.name}" for part, case in cases])
+        named = {f"{part}-{case.name}": (part, case) for part, case in cases}
+        values = [pytest.param(*pair, id=name, marks=DRAWS if name in DRAWN else ()) for name, pair in named.items()]
+        metafunc.parametrize(("part", "case"), values)
     if "key_list" in metafunc.fixturenames:
         lists = sorted(root.glob("*/keys_*.json"))
         metafunc.parametrize("key_list", lists, ids=[f"{path.parent.name}-{path.stem}" for path in lists])
@@ -40,8 +36,6 @@ def adapter_module(part: str):
 
 
 def test_case(part: str, case: Case):
-    if torch.__version__ < "2.6" and (reason := BEFORE_TORCH_2_6.get(f"{part}-{case.name}")):
-        pytest.skip(f"torch {torch.__version__}, before 2.6: {reason}")
     module = adapter_module(part)
     assert case.kind in module.ADAPTERS, f"no adapter for kind {case.kind!r} of {part}"
     ours = module.ADAPTERS[case.kind](case)

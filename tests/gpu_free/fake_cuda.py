@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
+import pytest
 import torch
+from needs import SIMULATED_GPU
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -210,6 +212,8 @@ def _faked(x):
 @contextmanager
 def fake_cuda() -> Iterator[Record]:
     """Inside, "cuda" is a device with fake tensors; yields the record of what is done there."""
+    if SIMULATED_GPU.args[0]:
+        pytest.skip(SIMULATED_GPU.kwargs["reason"])
     torch._C._ensureCUDADeviceGuardSet()  # a guard that changes no device, where there is no driver
     state = torch.zeros(16, dtype=torch.uint8)
     with ExitStack() as stack:

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from launch import SHARDS, call, fails, launch
+from launch import call, fails, launch
+from needs import SHARDS
 from PIL import Image
 from var.tiny import write_tiny
 
