@@ -109,10 +109,10 @@ def test_a_name_is_a_network_of_timm_with_its_own_preparation(monkeypatch):
         return create(name, pretrained=False, **options)
 
     monkeypatch.setattr(timm, "create_model", create_without_weights)
-    detector = open_detector("timm:test_resnet")
-    assert asked == [("test_resnet", True)]
-    config = create("test_resnet").pretrained_cfg
-    assert detector.name == "timm:test_resnet" and detector.side == config["input_size"][-1]
+    detector = open_detector("timm:test_byobnet")
+    assert asked == [("test_byobnet", True)]
+    config = create("test_byobnet").pretrained_cfg
+    assert detector.name == "timm:test_byobnet" and detector.side == config["input_size"][-1]
     images = pictures(2, size=detector.side)
     expected = (images / 255 - torch.tensor(config["mean"])[:, None, None]) / torch.tensor(config["std"])[:, None, None]
     torch.testing.assert_close(detector.prepared(images), expected)

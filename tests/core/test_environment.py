@@ -18,6 +18,7 @@ ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-
 CONDA = [line for line in ENVIRONMENT["dependencies"] if isinstance(line, str)]
 (PIP,) = [line["pip"] for line in ENVIRONMENT["dependencies"] if isinstance(line, dict)]
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
+EXTRAS = {name: [*map(Requirement, lines)] for name, lines in PROJECT["optional-dependencies"].items()}
 MODULES = {"pillow": "PIL"}  # where the import has another name than the package
 
 
@@ -45,7 +46,8 @@ def test_every_package_is_importable_in_an_allowed_version(requirement):
 def test_the_oldest_versions_in_ci_are_those_that_the_project_promises():
     lines = (ROOT / ".github" / "oldest.txt").read_text(encoding="utf-8").splitlines()
     pinned = {r.name: str(r.specifier).removeprefix("==") for r in map(Requirement, filter(_stated, lines))}
-    promised = {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in NEEDED}
+    extras = [r for name, extra in EXTRAS.items() if name not in ("dev", "docs") for r in extra]
+    promised = {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in [*NEEDED, *extras]}
     assert pinned.keys() == promised.keys()
     for name, version in pinned.items():
         assert Version(version) == Version(promised[name]), name
@@ -70,9 +72,7 @@ def test_release_files_are_well_formed_and_name_one_version():
 
 
 def test_what_one_command_alone_needs_is_an_extra():
-    extras = {
-        name: [Requirement(line).name for line in lines] for name, lines in PROJECT["optional-dependencies"].items()
-    }
+    extras = {name: [requirement.name for requirement in extra] for name, extra in EXTRAS.items()}
     assert "timm" in extras["detectors"] and "torchvision" in extras["data"]
     assert not {"timm", "torchvision"} & {requirement.name for requirement in NEEDED}
 
