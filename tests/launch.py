@@ -18,8 +18,8 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from multiprocessing import connection
 from pathlib import Path
 from types import ModuleType
@@ -78,6 +78,20 @@ def _run(script: str | Path, args: tuple) -> int:
     finally:
         sys.argv, sys.path = kept
     return 0
+
+
+KEPT: list[dist.ProcessGroup | None] = []  # for the reason that `neon_core.distributed` has
+
+
+@contextmanager
+def own_group() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        KEPT.append(dist.group.WORLD)
+        dist.destroy_process_group()
 
 
 # -------------------------------------------------------------------------------------------- in processes of its own

@@ -7,8 +7,8 @@ import zipfile
 
 import pytest
 import torch
-import torch.distributed as dist
 from core.pico import TRAIN, PicoBackbone
+from launch import own_group
 from needs import SHARDS
 
 from neon_core.backbone import TrainSettings
@@ -60,10 +60,8 @@ def test_without_dropout_cutting_the_batch_changes_no_gradient():
 
 @pytest.fixture
 def group():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with own_group():
+        yield
 
 
 @pytest.mark.parametrize("declared", [True, False])

@@ -19,7 +19,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from launch import own_group
 from needs import OPTIONAL_CHECKSUMS, SAVED_UINT16, STORED_COMPLEX, STORED_UINT16
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -157,13 +157,10 @@ def test_one_ranks_part_of_a_distributed_tensor_is_refused(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with own_group():
         mesh = init_device_mesh("cpu", (1,))
         part = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)], shape=torch.Size([4, 3]), stride=(3, 1))
         torch.save(STATE | {"w": part}, tmp_path / "x")
-    finally:
-        dist.destroy_process_group()
     with pytest.raises(UserError, match=r"w is one rank's part of a distributed tensor \(DTensor\)"):
         read_checkpoint(tmp_path / "x")
 
