@@ -42,13 +42,18 @@ def measured_line(result: Mapping[str, Any], settings: Sequence[str], digits: in
     return " | ".join(parts if result["detector_is_official"] else [*parts, f"detector={result['detector']}"])
 
 
-def write_result(result: dict, line: str, json_path: Path | None) -> None:
-    """The whole result in `json_path`, then one result line on stdout. Rank 0 only. A terminal that lacks a letter of
-    the line gets a question mark in its place."""
+def keep_result(result: dict, json_path: Path | None) -> None:
+    """The whole result in `json_path`. Rank 0 only."""
     if json_path is not None and is_main():
         with atomic_path(json_path) as temporary:
             text = json.dumps(result, indent=1, sort_keys=True, default=str) + "\n"
             temporary.write_text(text, encoding="utf-8")
+
+
+def write_result(result: dict, line: str, json_path: Path | None) -> None:
+    """`keep_result`, then one result line on stdout. Rank 0 only. A terminal that lacks a letter of the line gets a
+    question mark in its place."""
+    keep_result(result, json_path)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print0(line.encode(encoding, "replace").decode(encoding))
 

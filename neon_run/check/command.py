@@ -15,7 +15,7 @@ from neon_run import flags as f
 from neon_run.backbones import backbone_of, find_row, find_rows
 from neon_run.check import golden, machine
 from neon_run.check.speed import Effort, measure
-from neon_run.cli import write_result
+from neon_run.cli import keep_result, write_result
 
 GIB = 2**30
 CPU_EFFORT = Effort(seconds=4.0, weight_bytes=GIB // 2)  # for a row that is not named
@@ -43,6 +43,7 @@ def check(rows: tuple[str, ...], compiled: bool, batch_size: int | None, device:
             parts = backbone_of(row).machine_check
             skipped = {"row": row.id, "skipped": "its backbone brings nothing to `neon check`"}
             report["rows"].append(skipped if parts is None else measure(row, parts, where, effort))
+            keep_result(report, json_path)  # a check that is stopped has kept what it measured
             print0(_line(cells(report["rows"][-1])))
             if reason := report["rows"][-1].get("compiled", {}).get("error"):
                 print0(f"  not compiled: {reason}")

@@ -1,13 +1,15 @@
 """`neon check`: numbers of tiny networks, ranks, and rows with random weights, on a CPU."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
-from neon_run.backbones import find_backbones, find_row
+from neon_files.errors import UserError
+from neon_run.backbones import backbone_of, find_backbones, find_row
 from neon_run.check import command, golden, numbers
 from neon_run.check.speed import Effort, measure
 from neon_run.command import neon
@@ -77,3 +79,28 @@ def test_what_takes_long_on_a_cpu_is_left_out_and_says_so(row, effort, reason):
     measured = measure(chosen, parts, CPU, effort)
     assert measured["row"] == row and measured["skipped"].startswith(reason)
     assert reason in command._line(command.cells(measured))
+
+
+def test_a_check_that_is_stopped_keeps_the_rows_that_it_measured(tmp_path, monkeypatch):
+    def measured(row, *_):
+        if row.id == "edm/digits_guided":
+            raise KeyboardInterrupt
+        return {"row": row.id, "skipped": "not today"}
+
+    monkeypatch.setattr(command, "check_machine", lambda where: {"facts": [], "golden": {}})
+    monkeypatch.setattr(command, "measure", measured)
+    out = tmp_path / "check.json"
+    CliRunner().invoke(neon, ["check", "edm/digits", "edm/digits_guided", "--device", "cpu", "--out", str(out)])
+    assert [row["row"] for row in json.loads(out.read_text(encoding="utf-8"))["rows"]] == ["edm/digits"]
+
+
+def test_a_network_that_cannot_be_compiled_is_measured_without_and_says_why(monkeypatch):
+    def refuse(backbone):
+        raise UserError("--compile: this network cannot be compiled here (no compiler)")
+
+    row = find_row("edm/digits")
+    parts = replace(backbone_of(row).machine_check, compile=refuse)
+    measured = measure(row, parts, CPU, Effort(4, compiled=True))
+    assert measured["images_per_second"] > 0
+    assert measured["compiled"]["error"] == "--compile: this network cannot be compiled here (no compiler)"
+    assert "failed" in command.cells(measured)
