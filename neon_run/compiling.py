@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any
+from weakref import ref
 
 import torch
 import torch._dynamo.exc as dynamo
@@ -29,7 +30,7 @@ def compile_network(
     for unit in units:
         entry = _entry((type(unit), *((name, x.shape, x.dtype) for name, x in unit.state_dict().items())))
         compiled = torch.compile(entry, fullgraph=True, dynamic=dynamic or None, backend=backend)
-        unit._compiled_call_impl = partial(_call, compiled, unit)
+        unit._compiled_call_impl = partial(_call, compiled, ref(unit))  # weak: see `Recorded`
     if device.type == "cuda":
         net.calls = Recorded(net)  # type: ignore[assignment]  # no module, nor part of the state dict
 
@@ -46,9 +47,9 @@ def _entry(kind: tuple[Any, ...]) -> Callable:
     return entry
 
 
-def _call(compiled: Callable, *args: Any, **kwargs: Any) -> Any:
+def _call(compiled: Callable, unit: ref[nn.Module], *args: Any, **kwargs: Any) -> Any:
     try:
-        return compiled(*args, **kwargs)
+        return compiled(unit(), *args, **kwargs)
     except FAILURES as error:
         reason = str(getattr(error, "inner_exception", error)).strip().split("\n")[0]
         raise UserError(f"--compile: this network cannot be compiled here ({reason}); leave --compile out") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,9 @@ class Recorded(Calls):
     """
 
     def __init__(self, net: nn.Module):
-        self._net = net
+        # Weak, since the network has this object: the memory of a network that is dropped is free at once, as the next
+        # stage needs it, and not when Python next looks for circles.
+        self._net = ref(net)
         self._places: dict[Hashable, list[int]] = {}  # of every kind: addresses when it last came
         self._recordings: dict[Hashable, Recording] = {}
         self._held: dict[Hashable, Any] = {}
@@ -61,16 +64,18 @@ class Recorded(Calls):
     def run(
         self, name: Hashable, function: Callable[..., Any], *inputs: Tensor | None, reads: Sequence[Tensor] = ()
     ) -> Any:
-        if torch.is_grad_enabled() or self._net.training:
+        net = self._net()
+        if net is None or net.training or torch.is_grad_enabled():
             return function(*inputs)
         described = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in (*inputs, *reads))
         switches = tuple(getattr(place, flag) for place, flag in float32_switches())
-        kind = (name, described, autocast_dtype(next(self._net.parameters()).device), switches)
-        places = [x.data_ptr() for x in (*self._net.parameters(), *self._net.buffers(), *reads)]
+        kind = (name, described, autocast_dtype(next(net.parameters()).device), switches)
+        places = [x.data_ptr() for x in (*net.parameters(), *net.buffers(), *reads)]
         if self._places.get(kind) != places:
-            self._places[kind] = places
             self._recordings.pop(kind, None)
-            return function(*inputs)
+            output = function(*inputs)
+            self._places[kind] = places  # after it: what failed has not come, and may not be compiled yet
+            return output
         if kind not in self._recordings:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._recordings[kind] = Recording(function, inputs, self._pool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -174,6 +173,7 @@ def _compiled(row: Row, parts: CheckParts, backbone: Backbone, device: torch.dev
     """The first batch, with the compilation, and a later one, with the memory that all of it reserved."""
     sample = partial(_sample, row, backbone, count)
     _reset_peak(device)
+    problem, first, rate = None, 0.0, 0.0
     try:
         parts.compile(backbone)
         first = _seconds(sample, device)
@@ -181,8 +181,11 @@ def _compiled(row: Row, parts: CheckParts, backbone: Backbone, device: torch.dev
             sample()  # records the graphs
         rate = count / _seconds(sample, device)
     except Exception as error:  # of the compiler, which raises many kinds
-        return {"error": one_line(error)}
-    result = {"first_seconds": first, "images_per_second": sum(gather_objects(rate))}
+        problem = one_line(error)
+    every = gather_objects((problem, rate))  # where one rank fails, the others wait for it here
+    if problems := [text for text, _ in every if text is not None]:
+        return {"error": problems[0]}
+    result = {"first_seconds": first, "images_per_second": sum(rate for _, rate in every)}
     if device.type == "cuda":
         result["reserved_bytes"] = torch.cuda.max_memory_reserved(device)
     return result
@@ -221,6 +224,5 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
-        gc.collect()  # a network and its recorded calls know each other: the row before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from neon_files.errors import UserError
 from neon_run.backbones import backbone_of, find_backbones, find_row
-from neon_run.check import command, golden, numbers
+from neon_run.check import command, golden, numbers, speed
 from neon_run.check.speed import Effort, measure
 from neon_run.command import neon
 
@@ -104,3 +104,22 @@ def test_a_network_that_cannot_be_compiled_is_measured_without_and_says_why(monk
     assert measured["images_per_second"] > 0
     assert measured["compiled"]["error"] == "--compile: this network cannot be compiled here (no compiler)"
     assert "failed" in command.cells(measured)
+
+
+def test_ranks_wait_for_no_rank_whose_compilation_fails(monkeypatch):
+    """All ranks meet once, whether theirs failed or not."""
+    met = []
+    monkeypatch.setattr(speed, "gather_objects", lambda value: met.append(value) or [value, (None, 5.0)])
+    monkeypatch.setattr(speed, "_sample", lambda *_: None)
+    row = find_row("edm/digits")
+    parts = backbone_of(row).machine_check
+    for refused in (RuntimeError("no compiler\non this rank"), RuntimeError("\n"), None):
+
+        def compile_or_not(backbone, refused=refused):
+            if refused:
+                raise refused
+
+        found = speed._compiled(row, replace(parts, compile=compile_or_not), None, CPU, 4)
+        assert ("error" in found) == bool(refused)
+        assert found.get("images_per_second", 6) > 5
+    assert [problem for problem, _ in met] == ["no compiler", "", None]

@@ -1,5 +1,8 @@
 """torch.compile: where it is chosen, and a compilation that fails."""
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 from torch import nn
@@ -59,3 +62,19 @@ def test_a_process_may_compile_many_networks_and_equal_ones_share_their_graphs()
         compile_network(net, net, CPU, dynamic=True, backend=backend)
         assert net(torch.ones(1, width)).shape == (1, width)
     assert len(graphs) == 11
+
+
+@torch.no_grad()
+def test_a_network_that_is_dropped_is_free_at_once():
+    """The next stage needs its memory, and Python looks for circles when it likes."""
+    net = Net()
+    compile_network(net, [net.part], CPU, dynamic=True, backend=lambda graph, inputs: graph.forward)
+    net.calls = Recorded(net)
+    gc.disable()
+    try:
+        net.part(torch.ones(1, 2))
+        dropped = ref(net), ref(net.part), ref(net.calls)
+        del net
+        assert [which() for which in dropped] == [None] * 3
+    finally:
+        gc.enable()

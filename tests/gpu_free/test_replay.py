@@ -131,6 +131,21 @@ def test_a_call_is_recorded_when_it_comes_again_and_each_kind_once():
 
 
 @torch.no_grad()
+def test_a_call_that_failed_is_not_recorded_when_it_comes_again():
+    """It may have failed before it was compiled, and a recording cannot compile."""
+    net, x = recorded_net(), torch.ones(1, 2, device=DEVICE)
+
+    def fails(x):
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        net.calls.run("layer", fails, x)
+    for count in (0, 1):
+        net.calls.run("layer", net.layer, x)
+        assert len(net.calls._recordings) == count
+
+
+@torch.no_grad()
 def test_results_stay_when_the_next_call_comes():
     net = recorded_net()
     results = [net.calls.run("twice", lambda x: {"y": 2 * x, "n": 2}, torch.full((2,), float(i), device=DEVICE))
