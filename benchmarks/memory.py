@@ -37,8 +37,9 @@ GiB for VAR at 256 px, in sorting or decoding. Where it is the larger one, the b
 {reserve:g} GiB are left for the CUDA context and fragmentation.
 
 Every command that samples on a GPU compares the batch with the free memory (`neon_run/sampling_memory.json`) and warns
-in one line with the batch that fits. With `--compile`, recorded calls keep their memory from batch to batch: five rows
-reserved 1.5 to 1.84 times the measured peak (VAR at 512 px 77.5 GiB at 32 images), and 1.85 times is reckoned with.
+in one line with the batch that fits. With `--compile`, recorded calls keep their memory from batch to batch: on five
+networks 1.5 to 1.84 times the measured peak was reserved (VAR at 512 px 77.5 GiB at 32 images), and 1.85 times is
+reckoned with.
 
 """
 

@@ -22,7 +22,7 @@ SAMPLING_MEMORY = Path(__file__).with_name("sampling_memory.json")
 GIB = 2**30
 Line = Sequence[float]  # GiB fixed, GiB an image
 RESERVE = 1.0  # GiB left for workspaces of cuDNN and cuBLAS, and for fragmentation
-RECORDED = 1.85  # of the peak is reserved where calls are recorded, which keep their memory: 1.5 to 1.84 on an H200
+RECORDED = 1.85  # times the peak is reserved where calls are recorded, which keep their memory: 1.5 to 1.84 on an H200
 
 
 def peak(lines: Sequence[Line], batch_size: int) -> float:
@@ -60,6 +60,6 @@ def warn_of_large_batch(backbone: Backbone, settings: Mapping[str, Any], batch_s
     need, fits = peak(lines, batch_size) + RESERVE, largest_batch(lines, free - RESERVE)
     if fits >= batch_size:
         return
-    other = "leave --compile out" if factor > 1 else "use a larger GPU, or --precision fp16"
+    other = "leave --compile out" if factor > 1 else "use a larger GPU" + ("" if half else ", or --precision fp16")
     advice = f"--batch_size {fits} fits" if fits > 0 else f"no batch fits; {other}"
     say(f"warning: a batch of {batch_size} needs about {need:.1f} GiB, and {device} has {free:.1f} free; {advice}")
