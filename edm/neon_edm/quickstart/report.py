@@ -116,8 +116,8 @@ def explanation(results: Sequence[dict]) -> str:
         and their row is for comparison, not a bound. The model is small and its training short. Longer training on real
         digits helps too, and Neon gains less the better the base is. Measured apart from this run: 14 % with
         --base_steps 16000 (seed 0). Against a base at its own best guidance (neon reproduce edm/digits_guided, seeds 0
-        to 2): 11 to 27 % to the training digits, which w was chosen on, but to held-out ones -17, +15 and -11 %, which
-        shows no gain."""
+        to 2), Neon is 11 to 27 % nearer to the training digits, which w was chosen on; the distance to held-out ones
+        fell by 17 % and 11 % and rose by 15 %, so that no gain is shown."""
     return textwrap.fill(" ".join(text.split()), width=100)
 
 
