@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
+from neon_core.distributed import cores
 from neon_core.seeds import parse_seeds
 from neon_run.cli import run
 from neon_run.start import imported
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
