@@ -10,12 +10,15 @@ from weakref import ref
 import torch
 import torch._dynamo.exc as dynamo
 from torch import nn
+from torch._dynamo import config
 
 from neon_files.errors import UserError
 from neon_run.replay import Recorded
 
 FAILURES = (dynamo.TorchDynamoException, getattr(dynamo, "FailOnRecompileLimitHit", dynamo.TorchDynamoException))
 # the second is since torch 2.6 one that is not of the first kind
+GRAPHS = 64  # of one kind of module: xAR has up to eight in each precision, a fine-tune its own
+LIMIT = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.6
 
 
 def compile_network(
@@ -27,6 +30,7 @@ def compile_network(
     dynamic: one graph serves all shapes; else each has its own. Raises UserError, at the first call, where compilation
     fails.
     """
+    setattr(config, LIMIT, max(GRAPHS, getattr(config, LIMIT)))
     for unit in units:
         entry = _entry((type(unit), *((name, x.shape, x.dtype) for name, x in unit.state_dict().items())))
         compiled = torch.compile(entry, fullgraph=True, dynamic=dynamic or None, backend=backend)
@@ -37,8 +41,8 @@ def compile_network(
 
 @cache
 def _entry(kind: tuple[Any, ...]) -> Callable:
-    """Where torch enters modules of one kind, a class and shapes. A code object of its own, since torch keeps eight
-    graphs of one: the networks of a process would use up those of `forward`, and torch's own are never entered."""
+    """Where torch enters modules of one kind, a class and shapes. A code object of its own, since torch limits
+    the graphs of one: the networks of a process would use up those of `forward`, and torch's own are never entered."""
 
     def entry(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)

@@ -57,11 +57,26 @@ def test_a_process_may_compile_many_networks_and_equal_ones_share_their_graphs()
         graphs.append(graph)
         return graph.forward
 
-    for width in (*range(2, 13), 5):  # torch keeps eight graphs of one function
+    for width in (*range(2, 13), 5):
         net = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
         compile_network(net, net, CPU, dynamic=True, backend=backend)
         assert net(torch.ones(1, width)).shape == (1, width)
     assert len(graphs) == 11
+
+
+@torch.no_grad()
+def test_a_network_may_be_called_in_more_ways_than_torch_keeps_graphs_of():
+    """Precisions, guidance, sizes, training: torch stops at eight."""
+
+    class Many(nn.Module):
+        def forward(self, x, way: str):
+            return x + len(way)
+
+    net, graphs = nn.Sequential(Many()), []
+    compile_network(net, net, CPU, dynamic=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for number in range(12):
+        assert net[0](torch.zeros(2), "i" * number).tolist() == [number] * 2
+    assert len(graphs) == 12
 
 
 @torch.no_grad()
