@@ -14,8 +14,9 @@ class UserError(click.ClickException):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind where it has none."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """The first line with letters of an error's text, or its kind where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def and_more(names: Sequence[str]) -> str:

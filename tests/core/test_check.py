@@ -122,4 +122,4 @@ def test_ranks_wait_for_no_rank_whose_compilation_fails(monkeypatch):
         found = speed._compiled(row, replace(parts, compile=compile_or_not), None, CPU, 4)
         assert ("error" in found) == bool(refused)
         assert found.get("images_per_second", 6) > 5
-    assert [problem for problem, _ in met] == ["no compiler", "", None]
+    assert [problem for problem, _ in met] == ["no compiler", "RuntimeError", None]
