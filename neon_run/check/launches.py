@@ -24,14 +24,33 @@ class TooSlow(Exception):
     """The work did not end in the seconds that it was given."""
 
 
+class Memory:
+    """`live`: bytes of the storages that it was shown and that are not freed; `peak`: the most at once."""
+
+    def __init__(self) -> None:
+        self.live, self.peak = 0, 0
+        self._known: set[int] = set()
+
+    def see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
 class Launches(TorchDispatchMode):
-    """Inside, `launches` counts every operation but views and allocations, and `peak` is the most bytes of tensors on
-    the CPU that were made inside and lived at once. Raises TooSlow after `seconds`."""
+    """Inside, `launches` counts every operation but views and allocations, and `memory` the tensors on the CPU that are
+    made. Raises TooSlow after `seconds`."""
 
     def __init__(self, seconds: float | None = None):
         super().__init__()
-        self.launches, self.peak, self._live = 0, 0, 0
-        self._known: set[int] = set()
+        self.launches, self.memory = 0, Memory()
         self._end = None if seconds is None else time.monotonic() + seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,17 +61,5 @@ class Launches(TorchDispatchMode):
             self.launches += 1
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, Tensor) and x.device.type == "cpu":
-                self._track(x.untyped_storage())
+                self.memory.see(x.untyped_storage())
         return out
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self._live += size
-            self.peak = max(self.peak, self._live)
-            weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._live -= size

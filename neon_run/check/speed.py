@@ -122,7 +122,7 @@ def _sampling(row: Row, backbone: Backbone, weights: int, device: torch.device, 
     _reset_peak(device)
     with Launches(effort.seconds) as counted:
         images = _sample(row, backbone, count)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else counted.peak + weights
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else counted.memory.peak + weights
     seconds = _seconds(partial(_sample, row, backbone, count), device)
     while device.type == "cpu" and not effort.batch_size and seconds < LONG_ENOUGH and count < row.batch_size:
         count = min(row.batch_size, 4 * count)

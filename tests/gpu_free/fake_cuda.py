@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from neon_edm.augment import constant
 from neon_metrics.inception import _source_samples
-from neon_run.check.launches import SILENT
+from neon_run.check.launches import SILENT, Memory
 
 GPU = torch.device("cuda", 0)
 META = torch.device("meta")
@@ -65,8 +65,7 @@ class Record(TorchDispatchMode):
         super().__init__()
         self.graph_only = ""  # a stage ("leaves", "backward") in which only autograd asks for devices
         self._fresh: set[int] = set()  # outputs of the last operation that autograd is about to enter into its graph
-        self.live = 0  # bytes of all storages on the GPU
-        self._known: set[int] = set()
+        self.memory = Memory()  # of the GPU
         self.reset()
 
     def reset(self) -> None:
@@ -76,7 +75,12 @@ class Record(TorchDispatchMode):
         self.syncs: Counter[str] = Counter()  # where the CPU waits for a number
         self.uploads = 0  # copies from the CPU
         self.weight_casts = 0  # conversions of a parameter to another dtype
-        self.peak = self.forward_peak = self.live  # of everything, and of what came before the last backward pass
+        self.memory.peak = self.forward_peak = self.memory.live  # the latter: before the last backward pass
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return self.memory.peak
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -112,7 +116,7 @@ class Record(TorchDispatchMode):
         outputs = [x for x in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(x, FakeTensor)]
         for x in outputs:
             if x.fake_device.type == "cuda":
-                self._track(x)
+                self.memory.see(x.untyped_storage())
         entered = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
         self._fresh = {id(x) for x in outputs} if entered else set()
         if entered and name.endswith("_") and outputs and outputs[0]._is_view():
@@ -140,22 +144,6 @@ class Record(TorchDispatchMode):
             self.weight_casts += 1
         self.ops[name] += 1
         self.launches += 1
-
-    def _track(self, x: Tensor) -> None:
-        storage = x.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        WEIGHTS.discard(key)
-        self.live -= size
 
 
 def _on_gpu(device: torch.device | str | None) -> bool:
@@ -262,7 +250,9 @@ def built(
                 wanted = memory_format if parameter.dim() == 4 else torch.contiguous_format
                 strides = torch.empty_like(parameter, memory_format=wanted).stride()
                 value = torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=GPU)
-                WEIGHTS.add(value.untyped_storage()._cdata)
+                storage = value.untyped_storage()
+                WEIGHTS.add(storage._cdata)
+                weakref.finalize(storage, WEIGHTS.discard, storage._cdata)
                 part._parameters[name] = torch.nn.Parameter(value, parameter.requires_grad)
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype, device=GPU)
